@@ -1,0 +1,167 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""The collectives of a round, on a process group of our own. The only file that names torch.distributed.
+
+Two threads on one gloo group silently mix their payloads, so ACCO never shares DeepSpeed's group; and on every rank one
+thread at a time issues the same collectives in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from contextlib import suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .layout import pieces
+
+# gloo needs room for what arrives before it is summed. Two sets of pieces: one arrives while the other is summed.
+STAGING_BYTES = 64 * 2**20
+
+
+def _all_gather_in_place(whole: Tensor, own: Tensor, group) -> None:
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(whole, own, group=group)
+
+
+def _reduce_scatter_in_place(own: Tensor, whole: Tensor, group) -> None:
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    scatter(own, whole, group=group)
+
+
+class Communicator:
+    """One process group over the data-parallel ranks, used by one thread at a time.
+
+    Args:
+        parallel_group: DeepSpeed's data-parallel group (its ranks are taken over), or None for all ranks.
+        device: the parameters' device; ``cuda`` takes NCCL, ``cpu`` takes gloo.
+        timeout_s: seconds until a collective that a peer does not join raises an error.
+    """
+
+    def __init__(self, parallel_group, device: torch.device, timeout_s: float):
+        self.device = device
+        self.timeout_s = timeout_s
+        ranks = dist.get_process_group_ranks(parallel_group if parallel_group is not None else dist.group.WORLD)
+        options = None
+        if device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        self._group = dist.new_group(
+            ranks,
+            timeout=timedelta(seconds=timeout_s),
+            backend="nccl" if device.type == "cuda" else "gloo",
+            pg_options=options,
+            # A group over some of the ranks is made by its members alone: with tensor parallelism each data-parallel
+            # group belongs to another engine call.
+            use_local_synchronization=len(ranks) != dist.get_world_size(),
+        )
+        self.rank = dist.get_rank(self._group)
+        self.world_size = dist.get_world_size(self._group)
+        self._global_ranks = ranks
+        self._staging: Tensor | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the group can still be used: not destroyed, here or with all others."""
+        return self._group is not None and dist.is_initialized()
+
+    def require_same(self, description: str) -> None:
+        """Raises RuntimeError on every rank unless all ranks pass the same text (compared by its hash)."""
+        digest = hashlib.sha256(description.encode()).digest()[:8]
+        mine = torch.tensor(list(digest), dtype=torch.uint8, device=self.device)
+        everyone = torch.empty(self.world_size * len(mine), dtype=torch.uint8, device=self.device)
+        _all_gather_in_place(everyone, mine, self._group)
+        different = [
+            rank for rank, theirs in enumerate(everyone.view(self.world_size, -1)) if not torch.equal(theirs, mine)
+        ]
+        if different:
+            raise RuntimeError(
+                f"ACCO: data-parallel ranks {different} differ from rank {self.rank} in model layout or configuration; "
+                f"rank {self.rank} has: {description}. Start every rank with the same model, config and library versions"
+            )
+
+    def reduce_scatter_sum(self, whole: list[Tensor], shard: list[Tensor]) -> None:
+        """Sums ``whole`` over the ranks; this rank's part goes to ``shard`` (both 1-D, one per group; shard fp32).
+
+        On gloo each rank sends every other its part directly and the sum is taken in fp32 in the order of the ranks:
+        half the bytes of gloo's own reduce-scatter, which moves as much as an all-reduce. ``whole`` is kept there; on
+        NCCL this rank's part of it is overwritten.
+        """
+        if self.device.type == "cuda":
+            for source, target in zip(whole, shard):
+                own = source.narrow(0, self.rank * target.numel(), target.numel())
+                _reduce_scatter_in_place(own, source, self._group)
+                target.copy_(own)
+            return
+        arriving = None
+        for piece in [*self._exchange_pieces(whole, shard), None]:
+            following = None if piece is None else self._start_exchange(whole, *piece)
+            if arriving is not None:
+                self._finish_exchange(arriving, whole, shard)
+            arriving = following
+
+    def _exchange_pieces(self, whole, shard):
+        """(group, start, length, slot): what is exchanged at a time, alternating between the two staging slots."""
+        itemsize = whole[0].element_size()
+        piece_numel = max(1, STAGING_BYTES // (2 * self.world_size * itemsize))
+        largest = min(piece_numel, max(target.numel() for target in shard))
+        if self._staging is None or self._staging.numel() < 2 * self.world_size * largest * itemsize:
+            self._staging = torch.empty(2 * self.world_size * largest * itemsize, dtype=torch.uint8)
+        slot = 0
+        for group, target in enumerate(shard):
+            for start, length in pieces(target.numel(), largest):
+                yield group, start, length, slot
+                slot = 1 - slot
+
+    def _start_exchange(self, whole, group, start, length, slot):
+        source = whole[group]
+        shard_numel = source.numel() // self.world_size
+        half = self._staging.view(2, -1)[slot].view(source.dtype)
+        received, requests = [], []
+        for rank in range(self.world_size):
+            theirs = source.narrow(0, rank * shard_numel + start, length)
+            if rank == self.rank:
+                received.append(theirs)
+                continue
+            arriving = half.narrow(0, rank * length, length)
+            received.append(arriving)
+            requests.append(dist.irecv(arriving, self._global_ranks[rank], group=self._group))
+            requests.append(dist.isend(theirs, self._global_ranks[rank], group=self._group))
+        return group, start, length, received, requests
+
+    def _finish_exchange(self, arriving, whole, shard):
+        group, start, length, received, requests = arriving
+        for request in requests:
+            request.wait()
+        total = shard[group].narrow(0, start, length)
+        total.copy_(received[0])
+        for term in received[1:]:
+            total.add_(term)
+
+    def all_gather(self, whole: list[Tensor]) -> None:
+        """Fills every tensor (1-D, one per group) with all ranks' shards; this rank's lies at its place already."""
+        for tensor in whole:
+            shard_numel = tensor.numel() // self.world_size
+            own = tensor.narrow(0, self.rank * shard_numel, shard_numel)
+            _all_gather_in_place(tensor, own, self._group)
+
+    def all_reduce_sum(self, value: Tensor) -> None:
+        """Sums a small tensor over the ranks, in place."""
+        dist.all_reduce(value, group=self._group)
+
+    def destroy(self) -> None:
+        """Leaves the group; harmless when called twice or after ``dist.destroy_process_group()``."""
+        group, self._group = self._group, None
+        self._staging = None
+        if group is not None and dist.is_initialized():
+            with suppress(ValueError, RuntimeError), warnings.catch_warnings():  # destroyed with all the others
+                warnings.simplefilter("ignore")
+                dist.destroy_process_group(group)
+
+
+def max_over_ranks(value: Tensor, group) -> None:
+    """In-place maximum over DeepSpeed's own ``group``, by the main thread (the overflow check of fp16)."""
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)

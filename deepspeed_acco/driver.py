@@ -1,0 +1,229 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""Carries out the rounds that rounds.py decides: buffers, collectives and updates, in the right order on a lane.
+
+Knows nothing of DeepSpeed. The caller says when a phase or a window ends, and never while a graph is outstanding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .buffers import FlatBuffers
+from .comm import Communicator
+from .lanes import HostFlag, InlineLane
+from .rounds import Place, Round
+from .settings import AdamWHyper
+from .update import AdamWShard, adamw_commit, adamw_estimate, sum_of_squares
+
+
+@dataclass(frozen=True)
+class RoundInputs:
+    """What a round needs from the moment it was launched: later changes (LR scheduler, loss scale) do not reach it."""
+
+    hyper: tuple[AdamWHyper, ...]  # one per parameter group
+    pre_scale: float  # multiplies the gradients before they are summed over the ranks
+    grad_scale: float  # multiplies the sum: together they make the mean gradient without loss scale
+    clip_grad: float  # largest global norm; 0: no clipping
+
+
+@dataclass(frozen=True)
+class CommitOutcome:
+    """What a COMMIT tells afterwards; tensors on the parameters' device."""
+
+    grad_norm: Tensor  # global norm of the mean gradient before clipping, fp32, 0-dim
+    is_finite: HostFlag  # where False the step was skipped
+
+
+class RoundDriver:
+    """The buffers of one rank and the round that is in flight.
+
+    Attributes:
+        running: the Round in flight or waiting to be installed, None when the live weights are the newest true ones.
+        weights_version: changes whenever the live weights do; for the guard against a changed forward.
+        last_commit: the newest finished COMMIT, or None.
+    """
+
+    def __init__(self, buffers: FlatBuffers, shards: list[AdamWShard], comm: Communicator, lane: InlineLane):
+        self.buffers = buffers
+        self.shards = shards
+        self.comm = comm
+        self.lane = lane
+        self.running: Round | None = None
+        self.weights_version = 0
+        self._versions = itertools.count(1)
+        self._hidden_version = 0
+        self.last_commit: CommitOutcome | None = None
+        self._is_finished = True
+        self._unreported: list[CommitOutcome] = []
+        self._is_showing_true = False
+        self._kept_predictions: list[Tensor] | None = None
+
+    # ---- boundaries
+
+    def turn(self, following: Round, inputs: RoundInputs, *, clears: bool, blocks: bool) -> None:
+        """A boundary: finish the running round, install its weights, pack the gradients, start the next round.
+
+        Args:
+            clears: the gradients are zeroed after they were packed (the window ends).
+            blocks: the following round is finished and installed before this returns.
+        """
+        self.hide_true()
+        self._install_running()
+        self.buffers.pack(inputs.pre_scale, clears=clears)
+        self.running, self._is_finished = following, False
+        self.lane.start(lambda: self._run(following, inputs))
+        if blocks:
+            assert following.leaves_true_weights is Place.COMM, "only a COMMIT leaves weights to stand on"
+            self._install_running()
+
+    def settle(self) -> None:
+        """Finishes the running round and makes the live weights the newest true ones; an ESTIMATE is dropped."""
+        self.hide_true()
+        self.finish()
+        if self.running is not None:
+            if self.running.leaves_true_weights is Place.SHARDS:
+                self._gather_masters()
+            if self.running.leaves_true_weights is not Place.LIVE:
+                self._install()
+        self.running = None
+
+    def adopt_live(self) -> None:
+        """The live weights were overwritten from outside (a checkpoint): they are the true ones, nothing is pending."""
+        self.finish()
+        self.running = None
+        self._is_showing_true, self._kept_predictions = False, None
+        self._unreported.clear()
+        self.weights_version = next(self._versions)
+
+    def finish(self) -> None:
+        """Waits for the running round, if any. Its weights stay in the communication buffer.
+
+        Raises:
+            RoundFailed: with the cause, when the round failed.
+        """
+        if self._is_finished:
+            return
+        outcome = self.lane.finish()
+        self._is_finished = True
+        if self.running.writes_state:
+            self.last_commit = outcome
+            self._unreported.append(outcome)
+
+    def take_skipped(self) -> int:
+        """How many finished COMMITs are newly known to have been skipped for a non-finite gradient. On CUDA the host
+        learns of one when the device has passed it; this never waits for that."""
+        known = [outcome for outcome in self._unreported if outcome.is_finite.is_known()]
+        self._unreported = self._unreported[len(known) :]
+        return sum(1 for outcome in known if not outcome.is_finite.value())
+
+    def _install_running(self):
+        self.finish()
+        if self.running is not None:
+            self._install()
+        self.running = None
+
+    def _install(self):
+        self.buffers.install()
+        self.weights_version = next(self._versions)
+
+    # ---- looking at the true weights
+
+    @property
+    def is_showing_true(self) -> bool:
+        """Whether the live weights are exchanged with the true ones for a look."""
+        return self._is_showing_true
+
+    def show_true(self) -> None:
+        """Makes the live weights the newest true ones until :meth:`hide_true`; the trajectory stays as it is.
+
+        Only a prediction has no full copy of them: there this is a collective, and every rank must look.
+        """
+        if self._is_showing_true:
+            return
+        self.finish()
+        place = self.running.leaves_true_weights if self.running is not None else Place.LIVE
+        if place is Place.LIVE:
+            return
+        if place is Place.SHARDS:
+            self._kept_predictions = [shard.clone() for shard in self.buffers.comm_shards]
+            self._gather_masters()
+        self.buffers.exchange()
+        self._hidden_version, self.weights_version = self.weights_version, next(self._versions)
+        self._is_showing_true = True
+
+    def hide_true(self) -> None:
+        """Gives training exactly the weights and the pending round that it had before :meth:`show_true`."""
+        if not self._is_showing_true:
+            return
+        self._is_showing_true = False
+        self.buffers.exchange()
+        self.weights_version = self._hidden_version
+        if self._kept_predictions is not None:
+            for shard, kept in zip(self.buffers.comm_shards, self._kept_predictions):
+                shard.copy_(kept)
+            self._kept_predictions = None
+            self._gather_for_look()
+
+    def _gather_masters(self):
+        for shard, target in zip(self.shards, self.buffers.comm_shards):
+            target.copy_(shard.master.detach())
+        self._gather_for_look()
+
+    def _gather_for_look(self):
+        try:
+            self.comm.all_gather(self.buffers.comm_weights)
+        except RuntimeError as cause:
+            raise RuntimeError(
+                'ACCO: with the schedule "wp" the true weights are gathered from all ranks, and some rank did not join '
+                f"within comm_timeout_s = {self.comm.timeout_s:g} s. Evaluate, save and read state_dict() on every "
+                "rank, not on rank 0 alone"
+            ) from cause
+
+    # ---- the round itself, on the lane's thread or stream
+
+    @torch.no_grad()
+    def _run(self, this: Round, inputs: RoundInputs) -> CommitOutcome:
+        buffers = self.buffers
+        self.comm.reduce_scatter_sum(buffers.comm_grads, buffers.reduced)
+        squares = sum_of_squares(buffers.reduced)
+        self.comm.all_reduce_sum(squares)
+        norm = squares.sqrt() * inputs.grad_scale
+        is_finite = norm.isfinite()
+        scale = torch.full_like(norm, inputs.grad_scale)
+        if inputs.clip_grad > 0:
+            scale /= ((norm + 1e-6) / inputs.clip_grad).clamp(min=1.0)  # as DeepSpeed's unscale_and_clip_grads
+        for shard, grad, hyper, out in zip(self.shards, buffers.reduced, inputs.hyper, buffers.comm_shards):
+            arguments = (shard, grad, hyper, scale.float(), is_finite, out)
+            if this.writes_state:
+                adamw_commit(*arguments)
+            if this.predicts or not this.writes_state:
+                adamw_estimate(*arguments)
+        self.comm.all_gather(buffers.comm_weights)
+        return CommitOutcome(norm.float(), HostFlag(is_finite))
+
+    # ---- the end
+
+    def close(self) -> None:
+        """Ends lane and process group; a round in flight is finished first, its failure is not raised."""
+        self.lane.close()
+        self.comm.destroy()
+
+    def norm_or_zero(self) -> Tensor:
+        """Global gradient norm of the newest finished COMMIT, fp32, 0-dim; 0.0 before the first."""
+        if self.last_commit is None:
+            return torch.zeros((), device=self.comm.device)
+        return self.last_commit.grad_norm
+
+
+def describe_bytes(count: int) -> str:
+    """``12.3 MB``: decimal units."""
+    if count < 1000:
+        return f"{count} B"
+    power = min(int(math.log10(count) // 3), 4)
+    return f"{count / 1000**power:.1f} {' kMGT'[power]}B"

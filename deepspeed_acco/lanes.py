@@ -1,0 +1,199 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""Where a round runs: on a side stream (CUDA), on a worker thread (CPU), or at once. The only file with streams,
+events and threads. At most one round is in flight; the same round gives the same bits on every lane."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+class RoundFailed(RuntimeError):
+    """A round failed in the background; the cause is chained."""
+
+
+class HostFlag:
+    """A 0-dim bool tensor that the host reads later, without ever waiting for the device.
+
+    On CUDA the value is copied to pinned memory behind the work that makes it, on the current stream.
+    """
+
+    def __init__(self, flag: torch.Tensor):
+        self._passed = None
+        self._value = flag
+        if flag.device.type == "cuda":
+            self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._value.copy_(flag, non_blocking=True)
+            self._passed = torch.cuda.current_stream(flag.device).record_event()
+
+    def is_known(self) -> bool:
+        return self._passed is None or self._passed.query()
+
+    def value(self) -> bool:
+        """The flag; only when :meth:`is_known`."""
+        return bool(self._value)
+
+
+@dataclass
+class LaneTimes:
+    """Sums since the lane was made, in seconds (on CUDA of the rounds whose events have completed)."""
+
+    round_s: float = 0.0  # the rounds' own duration
+    exposed_s: float = 0.0  # how long the training thread (on CUDA: its stream) stood waiting for them
+    rounds: int = 0
+
+    @property
+    def hidden_share(self) -> float:
+        """Part of the rounds' time that cost training nothing, 0 to 1; 0 before the first round."""
+        return max(0.0, 1.0 - self.exposed_s / self.round_s) if self.round_s > 0 else 0.0
+
+
+class InlineLane:
+    """Runs the round where it is started. For debugging, and the reference of the other lanes."""
+
+    name = "inline"
+
+    def __init__(self):
+        self._times = LaneTimes()
+        self._result = None
+
+    def start(self, round_: Callable[[], Any]) -> None:
+        """Runs ``round_``; its result is what :meth:`finish` returns. Nothing else may be in flight."""
+        begin = time.perf_counter()
+        self._result = round_()
+        spent = time.perf_counter() - begin
+        self._times.round_s += spent
+        self._times.exposed_s += spent
+        self._times.rounds += 1
+
+    def finish(self) -> Any:
+        """Waits for the started round and returns its result.
+
+        Raises:
+            RoundFailed: with the cause, when the round raised; again at every later call.
+        """
+        result, self._result = self._result, None
+        return result
+
+    def times(self) -> LaneTimes:
+        return self._times
+
+    def close(self) -> None:
+        """Ends the lane after the round in flight, without raising."""
+
+
+class ThreadLane(InlineLane):
+    """One worker thread in first-in-first-out order. An executor and not a daemon thread: the interpreter joins it at
+    exit, where a daemon thread that is killed inside a collective aborts the process."""
+
+    name = "thread"
+
+    def __init__(self):
+        super().__init__()
+        threads = max(1, torch.get_num_threads() // 4)  # the cores belong to the model
+        # A new thread starts with OpenMP's own default, which takes every core, whatever the main thread was given.
+        self._executor = ThreadPoolExecutor(1, "acco-round", initializer=torch.set_num_threads, initargs=(threads,))
+        self._future = None
+        self._failure: RoundFailed | None = None
+
+    def start(self, round_: Callable[[], Any]) -> None:
+        self._raise_failure()
+        assert self._future is None, "the previous round was not finished"
+
+        def timed():
+            begin = time.perf_counter()
+            result = round_()
+            return result, time.perf_counter() - begin
+
+        self._future = self._executor.submit(timed)
+
+    def finish(self) -> Any:
+        self._raise_failure()
+        future, self._future = self._future, None
+        begin = time.perf_counter()
+        try:
+            result, spent = future.result()
+        except Exception as cause:
+            self._failure = RoundFailed(f"ACCO: a communication round failed in the background: {cause}")
+            self._failure.__cause__ = cause
+            raise self._failure
+        self._times.exposed_s += time.perf_counter() - begin
+        self._times.round_s += spent
+        self._times.rounds += 1
+        return result
+
+    def _raise_failure(self):
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True)
+        self._future = None
+
+
+class StreamLane(InlineLane):
+    """A high-priority CUDA side stream. The main thread enqueues everything and never waits for the device: events
+    order the two streams, and the round's result stays on the device."""
+
+    name = "stream"
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self._device = device
+        self._comm_stream = torch.cuda.Stream(device, priority=-1)
+        self._weights_ready = None
+        self._timed = []  # (round start, round end, wait start, wait end), until the device has passed them
+
+    def start(self, round_: Callable[[], Any]) -> None:
+        # Producer -> consumer: the training stream has packed the gradients before the round reads them.
+        grads_ready = torch.cuda.current_stream(self._device).record_event()
+        with torch.cuda.stream(self._comm_stream):
+            self._comm_stream.wait_event(grads_ready)
+            begin = self._comm_stream.record_event(torch.cuda.Event(enable_timing=True))
+            self._result = round_()
+            end = self._comm_stream.record_event(torch.cuda.Event(enable_timing=True))
+        self._weights_ready = (begin, end)
+
+    def finish(self) -> Any:
+        begin, end = self._weights_ready
+        self._weights_ready = None
+        stream = torch.cuda.current_stream(self._device)
+        wait_begin = stream.record_event(torch.cuda.Event(enable_timing=True))
+        # Producer -> consumer: the gathered weights and the shard's state are complete before training touches them.
+        stream.wait_event(end)
+        wait_end = stream.record_event(torch.cuda.Event(enable_timing=True))
+        self._timed.append((begin, end, wait_begin, wait_end))
+        return super().finish()
+
+    def times(self) -> LaneTimes:
+        while self._timed and self._timed[0][3].query():
+            begin, end, wait_begin, wait_end = self._timed.pop(0)
+            self._times.round_s += begin.elapsed_time(end) / 1e3
+            self._times.exposed_s += wait_begin.elapsed_time(wait_end) / 1e3
+            self._times.rounds += 1
+        return self._times
+
+    def close(self) -> None:
+        self._weights_ready = None
+
+
+def make_lane(name: str, device: torch.device) -> InlineLane:
+    """The lane for ``optimizer.params.lane`` (``auto`` or ``inline``) on that device.
+
+    Raises:
+        ValueError: for devices other than CPU and CUDA.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"ACCO: parameters on device {str(device)!r} are not supported; allowed: cpu, cuda. Train on one of these "
+            'or change optimizer.type to "AdamW"'
+        )
+    if name == "inline":
+        return InlineLane()
+    return StreamLane(device) if device.type == "cuda" else ThreadLane()

@@ -1,0 +1,41 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of the flat buffers: which elements of a parameter group belong to which rank, and in what pieces they move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """One flat parameter group, cut into ``world_size`` equal shards (DeepSpeed runtime/zero/stage_1_and_2.py,
+    ``get_data_parallel_partitions``: the flat group is padded so that the shards are equal)."""
+
+    padded_numel: int
+    world_size: int
+    rank: int
+
+    def __post_init__(self):
+        if self.padded_numel % self.world_size:
+            raise ValueError(
+                f"flat group of {self.padded_numel} elements cannot be cut into {self.world_size} equal shards; "
+                "DeepSpeed pads it to a multiple of the number of ranks"
+            )
+
+    @property
+    def shard_numel(self) -> int:
+        return self.padded_numel // self.world_size
+
+    def shard_range(self, rank: int) -> tuple[int, int]:
+        """First element of that rank's shard and the one after its last."""
+        return rank * self.shard_numel, (rank + 1) * self.shard_numel
+
+
+def pieces(numel: int, piece_numel: int) -> Iterator[tuple[int, int]]:
+    """``(start, length)`` of consecutive pieces of at most ``piece_numel`` elements that cover ``numel``."""
+    if piece_numel < 1:
+        raise ValueError(f"a piece needs at least one element, got {piece_numel}")
+    for start in range(0, numel, piece_numel):
+        yield start, min(piece_numel, numel - start)

@@ -1,0 +1,71 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizer that a user names or builds. It holds parameter groups and settings; zero.py does the stepping."""
+
+from __future__ import annotations
+
+from torch.optim import Optimizer
+
+from .settings import ACCO_KEYS, Settings, check_adamw, refuse_unknown
+
+
+class ACCO(Optimizer):
+    """AdamW whose communication and sharded update run behind the gradient computation (arXiv 2406.02613).
+
+    Named in a DeepSpeed JSON as ``"optimizer": {"type": "ACCO", "params": {...}}``, or built by the client and given to
+    ``deepspeed.initialize(optimizer=...)``. It works only through a DeepSpeed engine with ZeRO stage 1.
+
+    Args:
+        params: parameters or parameter groups; a group may set lr, betas, eps and weight_decay of its own.
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW, with its defaults.
+        schedule, estimate_fraction, overlap_warmup_steps, accumulation, lane, comm_timeout_s: see
+            :class:`deepspeed_acco.settings.Settings`.
+
+    Raises:
+        ValueError: for an unknown key or a value out of range, naming the key, the value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        schedule: str = "acco",
+        estimate_fraction: float = 0.5,
+        overlap_warmup_steps: int = 0,
+        accumulation: str = "fixed",
+        lane: str = "auto",
+        comm_timeout_s: float | None = None,
+        **unknown,
+    ):
+        refuse_unknown(unknown)
+        self.settings = Settings(
+            schedule, estimate_fraction, overlap_warmup_steps, accumulation, lane, comm_timeout_s
+        )
+        check_adamw(lr, betas, eps, weight_decay)
+        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
+
+    def add_param_group(self, param_group) -> None:
+        """As torch's, with the group's own hyper-parameters checked."""
+        misplaced = [key for key in ACCO_KEYS if key in param_group]
+        if misplaced:
+            raise ValueError(
+                f"ACCO: {misplaced[0]} = {param_group[misplaced[0]]!r} in a parameter group is not allowed; it holds for "
+                "the whole optimizer. Give it to ACCO(...) or to optimizer.params"
+            )
+        merged = {**self.defaults, **param_group}
+        check_adamw(merged["lr"], merged["betas"], merged["eps"], merged["weight_decay"])
+        super().add_param_group(param_group)
+
+    def step(self, closure=None):
+        """Never the way to train: the engine's ZeRO wrapper updates the shards in the rounds' order.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "ACCO.step() was called directly, which would train plain AdamW without overlap. Train through the engine of "
+            'deepspeed.initialize() with "zero_optimization": {"stage": 1}, after `import deepspeed_acco`'
+        )

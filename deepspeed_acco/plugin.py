@@ -1,0 +1,221 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""Makes DeepSpeed know ACCO. The only file that changes anything of DeepSpeed or torch; see TOUCH_POINTS."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import deepspeed
+import torch
+from deepspeed.runtime import engine as ds_engine
+from deepspeed.runtime.zero import utils as ds_zero_utils
+from deepspeed.utils import log_dist
+from packaging.version import Version
+from torch.optim import Optimizer
+
+from .driver import describe_bytes
+from .optimizer import ACCO
+from .settings import phase_a_micro_batches
+from .zero import AccoZeroOptimizer
+
+OLDEST_DEEPSPEED = "0.16.9"
+FIRST_UNTESTED_DEEPSPEED = "0.20"
+VERSION_OVERRIDE = "DEEPSPEED_ACCO_ANY_DEEPSPEED"
+
+# What is changed, and why it cannot be done without (all looked up by name, so a rename is an error at import):
+TOUCH_POINTS = (
+    "torch.optim.ACCO",  # the engine looks the JSON's optimizer.type up there
+    "deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS",  # compared with the exact type
+    "deepspeed.runtime.engine.DeepSpeedEngine._configure_optimizer",  # errors before anything else looks at the config
+    "deepspeed.runtime.engine.DeepSpeedEngine._do_optimizer_sanity_check",  # else bf16 with fp32 accumulation trains AdamW
+    "deepspeed.runtime.engine.DeepSpeedEngine._configure_zero_optimizer",  # chooses the wrapper class
+    "deepspeed.runtime.engine.DeepSpeedZeroOptimizer",  # rebound only while the call above runs
+    "engine.tput_timer.config.synchronized",  # it would wait for the device at every forward and step
+)
+
+_NO_EFFECT = {
+    "overlap_comm": "ACCO overlaps by its rounds",
+    "reduce_scatter": "ACCO always reduce-scatters",
+    "contiguous_gradients": "gradients always lie in one flat buffer",
+    "reduce_bucket_size": "ACCO has no buckets",
+    "allgather_bucket_size": "ACCO has no buckets",
+    "use_multi_rank_bucket_allreduce": "ACCO has no buckets",
+    "round_robin_gradients": "only the order of the shards follows it",
+}
+
+
+def require_tested_deepspeed(version: str = deepspeed.__version__) -> None:
+    """Raises ImportError for a DeepSpeed outside the tested range, unless the override variable is set to 1."""
+    release = Version(Version(version).base_version)
+    is_tested = Version(OLDEST_DEEPSPEED) <= release < Version(FIRST_UNTESTED_DEEPSPEED)
+    if not is_tested and os.environ.get(VERSION_OVERRIDE) != "1":
+        raise ImportError(
+            f"deepspeed_acco was tested with DeepSpeed {OLDEST_DEEPSPEED} to 0.19.x and found {version}. Install one of "
+            f'these (pip install "deepspeed>={OLDEST_DEEPSPEED},<{FIRST_UNTESTED_DEEPSPEED}"), or set '
+            f"{VERSION_OVERRIDE}=1 to try this one at your own risk"
+        )
+
+
+def register() -> None:
+    """Registers the plugin with torch and DeepSpeed; a second call changes nothing."""
+    if getattr(torch.optim, "ACCO", None) is ACCO:
+        return
+    require_tested_deepspeed()
+    engine_class = ds_engine.DeepSpeedEngine
+    wrapped = {
+        "_configure_optimizer": _wrap_configure_optimizer(engine_class._configure_optimizer),
+        "_do_optimizer_sanity_check": _wrap_sanity_check(engine_class._do_optimizer_sanity_check),
+        "_configure_zero_optimizer": _wrap_configure_zero(engine_class._configure_zero_optimizer),
+    }
+    for name, method in wrapped.items():
+        setattr(engine_class, name, method)
+    ds_zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(ACCO)
+    torch.optim.ACCO = ACCO
+
+
+def _wrap_configure_optimizer(original):
+    @functools.wraps(original)
+    def configure_optimizer(engine, client_optimizer, model_parameters):
+        if isinstance(client_optimizer, ACCO):
+            check_engine(engine, client_optimizer)
+        elif client_optimizer is None and engine.optimizer_name() == ACCO.__name__:
+            # Build one to check it: nothing of the engine is changed yet, and the parameters are only listed.
+            check_engine(engine, ACCO([torch.nn.Parameter(torch.empty(0))], **(engine.optimizer_params() or {})))
+        elif callable(client_optimizer) and not isinstance(client_optimizer, Optimizer):
+            make = client_optimizer
+
+            def client_optimizer(parameters):
+                made = make(parameters)
+                if isinstance(made, ACCO):
+                    check_engine(engine, made)
+                return made
+
+        return original(engine, client_optimizer, model_parameters)
+
+    return configure_optimizer
+
+
+def _wrap_sanity_check(original):
+    @functools.wraps(original)
+    def do_optimizer_sanity_check(engine, basic_optimizer):
+        chosen = original(engine, basic_optimizer)
+        return ds_engine.ZERO_OPTIMIZATION if isinstance(basic_optimizer, ACCO) else chosen
+
+    return do_optimizer_sanity_check
+
+
+def _wrap_configure_zero(original):
+    @functools.wraps(original)
+    def configure_zero_optimizer(engine, optimizer):
+        if not isinstance(optimizer, ACCO):
+            return original(engine, optimizer)
+        stock = ds_engine.DeepSpeedZeroOptimizer
+        ds_engine.DeepSpeedZeroOptimizer = AccoZeroOptimizer
+        try:
+            wrapper = original(engine, optimizer)
+        finally:
+            ds_engine.DeepSpeedZeroOptimizer = stock
+        if not isinstance(wrapper, AccoZeroOptimizer):
+            raise RuntimeError(
+                f"ACCO: DeepSpeed {deepspeed.__version__} built {type(wrapper).__name__} instead of ACCO's ZeRO-1 "
+                f"optimizer. Install DeepSpeed {OLDEST_DEEPSPEED} to 0.19.x"
+            )
+        wrapper.attach(engine)
+        engine.tput_timer.config.synchronized = False
+        _log_start(engine, wrapper)
+        return wrapper
+
+    return configure_zero_optimizer
+
+
+def _log_start(engine, wrapper: AccoZeroOptimizer) -> None:
+    settings = wrapper.settings
+    n = engine.gradient_accumulation_steps()
+    window = f"n={n}"
+    if settings.schedule == "acco":
+        a = phase_a_micro_batches(n, settings.estimate_fraction)
+        window = f"a={a} b={n - a}"
+    log_dist(
+        f"ACCO: schedule={settings.schedule} {window} accumulation={settings.accumulation} lane={wrapper.lane_name} "
+        f"own buffers={describe_bytes(wrapper.own_bytes())} per rank, kernels=torch; "
+        "timers.throughput.synchronized set to false",
+        ranks=[0],
+    )
+    zero_config = engine._config.zero_config
+    given = [key for key in _NO_EFFECT if key in zero_config.model_fields_set]
+    if given:
+        reasons = "; ".join(f"{key} ({_NO_EFFECT[key]})" for key in given)
+        log_dist(f"ACCO: accepted without effect in zero_optimization: {reasons}", ranks=[0])
+    if engine.wall_clock_breakdown():
+        log_dist("ACCO: wall_clock_breakdown waits for the device at every timer and costs overlap", ranks=[0])
+
+
+def check_engine(engine, optimizer: ACCO) -> None:
+    """Raises ValueError for whatever in the engine's JSON ACCO cannot train with: the key as the JSON spells it, the
+    value, what is allowed, and the fix."""
+    config = engine._config
+    zero = config.zero_config
+    raw = getattr(config, "_param_dict", {})
+
+    def refuse(is_given, key, value, allowed, fix):
+        if is_given:
+            raise ValueError(f"ACCO: {key} = {value!r} is not allowed; allowed: {allowed}. {fix}")
+
+    def section(name):
+        value = raw.get(name)
+        return value if isinstance(value, dict) else {}
+
+    stage = int(zero.stage)
+    refuse(stage != 1, "zero_optimization.stage", stage, "1", 'Set "zero_optimization": {"stage": 1}')
+    refuse(
+        engine.pipeline_parallelism,
+        "model",
+        "PipelineModule",
+        "any other module",
+        "Use data parallelism alone or the AdamW optimizer",
+    )
+    refuse(engine.has_moe_layers, "model", "a module with MoE layers", "dense modules", "Use the AdamW optimizer")
+    zenflow = getattr(zero, "zenflow", None)
+    refuse(zenflow is not None, "zero_optimization.zenflow", section("zero_optimization").get("zenflow"), "none", "Remove it")
+    offload = zero.offload_optimizer
+    offload_device = getattr(offload.device, "value", offload.device) if offload is not None else "none"
+    refuse(
+        str(offload_device) != "none",
+        "zero_optimization.offload_optimizer.device",
+        str(offload_device),
+        '"none"',
+        "Remove offload_optimizer: ACCO keeps its shard beside the model",
+    )
+    refuse(zero.elastic_checkpoint, "zero_optimization.elastic_checkpoint", True, "false", "Remove it")
+    for key in ("sparse_gradients", "fp16_master_weights_and_grads"):
+        refuse(raw.get(key), key, raw.get(key), "false", "Remove it")
+    for name, key in (
+        ("fp16", "fp16_master_weights_and_grads"),
+        ("bf16", "bf16_master_weights_and_grads"),
+        ("bf16", "bf16_optimizer_states"),
+    ):
+        value = section(name).get(key, section("bfloat16").get(key) if name == "bf16" else None)
+        refuse(value, f"{name}.{key}", value, "false", "ACCO keeps fp32 master weights and states; remove it")
+    for name, where in (("amp", "amp"), ("hybrid_engine", "hybrid_engine")):
+        refuse(section(name).get("enabled"), f"{where}.enabled", True, "false", f"Remove {name}")
+    refuse(section("compile").get("deepcompile"), "compile.deepcompile", True, "false", "Remove it; torch.compile works")
+    autocast = section("torch_autocast")
+    refuse(
+        autocast.get("enabled") and str(autocast.get("dtype")).split(".")[-1] in ("float16", "fp16", "half"),
+        "torch_autocast.dtype",
+        autocast.get("dtype"),
+        '"bfloat16"',
+        'Set it, or use "fp16": {"enabled": true}',
+    )
+    tensor_parallel = section("tensor_parallel").get("autotp_size", 0)
+    refuse(tensor_parallel and tensor_parallel > 1, "tensor_parallel.autotp_size", tensor_parallel, "0 or 1", "Remove it")
+    mpu = engine.mpu
+    if mpu is not None and hasattr(mpu, "get_model_parallel_world_size"):
+        size = mpu.get_model_parallel_world_size()
+        refuse(size > 1, "mpu.get_model_parallel_world_size()", size, "1", "Use data parallelism alone")
+    device = engine.device.type
+    refuse(device not in ("cpu", "cuda"), "device", device, "cpu, cuda", "Use the AdamW optimizer there")
+    if optimizer.settings.schedule == "acco":
+        phase_a_micro_batches(engine.gradient_accumulation_steps(), optimizer.settings.estimate_fraction)

@@ -1,0 +1,152 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""The same algorithm in one process: dense, blocking, float64. The oracle of the distributed tests.
+
+It shares no code with the fast path: the windows are written out as DESIGN puts them, one schedule after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# gradient(weights, rank, window, micro_batch) -> gradients: flat tensors, one per parameter group, as the loss delivers
+# them (already divided by n where the engine divides). It may compute in any precision.
+Gradient = Callable[[list[Tensor], int, int, int], list[Tensor]]
+
+
+@dataclass
+class ReferenceHyper:
+    """AdamW's hyper-parameters of one parameter group; the test changes ``lr`` between windows as a scheduler would."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+
+
+@dataclass
+class WindowReport:
+    """What one window did: the weights of its phases, and its COMMIT's norm before clipping."""
+
+    phase_a_weights: list[Tensor]
+    phase_b_weights: list[Tensor]
+    grad_norm: float
+    skipped: bool
+
+
+@dataclass
+class Reference:
+    """ACCO in one process.
+
+    Args:
+        theta: the initial true weights, flat, one tensor per parameter group (copied to float64).
+        hyper: one per group. schedule, clip_grad: as in the configuration.
+        see: rounds weights to what the model's forward uses (identity for fp32).
+        accumulate: adds one micro-batch's gradient to a rank's sum, in the precision that the run accumulates in.
+        send: rounds a rank's sum to what is communicated.
+        stands_on_true_after_skip: fp16, where a skipped COMMIT is known before it is launched.
+    """
+
+    theta: list[Tensor]
+    hyper: list[ReferenceHyper]
+    schedule: str
+    world_size: int
+    clip_grad: float = 0.0
+    see: Callable[[Tensor], Tensor] = lambda weights: weights
+    accumulate: Callable[[Tensor, Tensor], Tensor] = lambda total, gradient: total + gradient
+    send: Callable[[Tensor], Tensor] = lambda gradient: gradient
+    stands_on_true_after_skip: bool = False
+    step: int = 0
+    window: int = 0
+    exp_avg: list[Tensor] = field(init=False)
+    exp_avg_sq: list[Tensor] = field(init=False)
+
+    def __post_init__(self):
+        self.theta = [tensor.detach().double().clone() for tensor in self.theta]
+        self.exp_avg = [torch.zeros_like(tensor) for tensor in self.theta]
+        self.exp_avg_sq = [torch.zeros_like(tensor) for tensor in self.theta]
+        self.estimate = self.theta  # acco: where the next phase A stands
+        self.previous = self.theta  # dpu: the true weights one window ago
+        self.prediction = self.theta  # wp: where this window stands
+        self.next_prediction = self.theta  # wp: where the next one stands
+
+    def run_window(
+        self, gradient: Gradient, n: int, a: int, counts: int | None = None, *, runs_sync: bool = False
+    ) -> WindowReport:
+        """One optimizer step of ``counts`` micro-batches per rank (default n), the first ``a`` in phase A."""
+        counts = n if counts is None else counts
+        schedule = "sync" if runs_sync else self.schedule
+        first = {"sync": self.theta, "acco": self.estimate, "dpu": self.previous, "wp": self.prediction}[schedule]
+        second = self.theta if schedule == "acco" else first
+        first, second = ([self.see(tensor) for tensor in weights] for weights in (first, second))
+        in_a = min(a, counts)
+        is_short = counts <= a
+
+        totals = []
+        partial = None
+        for rank in range(self.world_size):
+            total = [torch.zeros_like(tensor) for tensor in self.theta]
+            for micro_batch in range(counts):
+                weights = first if micro_batch < in_a else second
+                delivered = gradient(weights, rank, self.window, micro_batch)
+                total = [self.accumulate(held, new) for held, new in zip(total, delivered)]
+                if micro_batch + 1 == in_a:
+                    sent = [self.send(tensor).double() for tensor in total]
+                    partial = sent if partial is None else [old + new for old, new in zip(partial, sent)]
+            totals.append([self.send(tensor).double() for tensor in total])
+        mean = [sum(parts) / self.world_size for parts in zip(*totals)]
+        mean_a = [part * (n / in_a) / self.world_size for part in partial]
+
+        estimated = self._adamw(mean_a, self.theta, self.exp_avg, self.exp_avg_sq, self.step)
+        committed = self._adamw(mean, self.theta, self.exp_avg, self.exp_avg_sq, self.step)
+        norm = _norm(mean)
+        skipped = committed is None
+        before = self.theta
+        if not skipped:
+            self.theta, self.exp_avg, self.exp_avg_sq = committed
+            self.step += 1
+
+        stands_on_true = (
+            schedule == "sync"
+            or (schedule == "acco" and is_short)
+            or (skipped and self.stands_on_true_after_skip)
+        )
+        self.estimate = self.theta if stands_on_true else (before if estimated is None else estimated[0])
+        self.previous = self.theta if stands_on_true else before
+        if stands_on_true:
+            self.prediction = self.next_prediction = self.theta
+        elif schedule == "wp":
+            predicted = self._adamw(mean, self.theta, self.exp_avg, self.exp_avg_sq, self.step)
+            self.prediction = self.next_prediction
+            self.next_prediction = self.theta if predicted is None else predicted[0]
+        self.window += 1
+        return WindowReport(first, second, norm, skipped)
+
+    def _adamw(self, gradients: Sequence[Tensor], theta, exp_avg, exp_avg_sq, step):
+        """One AdamW step on copies: (theta, exp_avg, exp_avg_sq), or None for a gradient that is not finite."""
+        norm = _norm(gradients)
+        if not torch.isfinite(torch.tensor(norm)):
+            return None
+        scale = 1.0
+        if self.clip_grad > 0:
+            scale = 1.0 / max(1.0, (norm + 1e-6) / self.clip_grad)
+        results = ([], [], [])
+        for gradient, p, m, v, hyper in zip(gradients, theta, exp_avg, exp_avg_sq, self.hyper):
+            g = gradient * scale
+            m = hyper.beta1 * m + (1 - hyper.beta1) * g
+            v = hyper.beta2 * v + (1 - hyper.beta2) * g * g
+            m_hat = m / (1 - hyper.beta1 ** (step + 1))
+            v_hat = v / (1 - hyper.beta2 ** (step + 1))
+            p = p - hyper.lr * hyper.weight_decay * p - hyper.lr * m_hat / (v_hat.sqrt() + hyper.eps)
+            for result, tensor in zip(results, (p, m, v)):
+                result.append(tensor)
+        return results
+
+
+def _norm(gradients: Sequence[Tensor]) -> float:
+    return float(torch.sqrt(sum((gradient.double() ** 2).sum() for gradient in gradients)))

@@ -1,0 +1,132 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""THE ALGORITHM: which round runs behind which computation (ACCO, arXiv 2406.02613, sections 3 and 4).
+
+A *window* is one optimizer step: the micro-batches of phase A, then those of phase B. A *round* is one background job:
+reduce-scatter the gradients, update this rank's shard, all-gather the weights. At every boundary the same thing happens,
+in this order: finish the running round, install the weights it gathered, start the next round.
+
+``acco``: phase A at the estimated weights, phase B at the true ones; each round hides behind one phase::
+
+              window t                          window t+1
+    compute | A at estimate[t] | B at true[t]  | A at estimate[t+1] | B at true[t+1] |
+    rounds  |    COMMIT t-1    |   ESTIMATE t  |     COMMIT t       |  ESTIMATE t+1  |
+                               ^               ^                    ^
+                    installs true[t]   installs estimate[t+1]   installs true[t+1]
+
+``dpu`` (delayed update) computes window t at true[t-1] over COMMIT t-1; ``wp`` (weight prediction) computes it at
+prediction[t] over PREDICT t-1, which is COMMIT t-1 followed by a discarded second step; ``sync`` waits for COMMIT t::
+
+    compute |     window t     |    window t+1    |          compute | window t |          | window t+1 |
+    rounds  | COMMIT t-1 (dpu) |  COMMIT t (dpu)  |          rounds             | COMMIT t |  (sync)
+            | PREDICT t-1 (wp) |  PREDICT t (wp)  |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+
+class Phase(Enum):
+    """The part of the window that is being computed."""
+
+    A = "A"
+    B = "B"
+
+
+class Place(Enum):
+    """Where the newest true weights are in full, once the running round is finished."""
+
+    LIVE = "live"  # the model's own parameters
+    COMM = "comm"  # the communication buffer, not installed yet
+    SHARDS = "shards"  # nowhere: only the ranks' master shards together have them
+
+
+@dataclass(frozen=True)
+class Round:
+    """One background job: what it reduces, what it writes, and which weights are installed after it."""
+
+    name: str
+    reduces: Phase | None  # gradients of this phase only; None: of the whole window
+    writes_state: bool  # master, exp_avg, exp_avg_sq and step
+    predicts: bool  # gathers the result of a second, discarded step instead of the true weights
+    leaves_true_weights: Place  # where the true weights are between its end and the installation
+
+
+ESTIMATE = Round("ESTIMATE", reduces=Phase.A, writes_state=False, predicts=False, leaves_true_weights=Place.LIVE)
+COMMIT = Round("COMMIT", reduces=None, writes_state=True, predicts=False, leaves_true_weights=Place.COMM)
+PREDICT = Round("PREDICT", reduces=None, writes_state=True, predicts=True, leaves_true_weights=Place.SHARDS)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The rounds of one window: one that starts when phase B begins (or none), one at the window's end."""
+
+    name: str
+    at_phase_b: Round | None
+    at_window_end: Round
+    blocks: bool  # the round at the window's end is finished and installed at once
+
+
+SCHEDULES = {
+    "acco": Schedule("acco", at_phase_b=ESTIMATE, at_window_end=COMMIT, blocks=False),
+    "wp": Schedule("wp", at_phase_b=None, at_window_end=PREDICT, blocks=False),
+    "dpu": Schedule("dpu", at_phase_b=None, at_window_end=COMMIT, blocks=False),
+    "sync": Schedule("sync", at_phase_b=None, at_window_end=COMMIT, blocks=True),
+}
+
+
+def schedule_of_window(name: str, window: int, overlap_warmup_steps: int) -> Schedule:
+    """The schedule that window number ``window`` (from 0) follows: the first ones may run as ``sync``."""
+    return SCHEDULES["sync" if window < overlap_warmup_steps else name]
+
+
+def blocks_at_end(schedule: Schedule, phase: Phase) -> bool:
+    """Whether the window's last round must be installed at once: always in ``sync``, and for a window of a two-phase
+    schedule that ended before its phase B, so that there is no estimate to compute the next phase A at."""
+    return schedule.blocks or (schedule.at_phase_b is not None and phase is Phase.A)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stands. A micro-batch is everything from the first forward that builds a graph after a backward
+    to the last backward before the next such forward; it counts once."""
+
+    window: int = 0
+    phase: Phase = Phase.A
+    micro_batches: int = 0  # of this window
+    micro_batches_in_a: int = 0  # of this window, fixed when phase B begins
+    is_graph_outstanding: bool = False  # a training forward was seen and no backward since
+    is_eval_graph_outstanding: bool = False  # the same of an eval-mode forward, which may never get a backward
+
+    def after_forward(self) -> Position:
+        return replace(self, is_graph_outstanding=True)
+
+    def after_eval_forward(self) -> Position:
+        return replace(self, is_eval_graph_outstanding=True)
+
+    def after_backward(self) -> Position:
+        counted = self.micro_batches + (self.is_graph_outstanding or self.is_eval_graph_outstanding)
+        return replace(
+            self, micro_batches=counted, is_graph_outstanding=False, is_eval_graph_outstanding=False
+        )
+
+    def is_phase_a_over(self, schedule: Schedule, wanted: int) -> bool:
+        """Asked at the next forward, when no graph is outstanding: only there may weights change in mid-window."""
+        return (
+            schedule.at_phase_b is not None
+            and self.phase is Phase.A
+            and self.micro_batches >= wanted
+            and not self.is_graph_outstanding
+        )
+
+    def after_phase_a(self) -> Position:
+        return replace(self, phase=Phase.B, micro_batches_in_a=self.micro_batches)
+
+    def after_window(self) -> Position:
+        return Position(window=self.window + 1)
+
+    def after_dropped_gradients(self) -> Position:
+        """The user threw this window's gradients away: it begins again, at the weights that are installed."""
+        return Position(window=self.window)

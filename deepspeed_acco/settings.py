@@ -1,0 +1,129 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a user may write under ``"optimizer": {"type": "ACCO", "params": {...}}``: names, ranges, one clear error each."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .rounds import SCHEDULES
+
+LANES = ("auto", "inline")
+ACCUMULATIONS = ("fixed",)
+
+
+def _refuse(key: str, given: Any, allowed: str, fix: str) -> ValueError:
+    return ValueError(f"ACCO: optimizer.params.{key} = {given!r} is not allowed; allowed: {allowed}. {fix}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_choice(key: str, value: Any, choices) -> None:
+    if not isinstance(value, str) or value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f'Did you mean "{near[0]}"?' if near else "Set one of these."
+        raise _refuse(key, value, ", ".join(f'"{choice}"' for choice in choices), hint)
+
+
+def _check_number(key: str, value: Any, low: float, *, open_low: bool = False, below: float = math.inf) -> None:
+    bound = f"a number {'>' if open_low else '>='} {low:g}" + (f" and < {below:g}" if below < math.inf else "")
+    if not _is_number(value):
+        raise _refuse(key, value, bound, "Write it as a JSON number, without quotes.")
+    if value < low or (open_low and value == low) or value >= below:
+        raise _refuse(key, value, bound, "Choose a value in that range.")
+
+
+@dataclass(frozen=True)
+class AdamWHyper:
+    """The AdamW hyper-parameters of one parameter group at one moment (defaults: torch.optim.AdamW's)."""
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+
+    @classmethod
+    def from_group(cls, group: Mapping[str, Any]) -> AdamWHyper:
+        """Copies the numbers out of a ``param_groups`` entry; later changes by a scheduler do not reach the copy."""
+        beta1, beta2 = group["betas"]
+        return cls(float(group["lr"]), float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"]))
+
+
+def check_adamw(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
+    """Raises ValueError for hyper-parameters that AdamW cannot use, naming the key as the JSON spells it."""
+    _check_number("lr", lr, 0.0)
+    if not isinstance(betas, (list, tuple)) or len(betas) != 2:
+        raise _refuse("betas", betas, "a list of two numbers", "For example [0.9, 0.999].")
+    for beta in betas:
+        if not _is_number(beta) or not 0.0 <= beta < 1.0:
+            raise _refuse("betas", betas, "two numbers >= 0 and < 1", "For example [0.9, 0.999].")
+    _check_number("eps", eps, 0.0)
+    _check_number("weight_decay", weight_decay, 0.0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """ACCO's own keys (the rest of ``params`` is AdamW's).
+
+    Attributes:
+        schedule: ``acco``, ``wp``, ``dpu`` or ``sync`` (rounds.py).
+        estimate_fraction: part of the window's micro-batches that phase A has, in (0, 1).
+        overlap_warmup_steps: so many first windows run as ``sync``.
+        accumulation: ``fixed``: every window has ``gradient_accumulation_steps`` micro-batches.
+        lane: ``auto``: a side stream on CUDA, a worker thread on CPU; ``inline``: blocking, for debugging.
+        comm_timeout_s: timeout of ACCO's own process group in seconds; None: DeepSpeed's default.
+    """
+
+    schedule: str = "acco"
+    estimate_fraction: float = 0.5
+    overlap_warmup_steps: int = 0
+    accumulation: str = "fixed"
+    lane: str = "auto"
+    comm_timeout_s: float | None = None
+
+    def __post_init__(self):
+        _check_choice("schedule", self.schedule, tuple(SCHEDULES))
+        _check_number("estimate_fraction", self.estimate_fraction, 0.0, open_low=True, below=1.0)
+        steps = self.overlap_warmup_steps
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            raise _refuse("overlap_warmup_steps", steps, "a whole number >= 0", "0 overlaps from the first step on.")
+        _check_choice("accumulation", self.accumulation, ACCUMULATIONS)
+        _check_choice("lane", self.lane, LANES)
+        if self.comm_timeout_s is not None:
+            _check_number("comm_timeout_s", self.comm_timeout_s, 0.0, open_low=True)
+
+
+ADAMW_KEYS = ("lr", "betas", "eps", "weight_decay")
+ACCO_KEYS = tuple(field.name for field in fields(Settings))
+
+
+def refuse_unknown(keys) -> None:
+    """Raises ValueError for the first key that neither AdamW nor ACCO has."""
+    allowed = ADAMW_KEYS + ACCO_KEYS
+    for key in keys:
+        near = difflib.get_close_matches(key, allowed, n=1)
+        hint = f'Did you mean "{near[0]}"?' if near else "Remove it."
+        raise ValueError(f"ACCO: unknown key optimizer.params.{key}; allowed: {', '.join(allowed)}. {hint}")
+
+
+def phase_a_micro_batches(window_micro_batches: int, estimate_fraction: float) -> int:
+    """Micro-batches of phase A in a window of n: round(n * fraction), at least 1 and at most n - 1.
+
+    Raises:
+        ValueError: for n < 2, which has no room for two phases.
+    """
+    n = window_micro_batches
+    if n < 2:
+        raise ValueError(
+            f'ACCO: gradient_accumulation_steps = {n} is not allowed with optimizer.params.schedule = "acco"; allowed: '
+            ">= 2, since a window has two phases. Set gradient_accumulation_steps to 2 and halve "
+            'train_micro_batch_size_per_gpu, or use the schedule "wp", "dpu" or "sync"'
+        )
+    return min(max(round(n * estimate_fraction), 1), n - 1)

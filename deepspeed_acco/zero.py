@@ -1,0 +1,411 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSpeed's ZeRO-1 optimizer with the stepping replaced: engine events become calls on rounds and the driver.
+
+Partitioning, master weights, hp mapping and checkpoint layout are inherited (deepspeed/runtime/zero/stage_1_and_2.py).
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import contextmanager
+
+import torch
+from deepspeed.constants import default_pg_timeout
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch.utils._pytree import tree_leaves
+
+from .buffers import FlatBuffers
+from .comm import Communicator, max_over_ranks
+from .driver import RoundDriver, RoundInputs
+from .lanes import LaneTimes, make_lane
+from .layout import GroupLayout
+from .optimizer import ACCO
+from .rounds import Place, Position, Schedule, blocks_at_end, schedule_of_window
+from .settings import AdamWHyper, phase_a_micro_batches
+from .update import AdamWShard
+
+
+class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
+    """ZeRO-1 with ACCO's rounds. Built by the engine; takes whatever arguments its DeepSpeed version passes."""
+
+    def __init__(self, init_optimizer: ACCO, *args, **kwargs):
+        # The hooks that the parent makes report every gradient here; it makes them only with one of these options.
+        kwargs["contiguous_gradients"] = True
+        kwargs["overlap_comm"] = False
+        self._driver: RoundDriver | None = None
+        super().__init__(init_optimizer, *args, **kwargs)
+        # Without this attribute the engine itself refuses coalesce_grad_reduction(), which drives the parent's buckets.
+        if hasattr(self, "_coalesce_grad_reduction"):
+            del self._coalesce_grad_reduction
+        self._settings = init_optimizer.settings
+        self._position = Position()
+        self._engine = None
+        self._divisor = 1.0
+        self._are_gradients_clean = True
+        self._look_depth = 0
+        self._hooks = []
+
+        live = self.bit16_groups_flat
+        dtypes = {flat.dtype for flat in live}
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"ACCO: parameters of several dtypes {sorted(map(str, dtypes))} are not allowed; allowed: one. Convert the "
+                "trainable parameters to one dtype or freeze the others"
+            )
+        timeout_s = self._settings.comm_timeout_s or default_pg_timeout.total_seconds()
+        device = live[0].device
+        lane = make_lane(self._settings.lane, device)
+        comm = Communicator(self.dp_process_group, device, timeout_s)
+        layouts = [GroupLayout(flat.numel(), comm.world_size, comm.rank) for flat in live]
+        buffers = FlatBuffers(live, layouts, self.gradient_accumulation_dtype, self.communication_data_type)
+        self._driver = RoundDriver(buffers, self._make_shards(), comm, lane)
+        # A script that ends without engine.destroy(): finish the round and leave the group while threads still work.
+        self._driver_at_exit = weakref.finalize(self, RoundDriver.close, self._driver)
+        self._group_of = {id(param): i for i, group in enumerate(self.bit16_groups) for param in group}
+        self._grad_views = {
+            id(param): self._view_of(param, live[i], buffers.grads[i])
+            for i, group in enumerate(self.bit16_groups)
+            for param in group
+        }
+        self._attach_gradients()
+
+    def _make_shards(self) -> list[AdamWShard]:
+        shards = []
+        for master in self.single_partition_of_fp32_groups:
+            state = self.optimizer.state[master]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+            state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
+            state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
+            shards.append(AdamWShard(master, state["exp_avg"], state["exp_avg_sq"], state["step"]))
+        return shards
+
+    @staticmethod
+    def _view_of(param, flat, grads):
+        # Padding and order inside the flat group are DeepSpeed's and changed between versions: ask the addresses.
+        offset = (param.data_ptr() - flat.data_ptr()) // flat.element_size()
+        return grads.narrow(0, offset, param.numel()).view(param.shape)
+
+    # ---- attaching to the engine
+
+    def attach(self, engine) -> None:
+        """Puts the hooks on ``engine.module`` and takes over what only the engine knows. Once, by plugin.py."""
+        self._engine = weakref.ref(engine)
+        data_parallel = self._driver.comm.world_size / float(self.sequence_parallel_size)
+        self._divisor = data_parallel if self.gradient_average else 1.0
+        root = engine.module
+        before_forward = torch.compiler.disable(self._as_hook(AccoZeroOptimizer._before_forward, root))
+        after_forward = torch.compiler.disable(self._as_hook(AccoZeroOptimizer._after_forward, root))
+        self._hooks += [
+            root.register_forward_pre_hook(before_forward),
+            root.register_forward_hook(after_forward, always_call=True),
+        ]
+        for part in root.modules():
+            before_state_dict = self._as_hook(AccoZeroOptimizer._before_state_dict, part)
+            after_state_dict = self._as_hook(AccoZeroOptimizer._after_state_dict, part)
+            self._hooks += [
+                part.register_state_dict_pre_hook(before_state_dict),
+                part.register_state_dict_post_hook(after_state_dict),
+            ]
+        self._driver.comm.require_same(
+            repr([(layout.padded_numel, layout.world_size) for layout in self._driver.buffers.layouts])
+            + repr((self._settings, self._micro_batches_per_window(), self.clip_grad, str(self.dtype)))
+            + repr((str(self.gradient_accumulation_dtype), str(self.communication_data_type)))
+        )
+
+    def _as_hook(self, method, owner):
+        """A function and not a bound method: ``copy.deepcopy(module)`` (an averaged model, say) then copies neither this
+        optimizer nor its process group, and the copy's own calls are none of our business."""
+        optimizer, owner = weakref.ref(self), weakref.ref(owner)
+
+        def hook(module, *args):
+            if module is owner() and optimizer() is not None:
+                method(optimizer(), module, *args)
+
+        return hook
+
+    @property
+    def settings(self):
+        """The validated :class:`~deepspeed_acco.settings.Settings`."""
+        return self._settings
+
+    @property
+    def lane_name(self) -> str:
+        """``stream``, ``thread`` or ``inline``."""
+        return self._driver.lane.name
+
+    def own_bytes(self) -> int:
+        """Bytes that this rank holds beyond weights, master weights and Adam state."""
+        return self._driver.buffers.own_bytes()
+
+    def lane_times(self) -> LaneTimes:
+        """How long the rounds took and how much of that training waited for, in seconds."""
+        return self._driver.lane.times()
+
+    def _micro_batches_per_window(self) -> int:
+        return self._engine().gradient_accumulation_steps()
+
+    # ---- gradients: A
+
+    def process_gradients(self, param, i):
+        """Called after each accumulation of a parameter's gradient (the parent's hook): A must have all of it."""
+        if param.grad.is_sparse:
+            raise ValueError(
+                "ACCO: sparse gradients are not allowed; allowed: dense. Build the embedding with sparse=False"
+            )
+        view = self._grad_views[id(param)]
+        self._are_gradients_clean = False
+        if view.dtype != param.dtype:
+            view.add_(param.grad)
+            param.grad = None
+        elif param.grad is not view:  # after zero_grad(set_to_none=True) or create_graph=True: it is the whole sum
+            view.copy_(param.grad.detach())
+            param.grad = view
+
+    def _attach_gradients(self):
+        """``p.grad`` is a view into A where the dtypes allow it, so that autograd accumulates there. A view that was
+        dropped in mid-window means zero, as for every optimizer."""
+        if self.gradient_accumulation_dtype != self.dtype:
+            return
+        for group in self.bit16_groups:
+            for param in group:
+                view = self._grad_views[id(param)]
+                if param.grad is not view:
+                    if param.grad is not None:
+                        view.copy_(param.grad.detach())
+                        self._are_gradients_clean = False
+                    elif not self._are_gradients_clean:
+                        view.zero_()
+                    param.grad = view
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients of the window so far. The engine calls this after each step, when there are none."""
+        if not self._are_gradients_clean:
+            self._driver.buffers.clear_gradients()
+            self._are_gradients_clean = True
+            if self._position.micro_batches:
+                self._restart_window()
+
+    def _restart_window(self):
+        if self._position.micro_batches_in_a:
+            self._driver.settle()  # the estimate was made of gradients that are gone
+        self._position = self._position.after_dropped_gradients()
+
+    # ---- events of training
+
+    def _schedule(self) -> Schedule:
+        return schedule_of_window(
+            self._settings.schedule, self._position.window, self._settings.overlap_warmup_steps
+        )
+
+    def _before_forward(self, module, args) -> None:
+        """Every forward of the engine's module. In mid-window weights change here and nowhere else."""
+        if not module.training:
+            self._driver.show_true()
+            return
+        self._driver.hide_true()
+        if not torch.is_grad_enabled():
+            return
+        schedule = self._schedule()
+        if schedule.at_phase_b is not None and self._position.micro_batches:
+            n = self._micro_batches_per_window()
+            wanted = phase_a_micro_batches(n, self._settings.estimate_fraction)
+            if self._position.is_phase_a_over(schedule, wanted):
+                self._position = self._position.after_phase_a()
+                inputs = self._inputs(n / self._position.micro_batches_in_a)
+                self._driver.turn(schedule.at_phase_b, inputs, clears=False, blocks=False)
+        self._attach_gradients()
+
+    def _after_forward(self, module, args, output) -> None:
+        if torch.is_grad_enabled():
+            self._guard(output)
+            position = self._position
+            self._position = position.after_forward() if module.training else position.after_eval_forward()
+        if not module.training and self._position.is_graph_outstanding:
+            self._driver.hide_true()  # a training graph waits for its backward: it needs its weights back
+
+    def _guard(self, output):
+        """Autograd does not notice a copy into parameters: compare the weights' version when the backward comes."""
+        version = self._driver.weights_version
+
+        def check(grad):
+            if self._driver.weights_version != version:
+                raise RuntimeError(
+                    "ACCO: the weights changed between this forward and its backward (another training forward after a "
+                    "backward, a step or an evaluation came in between), so its gradient would be wrong. Run the backward "
+                    "of every forward before the next forward that follows a backward, and evaluate under torch.no_grad()"
+                )
+
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                leaf.register_hook(check)
+
+    def backward_prologue(self, *args, **kwargs) -> None:
+        """Nothing: the parent would allocate reduction buckets here (DeepSpeed <= 0.18.2)."""
+
+    def reduce_gradients(self, pipeline_parallel=False) -> None:
+        """Nothing: the rounds reduce."""
+
+    def backward_epilogue(self, *args, **kwargs) -> None:
+        """Once after every backward, in every style of accumulation and version of DeepSpeed."""
+        self._position = self._position.after_backward()
+
+    def step(self, closure=None) -> None:
+        """The end of a window: start its COMMIT and install what training goes on with.
+
+        ``overflow`` and ``_global_grad_norm`` are set as the engine reads them right after. The norm is that of the
+        newest finished COMMIT: of the previous window where rounds overlap, 0.0 at first.
+        """
+        driver, schedule = self._driver, self._schedule()
+        inputs = self._inputs(1.0)
+        self.overflow = self.dtype == torch.float16 and self._has_overflow_now()
+        self._update_scale(self.overflow)
+        if self.overflow:
+            driver.settle()
+            driver.buffers.clear_gradients()
+            self._global_grad_norm = float("inf")
+        else:
+            blocks = blocks_at_end(schedule, self._position.phase)
+            following = schedule.at_window_end
+            driver.turn(following, inputs, clears=True, blocks=blocks)
+            self._global_grad_norm = driver.norm_or_zero()
+        if not getattr(self, "compute_grad_norm", True):
+            self._global_grad_norm = None
+        self._are_gradients_clean = True
+        self._position = self._position.after_window()
+        self._engine().skipped_steps += driver.take_skipped()
+
+    def _inputs(self, renormalise: float) -> RoundInputs:
+        """Captures what the round needs now. The mean is the sum of what the backwards delivered over the ranks' number;
+        fp16 divides before it sums, so that the sum cannot overflow."""
+        if not self.postscale_gradients or self.communication_data_type == torch.float16:
+            pre_scale = 1.0 / self._divisor
+        else:
+            pre_scale = 1.0 / self.gradient_predivide_factor
+        grad_scale = renormalise / (self._divisor * pre_scale * self.loss_scale)
+        hyper = tuple(AdamWHyper.from_group(group) for group in self.optimizer.param_groups)
+        return RoundInputs(hyper, pre_scale, grad_scale, self.clip_grad)
+
+    def _has_overflow_now(self) -> bool:
+        """Whether any rank's own gradients are not finite: fp16's loss scaler must know before the step counts."""
+        # The largest absolute value is NaN or inf where any element is; no temporary of the gradients' size is made.
+        largest = torch.stack([torch.linalg.vector_norm(grads, float("inf")) for grads in self._driver.buffers.grads])
+        overflow = (~largest.isfinite()).any().to(torch.uint8)
+        max_over_ranks(overflow, self.dp_process_group)
+        return bool(overflow)
+
+    # ---- the true weights
+
+    @contextmanager
+    def true_weights(self):
+        """The parameters hold the true weights inside; see :func:`deepspeed_acco.true_weights`."""
+        was_showing = self._driver.is_showing_true
+        self._driver.show_true()
+        self._look_depth += 1
+        try:
+            yield
+        finally:
+            self._look_depth -= 1
+            if not was_showing and not self._look_depth:
+                self._driver.hide_true()
+
+    def _before_state_dict(self, module, prefix, keep_vars) -> None:
+        if not self._position.is_graph_outstanding:
+            self._driver.show_true()  # until the next training forward, so that the returned references stay true
+
+    def _after_state_dict(self, module, state_dict, prefix, local_metadata) -> None:
+        if self._position.is_graph_outstanding and not self._driver.is_showing_true:
+            self._put_true_copies(module, state_dict, prefix)
+
+    def _put_true_copies(self, module, state_dict, prefix):
+        """Between a forward and its backward the weights must stay: put copies of the true ones into the dictionary."""
+        driver = self._driver
+        driver.finish()
+        place = driver.running.leaves_true_weights if driver.running is not None else Place.LIVE
+        if place is Place.LIVE:
+            return
+        if place is Place.SHARDS:
+            raise RuntimeError(
+                'ACCO: with the schedule "wp" state_dict() cannot be taken between a forward and its backward, because '
+                "the true weights must be gathered into the model. Take it after the backward"
+            )
+        for name, param in module.named_parameters(recurse=False):
+            key = prefix + name
+            group = self._group_of.get(id(param))
+            if key in state_dict and group is not None:
+                true = self._view_of(param, driver.buffers.live[group], driver.buffers.comm_weights[group])
+                state_dict[key] = true.clone()
+
+    def checkpoint_event_prologue(self) -> None:
+        """The engine is about to save or load: no round in flight, the module shows the true weights."""
+        self._driver.show_true()
+        self._driver.finish()
+
+    def checkpoint_event_epilogue(self) -> None:
+        """The true weights stay shown until training goes on."""
+
+    def load_state_dict(self, *args, **kwargs):
+        """As the parent's; training then stands on the loaded true weights."""
+        super().load_state_dict(*args, **kwargs)
+        self._adopt_loaded()
+
+    def _restore_from_bit16_weights(self):
+        super()._restore_from_bit16_weights()
+        self._adopt_loaded()
+
+    def update_lp_params(self):
+        """After a universal checkpoint: the live weights from the loaded masters of all ranks."""
+        self._adopt_loaded()
+        super().update_lp_params()
+
+    def _adopt_loaded(self):
+        driver = self._driver
+        driver.adopt_live()
+        driver.buffers.clear_gradients()
+        self._are_gradients_clean = True
+        self._position = Position(window=self._position.window)
+        # torch's Optimizer.load_state_dict replaces the state tensors: point at the ones that are there now.
+        for shard, master in zip(driver.shards, self.single_partition_of_fp32_groups):
+            state = self.optimizer.state[master]
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=master.device).reshape(())
+            shard.exp_avg, shard.exp_avg_sq, shard.step = state["exp_avg"], state["exp_avg_sq"], state["step"]
+
+    # ---- the end
+
+    def destroy(self) -> None:
+        """Leaves the true weights in the module and ends lane, group and hooks. Harmless when called again.
+
+        With ``wp`` this gathers the weights, so every rank must call it; at the interpreter's exit it does not.
+        """
+        driver, self._driver = self._driver, None
+        if driver is None:
+            return
+        self._driver_at_exit.detach()
+        for hook in self._hooks:
+            hook.remove()
+        try:
+            if driver.comm.is_alive:
+                driver.settle()
+        finally:
+            driver.close()
+            super().destroy()
+
+
+@contextmanager
+def true_weights(engine):
+    """``with deepspeed_acco.true_weights(engine):`` the parameters of ``engine.module`` hold the true weights, those of
+    the newest COMMIT, and training goes on afterwards as if nobody had looked.
+
+    Evaluation, ``state_dict()`` and checkpoints need no such block. With the schedule ``wp`` every rank must enter it.
+
+    Raises:
+        ValueError: when the engine does not train with ACCO.
+    """
+    optimizer = getattr(engine, "optimizer", None)
+    if not isinstance(optimizer, AccoZeroOptimizer):
+        raise ValueError(
+            f"ACCO: true_weights() got an engine with {type(optimizer).__name__}; allowed: one whose optimizer.type is "
+            '"ACCO". With every other optimizer the parameters are the true weights already'
+        )
+    with optimizer.true_weights():
+        yield

@@ -1,0 +1,26 @@
+import os
+
+import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from tests.ranks import RankPool  # noqa: E402
+
+_POOLS: dict[int, RankPool] = {}
+
+
+@pytest.fixture
+def ranks():
+    """``ranks(n)``: a pool of n ranks, kept from test to test and made anew after a failure."""
+
+    def pool(world_size: int) -> RankPool:
+        if world_size not in _POOLS or not _POOLS[world_size].is_usable:
+            _POOLS[world_size] = RankPool(world_size)
+        return _POOLS[world_size]
+
+    return pool
+
+
+def pytest_sessionfinish(session, exitstatus):
+    for pool in _POOLS.values():
+        pool.close()

@@ -1,0 +1,132 @@
+"""The runs of training.py in the one-process reference, and the distance between the two."""
+
+from __future__ import annotations
+
+import torch
+
+from deepspeed_acco.reference import Reference, ReferenceHyper
+from tests.training import DTYPES, HYPER, batch, make_network, param_groups
+
+
+def _groups_of(module, groups):
+    made = param_groups(module, groups)
+    if groups == 1:
+        return [made], [ReferenceHyper(HYPER["lr"], *HYPER["betas"], HYPER["eps"], HYPER["weight_decay"])]
+    hyper = [
+        ReferenceHyper(g.get("lr", HYPER["lr"]), *HYPER["betas"], HYPER["eps"], g["weight_decay"]) for g in made
+    ]
+    return [g["params"] for g in made], hyper
+
+
+def _flatten(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _split(flat, like):
+    pieces, start = [], 0
+    for tensor in like:
+        pieces.append(flat[start : start + tensor.numel()].view(tensor.shape))
+        start += tensor.numel()
+    return pieces
+
+
+def run_reference(
+    *,
+    schedule,
+    world_size,
+    windows,
+    n,
+    a,
+    clip=0.0,
+    groups=1,
+    precision="fp32",
+    counts=None,
+    warmup=0,
+    lr_decay=None,
+    scales=None,
+    seed=5,
+):
+    """The same training, dense and in float64. In 16 bit the forward and backward run in that dtype on the same rounded
+    weights, sums are rounded where the run rounds them, and only the rest is float64.
+
+    Args:
+        scales: fp16: the loss scale of each window.
+    Returns:
+        dict with losses (rank 0, every micro-batch), norms, weights (trainable parameters in the module's order).
+    """
+    kind, _, accumulation = precision.partition("+")
+    dtype = DTYPES[kind] if kind != "fp32" else torch.float64
+    accumulation_dtype = {"": dtype, "fp32": torch.float32}[accumulation]
+    module = make_network(seed).to(dtype)
+    parameters, hyper = _groups_of(module, groups)
+    losses = []
+    scale = [1.0]
+
+    def gradient(weights, rank, window, micro_batch):
+        with torch.no_grad():
+            for flat, group in zip(weights, parameters):
+                for param, value in zip(group, _split(flat, group)):
+                    param.copy_(value)
+                    param.grad = None
+        x, y = batch(rank, window, micro_batch)
+        loss = module(x.to(dtype), y.to(dtype))
+        if rank == 0:
+            losses.append(loss.item())
+        delivered = loss / n if kind != "fp16" and kind != "fp16static" else loss.float() / n * scale[0]
+        delivered.backward()
+        return [
+            _flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in group]).to(accumulation_dtype)
+            for group in parameters
+        ]
+
+    def accumulate(total, new):
+        return (total.to(accumulation_dtype) + new).to(accumulation_dtype)
+
+    def send(total):
+        if kind == "fp32":
+            return total
+        if dtype is torch.float16:
+            return (total * (1.0 / world_size)).to(dtype).double() * (world_size / scale[0])
+        return total.to(dtype)
+
+    reference = Reference(
+        [_flatten(group) for group in _groups_of(make_network(seed), groups)[0]],
+        hyper,
+        schedule,
+        world_size,
+        clip,
+        see=(lambda weights: weights) if kind == "fp32" else (lambda weights: weights.float().to(dtype)),
+        accumulate=accumulate,
+        send=send,
+        stands_on_true_after_skip=dtype is torch.float16,
+    )
+    norms, lowest_lr = [], [h.lr for h in hyper]
+    for window in range(windows):
+        if scales is not None:
+            scale[0] = scales[window]
+        count = counts[window] if counts else n
+        report = reference.run_window(gradient, n, a, count, runs_sync=window < warmup)
+        norms.append(report.grad_norm)
+        if lr_decay is not None and not (report.skipped and dtype is torch.float16):
+            lowest_lr = [lr * lr_decay for lr in lowest_lr]
+            for h, lr in zip(hyper, lowest_lr):
+                h.lr = lr
+    by_parameter = {}
+    for flat, group in zip(reference.theta, parameters):
+        for param, value in zip(group, _split(flat, group)):
+            by_parameter[id(param)] = value
+    return {
+        "losses": losses,
+        "norms": norms,
+        "weights": [by_parameter[id(p)] for p in module.parameters() if p.requires_grad],
+    }
+
+
+def start_weights(seed=5):
+    return [p.detach().double() for p in make_network(seed).parameters() if p.requires_grad]
+
+
+def distance(weights, reference, seed=5) -> float:
+    """|weights - reference| over the distance that the reference moved from the start."""
+    mine, theirs, start = _flatten([w.double() for w in weights]), _flatten(reference), _flatten(start_weights(seed))
+    return float((mine - theirs).norm() / (theirs - start).norm())

@@ -1,0 +1,114 @@
+"""Real processes for the distributed tests: a pool of gloo ranks that run one function after the other.
+
+A function that raises on any rank fails the test with that rank's traceback; one that hangs is killed after a limit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+
+LIMIT_S = 240
+
+
+class RankError(AssertionError):
+    """A rank raised; the message holds its number and traceback."""
+
+
+def _rank_main(rank, world_size, rendezvous, pipe, environment):
+    os.environ.update(environment)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timedelta(seconds=LIMIT_S)
+    )
+    while True:
+        task = pipe.recv()
+        if task is None:
+            break
+        module, name, arguments = task
+        try:
+            result = getattr(importlib.import_module(module), name)(**arguments)
+            pipe.send(("done", result))
+        except BaseException as error:
+            pipe.send(("error", f"rank {rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}"))
+    dist.destroy_process_group()
+
+
+class RankPool:
+    """``world_size`` spawned ranks joined by a gloo group; they stay for the next call."""
+
+    def __init__(self, world_size: int, **environment: str):
+        self.world_size = world_size
+        self._folder = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self.processes = [], []
+        for rank in range(world_size):
+            mine, theirs = context.Pipe()
+            arguments = (rank, world_size, os.path.join(self._folder.name, "rendezvous"), theirs, environment)
+            process = context.Process(target=_rank_main, args=arguments, daemon=True)
+            process.start()
+            self._pipes.append(mine)
+            self.processes.append(process)
+
+    def start(self, function, per_rank=None, **arguments) -> None:
+        """Sends the call to every rank; ``per_rank`` is a list of extra arguments, one dictionary a rank."""
+        for rank, pipe in enumerate(self._pipes):
+            extra = per_rank[rank] if per_rank else {}
+            pipe.send((function.__module__, function.__name__, {**arguments, **extra}))
+
+    def collect(self, ranks=None, limit_s: float = LIMIT_S) -> list:
+        """The results in the order of the ranks; raises RankError for the first rank that raised, died or hung."""
+        deadline = time.monotonic() + limit_s
+        results, errors = [], []
+        for rank in range(self.world_size) if ranks is None else ranks:
+            try:
+                if not self._pipes[rank].poll(max(0.0, deadline - time.monotonic())):
+                    errors.append(f"rank {rank} gave no answer within {limit_s} s")
+                    continue
+                kind, value = self._pipes[rank].recv()
+            except EOFError:
+                self.processes[rank].join(5)
+                errors.append(f"rank {rank} died with exit code {self.processes[rank].exitcode}")
+                continue
+            if kind == "done":
+                results.append(value)
+            else:
+                errors.append(value)
+        if errors:
+            self.close()
+            raise RankError("\n".join(errors))
+        return results
+
+    def run(self, function, per_rank=None, **arguments) -> list:
+        """Runs ``function(**arguments)`` on every rank and returns the results in the order of the ranks."""
+        self.start(function, per_rank, **arguments)
+        return self.collect()
+
+    @property
+    def is_usable(self) -> bool:
+        return bool(self.processes) and all(process.is_alive() for process in self.processes)
+
+    def close(self) -> None:
+        """Ends all ranks, by force where needed."""
+        for pipe, process in zip(self._pipes, self.processes):
+            try:
+                pipe.send(None)
+            except (BrokenPipeError, OSError):
+                continue
+        for process in self.processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self.processes = []
+        self._folder.cleanup()
