@@ -44,6 +44,10 @@ def run_reference(
     warmup=0,
     lr_decay=None,
     scales=None,
+    send=None,
+    spoil=None,
+    drop=None,
+    keep=None,
     seed=5,
 ):
     """The same training, dense and in float64. In 16 bit the forward and backward run in that dtype on the same rounded
@@ -51,6 +55,10 @@ def run_reference(
 
     Args:
         scales: fp16: the loss scale of each window.
+        send: replaces the rounding of what is communicated.
+        spoil: ``spoil(rank, window, micro_batch)`` multiplies that micro-batch's targets.
+        drop: ``drop(micro_batch)``: that micro-batch's gradient is thrown away.
+        keep: called as ``keep(reference, report)`` after every window.
     Returns:
         dict with losses (rank 0, every micro-batch), norms, weights (trainable parameters in the module's order).
     """
@@ -69,35 +77,38 @@ def run_reference(
                     param.copy_(value)
                     param.grad = None
         x, y = batch(rank, window, micro_batch)
+        y = y if spoil is None else y * spoil(rank, window, micro_batch)
         loss = module(x.to(dtype), y.to(dtype))
         if rank == 0:
             losses.append(loss.item())
-        delivered = loss / n if kind != "fp16" and kind != "fp16static" else loss.float() / n * scale[0]
-        delivered.backward()
+        (loss / n * scale[0]).backward()  # in the loss's own dtype, as the engine does: at 2**16 fp16 overflows here
         return [
             _flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in group]).to(accumulation_dtype)
+            * (0 if drop is not None and drop(micro_batch) else 1)
             for group in parameters
         ]
 
     def accumulate(total, new):
         return (total.to(accumulation_dtype) + new).to(accumulation_dtype)
 
-    def send(total):
+    def rounded(total):
         if kind == "fp32":
             return total
         if dtype is torch.float16:
             return (total * (1.0 / world_size)).to(dtype).double() * (world_size / scale[0])
         return total.to(dtype)
 
+    # The engine casts the module before it copies the master weights.
+    rounded_start = make_network(seed).to(DTYPES[kind])
     reference = Reference(
-        [_flatten(group) for group in _groups_of(make_network(seed), groups)[0]],
+        [_flatten(group) for group in _groups_of(rounded_start, groups)[0]],
         hyper,
         schedule,
         world_size,
         clip,
         see=(lambda weights: weights) if kind == "fp32" else (lambda weights: weights.float().to(dtype)),
         accumulate=accumulate,
-        send=send,
+        send=send or rounded,
         stands_on_true_after_skip=dtype is torch.float16,
     )
     norms, lowest_lr = [], [h.lr for h in hyper]
@@ -107,6 +118,8 @@ def run_reference(
         count = counts[window] if counts else n
         report = reference.run_window(gradient, n, a, count, runs_sync=window < warmup)
         norms.append(report.grad_norm)
+        if keep is not None:
+            keep(reference, report)
         if lr_decay is not None and not (report.skipped and dtype is torch.float16):
             lowest_lr = [lr * lr_decay for lr in lowest_lr]
             for h, lr in zip(hyper, lowest_lr):
@@ -130,3 +143,18 @@ def distance(weights, reference, seed=5) -> float:
     """|weights - reference| over the distance that the reference moved from the start."""
     mine, theirs, start = _flatten([w.double() for w in weights]), _flatten(reference), _flatten(start_weights(seed))
     return float((mine - theirs).norm() / (theirs - start).norm())
+
+
+def trajectory(*, schedule, world_size, windows, n, a):
+    """Per window: the weights of phase A, of phase B, the newest true ones during it, and those after its COMMIT; each a
+    list of the trainable parameters in the module's order (one group, fp32)."""
+    like = [p for p in make_network().parameters() if p.requires_grad]
+    true = [start_weights()]
+    phases = []
+
+    def keep(reference, report):
+        phases.append((_split(report.phase_a_weights[0], like), _split(report.phase_b_weights[0], like)))
+        true.append(_split(reference.theta[0].clone(), like))
+
+    run_reference(schedule=schedule, world_size=world_size, windows=windows, n=n, a=a, keep=keep)
+    return [(*both, true[window], true[window + 1]) for window, both in enumerate(phases)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
@@ -69,7 +71,7 @@ def ds_config(n: int, clip: float = 0.0, precision: str = "fp32", **params) -> d
     if kind == "bf16":
         config["bf16"] = {"enabled": True}
     elif kind == "fp16":
-        config["fp16"] = {"enabled": True, "initial_scale_power": 24, "loss_scale_window": 6, "hysteresis": 1}
+        config["fp16"] = {"enabled": True, "initial_scale_power": 17, "loss_scale_window": 6, "hysteresis": 1}
     elif kind == "fp16static":
         config["fp16"] = {"enabled": True, "loss_scale": 128.0}
     if accumulation:
@@ -85,6 +87,11 @@ def start_engine(config: dict, groups: int = 1, seed: int = 5, **arguments):
 
     import deepspeed_acco  # noqa: F401
 
+    if "fp16" in config:
+        from deepspeed.accelerator import get_accelerator
+
+        # DeepSpeed asks for fast fp16 instructions, which not every CPU has; the arithmetic is there on all.
+        get_accelerator().is_fp16_supported = lambda: True
     module = make_network(seed)
     engine, *_ = deepspeed.initialize(
         model=module, model_parameters=param_groups(module, groups), config=config, **arguments
@@ -107,37 +114,52 @@ def live_weights(engine) -> list[torch.Tensor]:
 
 
 def train(config, windows, groups=1, precision="fp32", counts=None, style="engine", look=None, lr_decay=None):
-    """Trains under DeepSpeed and returns what the reference must give, too.
+    """Trains with ACCO under DeepSpeed and returns what the reference must give, too.
 
     Args:
         counts: micro-batches of each window, where they differ from n (the boundary is then set by hand).
         style: ``engine``, ``torch`` (``loss.backward()``), ``no_sync``, ``boundary`` or ``unmanaged``.
-        look: called as ``look(engine, window, micro_batch)`` between micro-batches; must not change the trajectory.
+        look: name of a function of this file, called as ``look(engine, window, micro_batch)`` after every backward; it
+            must not change the trajectory.
     """
-    import torch.distributed as dist
-
-    rank = dist.get_rank()
     arguments = {}
     if lr_decay is not None:
         arguments["lr_scheduler"] = lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, lr_decay)
     if style == "unmanaged":
         config = {**config, "managed_gradient_accumulation": False}
     engine = start_engine(config, groups, **arguments)
-    n = engine.gradient_accumulation_steps()
+    record = run_windows(engine, windows, precision, counts, style, globals()[look] if look else None)
+    record["weights"] = true_master_weights(engine)
+    record["live"] = live_weights(engine)
+    engine.destroy()
+    record["after_destroy"] = live_weights(engine)
+    return record
+
+
+def train_stock(config, windows, groups=1, precision="fp32"):
+    """The same loop with whatever optimizer the JSON names."""
+    engine = start_engine(config, groups)
+    record = run_windows(engine, windows, precision)
+    engine.destroy()
+    return record
+
+
+def run_windows(engine, windows, precision="fp32", counts=None, style="engine", look=None, first_window=0):
+    """The training loop: per-micro-batch losses, and after each window norm, skipped steps, lr, scale and replica sum."""
+    import torch.distributed as dist
+
+    rank = dist.get_rank()
     dtype = DTYPES[precision.partition("+")[0]]
     record = {"losses": [], "norms": [], "replicas": [], "skipped": [], "lr": [], "scale": []}
-    for window in range(windows):
-        count = counts[window] if counts else n
+    for window in range(first_window, first_window + windows):
+        count = counts[window] if counts else engine.gradient_accumulation_steps()
         for micro_batch in range(count):
             is_last = micro_batch == count - 1
-            if style == "boundary" or counts:
-                engine.set_gradient_accumulation_boundary(is_last)
+            if style in ("boundary", "no_sync") or counts:
+                # With no_sync the flag stays up from the step before: it must not count inside.
+                engine.set_gradient_accumulation_boundary(is_last or style == "no_sync")
             x, y = batch(rank, window, micro_batch, dtype)
-            if style == "no_sync" and not is_last:
-                with engine.no_sync():
-                    loss = engine(x, y)
-                    engine.backward(loss)
-            else:
+            with engine.no_sync() if style == "no_sync" and not is_last else nullcontext():
                 loss = engine(x, y)
                 if style == "torch":
                     engine.scale(loss).backward()
@@ -146,18 +168,33 @@ def train(config, windows, groups=1, precision="fp32", counts=None, style="engin
             record["losses"].append(loss.item())
             if look is not None:
                 look(engine, window, micro_batch)
-            if style == "engine" or (style == "torch") or is_last:
-                if style != "unmanaged" or is_last:
-                    if style == "no_sync" and n > 1:
-                        engine.set_gradient_accumulation_boundary(True)
-                    engine.step()
+            if is_last or style in ("engine", "torch", "boundary"):
+                engine.step()
         record["norms"].append(float(engine.get_global_grad_norm()))
         record["skipped"].append(engine.skipped_steps)
         record["lr"].append(engine.get_lr()[0])
-        record["scale"].append(engine.optimizer.cur_scale)
+        record["scale"].append(getattr(engine.optimizer, "cur_scale", 1.0))
         record["replicas"].append(torch.cat([p.flatten() for p in live_weights(engine)]).double().sum().item())
-    record["weights"] = true_master_weights(engine)
-    record["live"] = live_weights(engine)
-    engine.destroy()
-    record["after_destroy"] = live_weights(engine)
     return record
+
+
+def look_in_every_way(engine, window, micro_batch):
+    """Evaluates, reads state_dict() and the true weights at changing moments of the window."""
+    import deepspeed_acco
+
+    x, y = batch(77, window, micro_batch, next(engine.module.parameters()).dtype)
+    if micro_batch % 2 == 0:
+        engine.eval()
+        with torch.no_grad():
+            engine(x, y)
+        engine.train()
+    if (window + micro_batch) % 3 == 0:
+        engine.module.state_dict()
+        engine.module.first.state_dict()
+    if (window + micro_batch) % 4 == 0:
+        with deepspeed_acco.true_weights(engine), deepspeed_acco.true_weights(engine):
+            live_weights(engine)
+    if window % 5 == 4 and micro_batch == 1:
+        engine.module.eval()  # a forward that builds a graph nobody uses
+        engine(x, y)
+        engine.module.train()
