@@ -5,13 +5,15 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 
 import deepspeed
 import torch
+from deepspeed.runtime import config as ds_config
 from deepspeed.runtime import engine as ds_engine
 from deepspeed.runtime.zero import utils as ds_zero_utils
-from deepspeed.utils import log_dist
+from deepspeed.utils.logging import LoggerFactory
 from packaging.version import Version
 from torch.optim import Optimizer
 
@@ -28,6 +30,7 @@ VERSION_OVERRIDE = "DEEPSPEED_ACCO_ANY_DEEPSPEED"
 TOUCH_POINTS = (
     "torch.optim.ACCO",  # the engine looks the JSON's optimizer.type up there
     "deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS",  # compared with the exact type
+    "deepspeed.runtime.config.DeepSpeedConfig.__init__",  # the same ValueError for keys that it refuses itself
     "deepspeed.runtime.engine.DeepSpeedEngine._configure_optimizer",  # errors before anything else looks at the config
     "deepspeed.runtime.engine.DeepSpeedEngine._do_optimizer_sanity_check",  # else bf16 with fp32 accumulation trains AdamW
     "deepspeed.runtime.engine.DeepSpeedEngine._configure_zero_optimizer",  # chooses the wrapper class
@@ -71,6 +74,7 @@ def register() -> None:
     }
     for name, method in wrapped.items():
         setattr(engine_class, name, method)
+    ds_config.DeepSpeedConfig.__init__ = _wrap_config(ds_config.DeepSpeedConfig.__init__)
     ds_zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(ACCO)
     torch.optim.ACCO = ACCO
 
@@ -130,26 +134,59 @@ def _wrap_configure_zero(original):
     return configure_zero_optimizer
 
 
+def _logger() -> logging.Logger:
+    """DeepSpeed's own logger hides what is not a warning; ACCO's few lines go to one of the same form that shows them."""
+    name = "deepspeed_acco"
+    if not logging.getLogger(name).handlers:
+        LoggerFactory.create_logger(name, level=logging.INFO)
+    return logging.getLogger(name)
+
+
 def _log_start(engine, wrapper: AccoZeroOptimizer) -> None:
+    if engine.global_rank != 0:
+        return
     settings = wrapper.settings
     n = engine.gradient_accumulation_steps()
     window = f"n={n}"
     if settings.schedule == "acco":
         a = phase_a_micro_batches(n, settings.estimate_fraction)
         window = f"a={a} b={n - a}"
-    log_dist(
+    logger = _logger()
+    logger.info(
         f"ACCO: schedule={settings.schedule} {window} accumulation={settings.accumulation} lane={wrapper.lane_name} "
         f"own buffers={describe_bytes(wrapper.own_bytes())} per rank, kernels=torch; "
-        "timers.throughput.synchronized set to false",
-        ranks=[0],
+        "timers.throughput.synchronized set to false"
     )
-    zero_config = engine._config.zero_config
-    given = [key for key in _NO_EFFECT if key in zero_config.model_fields_set]
+    given = [key for key in _NO_EFFECT if key in engine._config.zero_config.model_fields_set]
     if given:
         reasons = "; ".join(f"{key} ({_NO_EFFECT[key]})" for key in given)
-        log_dist(f"ACCO: accepted without effect in zero_optimization: {reasons}", ranks=[0])
+        logger.info(f"ACCO: accepted without effect in zero_optimization: {reasons}")
     if engine.wall_clock_breakdown():
-        log_dist("ACCO: wall_clock_breakdown waits for the device at every timer and costs overlap", ranks=[0])
+        logger.warning("ACCO: wall_clock_breakdown waits for the device at every timer and costs overlap")
+
+
+def _refuse(is_given, key, value, allowed, fix) -> None:
+    if is_given:
+        raise ValueError(f"ACCO: {key} = {value!r} is not allowed; allowed: {allowed}. {fix}")
+
+
+def _check_json(raw) -> None:
+    """What newer versions of DeepSpeed refuse with an error of their own while they parse the JSON."""
+    amp = raw.get("amp")
+    _refuse(isinstance(amp, dict) and amp.get("enabled"), "amp.enabled", True, "false", "Remove amp; use bf16 or fp16")
+    sparse = raw.get("sparse_gradients")
+    _refuse(sparse, "sparse_gradients", sparse, "false", "Remove it and build embeddings with sparse=False")
+
+
+def _wrap_config(original):
+    @functools.wraps(original)
+    def init(self, config, *args, **kwargs):
+        optimizer = config.get("optimizer") if isinstance(config, dict) else None
+        if isinstance(optimizer, dict) and optimizer.get("type") == ACCO.__name__:
+            _check_json(config)
+        original(self, config, *args, **kwargs)
+
+    return init
 
 
 def check_engine(engine, optimizer: ACCO) -> None:
@@ -159,50 +196,45 @@ def check_engine(engine, optimizer: ACCO) -> None:
     zero = config.zero_config
     raw = getattr(config, "_param_dict", {})
 
-    def refuse(is_given, key, value, allowed, fix):
-        if is_given:
-            raise ValueError(f"ACCO: {key} = {value!r} is not allowed; allowed: {allowed}. {fix}")
-
     def section(name):
         value = raw.get(name)
         return value if isinstance(value, dict) else {}
 
     stage = int(zero.stage)
-    refuse(stage != 1, "zero_optimization.stage", stage, "1", 'Set "zero_optimization": {"stage": 1}')
-    refuse(
+    _refuse(stage != 1, "zero_optimization.stage", stage, "1", 'Set "zero_optimization": {"stage": 1}')
+    _refuse(
         engine.pipeline_parallelism,
         "model",
         "PipelineModule",
         "any other module",
         "Use data parallelism alone or the AdamW optimizer",
     )
-    refuse(engine.has_moe_layers, "model", "a module with MoE layers", "dense modules", "Use the AdamW optimizer")
+    _refuse(engine.has_moe_layers, "model", "a module with MoE layers", "dense modules", "Use the AdamW optimizer")
     zenflow = getattr(zero, "zenflow", None)
-    refuse(zenflow is not None, "zero_optimization.zenflow", section("zero_optimization").get("zenflow"), "none", "Remove it")
+    _refuse(zenflow is not None, "zero_optimization.zenflow", section("zero_optimization").get("zenflow"), "none", "Remove it")
     offload = zero.offload_optimizer
     offload_device = getattr(offload.device, "value", offload.device) if offload is not None else "none"
-    refuse(
+    _refuse(
         str(offload_device) != "none",
         "zero_optimization.offload_optimizer.device",
         str(offload_device),
         '"none"',
         "Remove offload_optimizer: ACCO keeps its shard beside the model",
     )
-    refuse(zero.elastic_checkpoint, "zero_optimization.elastic_checkpoint", True, "false", "Remove it")
-    for key in ("sparse_gradients", "fp16_master_weights_and_grads"):
-        refuse(raw.get(key), key, raw.get(key), "false", "Remove it")
+    _refuse(zero.elastic_checkpoint, "zero_optimization.elastic_checkpoint", True, "false", "Remove it")
+    _check_json(raw)
     for name, key in (
         ("fp16", "fp16_master_weights_and_grads"),
         ("bf16", "bf16_master_weights_and_grads"),
         ("bf16", "bf16_optimizer_states"),
     ):
         value = section(name).get(key, section("bfloat16").get(key) if name == "bf16" else None)
-        refuse(value, f"{name}.{key}", value, "false", "ACCO keeps fp32 master weights and states; remove it")
-    for name, where in (("amp", "amp"), ("hybrid_engine", "hybrid_engine")):
-        refuse(section(name).get("enabled"), f"{where}.enabled", True, "false", f"Remove {name}")
-    refuse(section("compile").get("deepcompile"), "compile.deepcompile", True, "false", "Remove it; torch.compile works")
+        _refuse(value, f"{name}.{key}", value, "false", "ACCO keeps fp32 master weights and states; remove it")
+    hybrid = section("hybrid_engine").get("enabled")
+    _refuse(hybrid, "hybrid_engine.enabled", hybrid, "false", "Remove hybrid_engine")
+    _refuse(section("compile").get("deepcompile"), "compile.deepcompile", True, "false", "Remove it; torch.compile works")
     autocast = section("torch_autocast")
-    refuse(
+    _refuse(
         autocast.get("enabled") and str(autocast.get("dtype")).split(".")[-1] in ("float16", "fp16", "half"),
         "torch_autocast.dtype",
         autocast.get("dtype"),
@@ -210,12 +242,12 @@ def check_engine(engine, optimizer: ACCO) -> None:
         'Set it, or use "fp16": {"enabled": true}',
     )
     tensor_parallel = section("tensor_parallel").get("autotp_size", 0)
-    refuse(tensor_parallel and tensor_parallel > 1, "tensor_parallel.autotp_size", tensor_parallel, "0 or 1", "Remove it")
+    _refuse(tensor_parallel and tensor_parallel > 1, "tensor_parallel.autotp_size", tensor_parallel, "0 or 1", "Remove it")
     mpu = engine.mpu
     if mpu is not None and hasattr(mpu, "get_model_parallel_world_size"):
         size = mpu.get_model_parallel_world_size()
-        refuse(size > 1, "mpu.get_model_parallel_world_size()", size, "1", "Use data parallelism alone")
+        _refuse(size > 1, "mpu.get_model_parallel_world_size()", size, "1", "Use data parallelism alone")
     device = engine.device.type
-    refuse(device not in ("cpu", "cuda"), "device", device, "cpu, cuda", "Use the AdamW optimizer there")
+    _refuse(device not in ("cpu", "cuda"), "device", device, "cpu, cuda", "Use the AdamW optimizer there")
     if optimizer.settings.schedule == "acco":
         phase_a_micro_batches(engine.gradient_accumulation_steps(), optimizer.settings.estimate_fraction)

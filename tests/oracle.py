@@ -48,6 +48,7 @@ def run_reference(
     spoil=None,
     drop=None,
     keep=None,
+    eps=None,
     seed=5,
 ):
     """The same training, dense and in float64. In 16 bit the forward and backward run in that dtype on the same rounded
@@ -67,6 +68,8 @@ def run_reference(
     accumulation_dtype = {"": dtype, "fp32": torch.float32}[accumulation]
     module = make_network(seed).to(dtype)
     parameters, hyper = _groups_of(module, groups)
+    for h in hyper:
+        h.eps = h.eps if eps is None else eps
     losses = []
     scale = [1.0]
 

@@ -82,16 +82,19 @@ def ds_config(n: int, clip: float = 0.0, precision: str = "fp32", **params) -> d
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp16static": torch.float16}
 
 
+def allow_fp16() -> None:
+    """DeepSpeed asks for fast fp16 instructions, which not every CPU has; the arithmetic is there on all."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+
+
 def start_engine(config: dict, groups: int = 1, seed: int = 5, **arguments):
     import deepspeed
 
     import deepspeed_acco  # noqa: F401
 
-    if "fp16" in config:
-        from deepspeed.accelerator import get_accelerator
-
-        # DeepSpeed asks for fast fp16 instructions, which not every CPU has; the arithmetic is there on all.
-        get_accelerator().is_fp16_supported = lambda: True
+    allow_fp16()
     module = make_network(seed)
     engine, *_ = deepspeed.initialize(
         model=module, model_parameters=param_groups(module, groups), config=config, **arguments

@@ -1,0 +1,249 @@
+"""The plugin in DeepSpeed: what is refused and how, ways to build the optimizer, the start-up line, versions."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests import training
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def _try(config, kind="json"):
+    """Starts an engine; returns the error's exact type and text, or what was built."""
+    import deepspeed
+    import torch
+
+    import deepspeed_acco
+
+    arguments, module = {}, training.make_network()
+    training.allow_fp16()
+    if kind != "json":
+        params = config.pop("optimizer")["params"]
+        if kind == "instance":
+            arguments["optimizer"] = deepspeed_acco.ACCO(module.parameters(), **params)
+        else:
+            arguments["optimizer"] = lambda parameters: torch.optim.ACCO(parameters, **params)
+    try:
+        engine, optimizer, *_ = deepspeed.initialize(
+            model=module, model_parameters=[p for p in module.parameters() if p.requires_grad], config=config, **arguments
+        )
+    except BaseException as error:
+        return type(error).__name__, str(error)
+    built = type(optimizer).__name__
+    engine.destroy()
+    return "built", built
+
+
+REFUSED = {
+    "stage 0": ({"zero_optimization": {"stage": 0}}, ["zero_optimization.stage = 0", "allowed: 1"]),
+    "stage 2": ({"zero_optimization": {"stage": 2}}, ["zero_optimization.stage = 2", "allowed: 1"]),
+    "stage 3": ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage = 3", "allowed: 1"]),
+    "no stage": ({"zero_optimization": {}}, ["zero_optimization.stage = 0", '"stage": 1']),
+    "offload": (
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+        ["offload_optimizer.device = 'cpu'", "Remove offload_optimizer"],
+    ),
+    "zenflow": (
+        {
+            "zero_optimization": {
+                "stage": 1,
+                "offload_optimizer": {"device": "cpu"},
+                "zenflow": {"topk_ratio": 0.1, "update_interval": 4, "select_strategy": "step", "select_interval": 4},
+            }
+        },
+        ["zero_optimization.zenflow"],
+    ),
+    "elastic": ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, ["elastic_checkpoint = True"]),
+    "one micro-batch": ({"gradient_accumulation_steps": 1}, ["gradient_accumulation_steps = 1", "allowed: >= 2"]),
+    "sparse": ({"sparse_gradients": True}, ["sparse_gradients = True"]),
+    "amp": ({"amp": {"enabled": True}}, ["amp.enabled = True"]),
+    "hybrid": ({"hybrid_engine": {"enabled": True}}, ["hybrid_engine.enabled = True"]),
+    "deepcompile": ({"compile": {"deepcompile": True}}, ["compile.deepcompile = True"]),
+    "fp16 master": (
+        {"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}},
+        ["fp16.fp16_master_weights_and_grads = True"],
+    ),
+    "bf16 master": (
+        {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+        ["bf16.bf16_master_weights_and_grads = True"],
+    ),
+    "fp16 autocast": ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, ["torch_autocast.dtype = 'float16'"]),
+    "unknown key": ({"params": {"learning_rate": 1}}, ["unknown key optimizer.params.learning_rate"]),
+    "wrong value": ({"params": {"lr": "auto"}}, ["optimizer.params.lr = 'auto'"]),
+    "wrong schedule": ({"params": {"schedule": "dpo"}}, ["optimizer.params.schedule = 'dpo'", 'Did you mean "dpu"?']),
+}
+
+
+@pytest.mark.parametrize("kind", ["json", "instance", "callable"])
+@pytest.mark.parametrize("what", list(REFUSED))
+def test_refused_as_a_value_error(ranks, what, kind):
+    change, expected = REFUSED[what]
+    config = training.ds_config(4)
+    config["optimizer"]["params"].update(change.get("params", {}))
+    config.update({key: value for key, value in change.items() if key != "params"})
+    if kind != "json" and what in ("sparse", "amp"):
+        pytest.skip("DeepSpeed refuses these two itself before it sees the client's optimizer")
+    if kind == "instance" and what in ("unknown key", "wrong value", "wrong schedule"):
+        pytest.skip("the constructor itself raises it: tests/unit/test_settings.py")
+    name, message = ranks(1).run(_try, config=config, kind=kind)[0]
+    assert name == "ValueError", message
+    for part in expected:
+        assert part in message, message
+    assert "allowed" in message
+
+
+@pytest.mark.parametrize("kind", ["json", "instance", "callable"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},  # would go to BF16_Optimizer
+        {"gradient_accumulation_steps": 1, "schedule": "wp"},
+        {"prescale_gradients": True},
+        {"gradient_predivide_factor": 3.0},
+        {"zero_optimization": {"stage": 1, "overlap_comm": True, "contiguous_gradients": False, "reduce_scatter": False}},
+        {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+    ],
+)
+def test_accepted(ranks, change, kind):
+    change = dict(change)
+    config = training.ds_config(4, **({"schedule": change.pop("schedule")} if "schedule" in change else {}))
+    assert ranks(1).run(_try, config={**config, **change}, kind=kind)[0] == ("built", "AccoZeroOptimizer")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"prescale_gradients": True}, {"gradient_predivide_factor": 4.0}, {"gradient_allreduce_op": "sum"}],
+)
+def test_how_the_mean_is_taken(ranks, change):
+    """Scaling before or after the sum is the same mean; a sum instead of a mean is honoured."""
+    from tests import oracle
+
+    config = training.ds_config(4, schedule="acco", eps=1e-2) | change
+    records = ranks(2).run(training.train, config=config, windows=6)
+    factor = 2.0 if "gradient_allreduce_op" in change else 1.0
+    reference = oracle.run_reference(
+        schedule="acco", world_size=2, windows=6, n=4, a=2, eps=1e-2, send=lambda total: total * factor
+    )
+    assert oracle.distance(records[0]["weights"], reference["weights"]) < 1e-5
+
+
+def _run_python(code, **environment):
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env={**os.environ, **environment}
+    )
+
+
+def test_import_registers_once_and_does_nothing_else():
+    code = """
+import torch, threading, os, warnings
+import deepspeed
+from deepspeed.runtime import engine
+before = (threading.active_count(), dict(os.environ), torch.get_num_threads())
+stock = engine.DeepSpeedEngine._configure_zero_optimizer
+import deepspeed_acco
+first = engine.DeepSpeedEngine._configure_zero_optimizer
+from deepspeed_acco.plugin import register
+register()
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+assert ZERO_SUPPORTED_OPTIMIZERS.count(deepspeed_acco.ACCO) == 1
+assert first is not stock and engine.DeepSpeedEngine._configure_zero_optimizer is first
+assert torch.optim.ACCO is deepspeed_acco.ACCO
+assert before == (threading.active_count(), dict(os.environ), torch.get_num_threads())
+assert not torch.distributed.is_initialized()
+print(deepspeed_acco.__version__)
+"""
+    done = _run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1].count(".") == 2
+
+
+def test_import_without_deepspeed_is_one_sentence():
+    code = "import sys; sys.modules['deepspeed'] = None; import deepspeed_acco"
+    done = _run_python(code)
+    assert done.returncode != 0
+    assert "deepspeed_acco is a plugin of DeepSpeed, which could not be imported. Install it" in done.stderr
+
+
+@pytest.mark.parametrize(("version", "is_tested"), [("0.16.8", 0), ("0.16.9", 1), ("0.19.8+abc", 1), ("0.20.0", 0)])
+def test_deepspeed_versions(version, is_tested, monkeypatch):
+    from deepspeed_acco.plugin import VERSION_OVERRIDE, require_tested_deepspeed
+
+    if is_tested:
+        require_tested_deepspeed(version)
+        return
+    with pytest.raises(ImportError, match=f"found {version}.*{VERSION_OVERRIDE}=1"):
+        require_tested_deepspeed(version)
+    monkeypatch.setenv(VERSION_OVERRIDE, "1")
+    require_tested_deepspeed(version)
+
+
+def test_another_optimizer_is_not_touched(ranks):
+    config = training.ds_config(4)
+    config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+    assert ranks(1).run(_try, config=config)[0] == ("built", "DeepSpeedZeroOptimizer")
+
+
+def _other_engine_in_true_weights():
+    import deepspeed_acco
+
+    config = training.ds_config(4)
+    config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+    engine = training.start_engine(config)
+    try:
+        with deepspeed_acco.true_weights(engine):
+            return "no error"
+    except ValueError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+
+
+def test_true_weights_of_another_optimizer_is_refused(ranks):
+    assert "allowed: one whose optimizer.type is" in ranks(1).run(_other_engine_in_true_weights)[0]
+
+
+def _log_of_start(config):
+    import io
+    import logging
+
+    from deepspeed_acco.plugin import _logger
+
+    logger = _logger()
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logger.addHandler(handler)
+    engine = training.start_engine(config)
+    synchronized = engine.tput_timer.config.synchronized
+    engine.destroy()
+    logger.removeHandler(handler)
+    return [line for line in stream.getvalue().splitlines() if "ACCO:" in line], synchronized
+
+
+def test_one_start_up_line_on_rank_zero(ranks):
+    config = training.ds_config(5, estimate_fraction=0.75) | {"zero_optimization": {"stage": 1, "overlap_comm": True}}
+    (first, synchronized), (second, _) = ranks(2).run(_log_of_start, config=config)
+    assert len(first) == 2 and not second
+    for part in ("schedule=acco", "a=4 b=1", "lane=thread", "own buffers=", "kernels="):
+        assert part in first[0]
+    assert "accepted without effect in zero_optimization: overlap_comm" in first[1]
+    assert synchronized is False
+
+
+def test_ranks_that_differ_are_told():
+    from tests.ranks import RankPool
+
+    pool = RankPool(2)
+    try:
+        # DeepSpeed broadcasts the first rank's parameters at start: the same shapes, another configuration
+        configs = [{"config": training.ds_config(4, estimate_fraction=f)} for f in (0.25, 0.75)]
+        pool.start(_try, per_rank=configs)
+        for name, message in pool.collect():
+            assert name == "RuntimeError", message
+            assert "differ from rank" in message and "estimate_fraction=0." in message
+    finally:
+        pool.close()

@@ -1,0 +1,110 @@
+import math
+
+import pytest
+import torch
+
+from deepspeed_acco import ACCO
+from deepspeed_acco.layout import GroupLayout, pieces
+from deepspeed_acco.settings import phase_a_micro_batches
+
+
+
+def _make(**params):
+    return ACCO([torch.nn.Parameter(torch.zeros(3))], **params)
+
+
+def test_defaults_are_those_of_adamw():
+    mine = _make().defaults
+    theirs = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3))]).defaults
+    assert mine == {key: theirs[key] for key in mine}
+    settings = _make().settings
+    assert (settings.schedule, settings.estimate_fraction, settings.overlap_warmup_steps) == ("acco", 0.5, 0)
+    assert (settings.accumulation, settings.lane, settings.comm_timeout_s) == ("fixed", "auto", None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lr", "auto"),
+        ("lr", -1e-3),
+        ("lr", True),
+        ("lr", math.nan),
+        ("lr", None),
+        ("betas", 0.9),
+        ("betas", [0.9]),
+        ("betas", [0.9, 1.0]),
+        ("betas", [-0.1, 0.9]),
+        ("betas", ["0.9", 0.9]),
+        ("eps", -1e-8),
+        ("eps", "1e-8"),
+        ("weight_decay", -0.1),
+        ("weight_decay", "auto"),
+        ("schedule", "ACCO"),
+        ("schedule", 1),
+        ("estimate_fraction", 0),
+        ("estimate_fraction", 1),
+        ("estimate_fraction", "auto"),
+        ("overlap_warmup_steps", -1),
+        ("overlap_warmup_steps", 1.5),
+        ("overlap_warmup_steps", True),
+        ("accumulation", "adaptive"),
+        ("lane", "thread"),
+        ("comm_timeout_s", 0),
+        ("comm_timeout_s", "60"),
+    ],
+)
+def test_a_value_out_of_range_names_key_value_and_what_is_allowed(key, value):
+    with pytest.raises(ValueError) as caught:
+        _make(**{key: value})
+    message = str(caught.value)
+    assert f"optimizer.params.{key} = {value!r}" in message
+    assert "allowed:" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"), [("shedule", "schedule"), ("learning_rate", None), ("estimatefraction", "estimate_fraction")]
+)
+def test_an_unknown_key_is_named_with_what_may_be_meant(key, meant):
+    with pytest.raises(ValueError, match=f"unknown key optimizer.params.{key}; allowed: lr, betas") as caught:
+        _make(**{key: 1})
+    if meant:
+        assert f'Did you mean "{meant}"?' in str(caught.value)
+
+
+def test_groups():
+    first, second = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))
+    made = ACCO([{"params": [first], "lr": 0.5}, {"params": [second], "weight_decay": 0.0}], lr=0.1)
+    assert [(g["lr"], g["weight_decay"]) for g in made.param_groups] == [(0.5, 0.01), (0.1, 0.0)]
+    with pytest.raises(ValueError, match="schedule = 'dpu' in a parameter group"):
+        ACCO([{"params": [first], "schedule": "dpu"}])
+    with pytest.raises(ValueError, match=r"optimizer.params.lr = -1"):
+        ACCO([{"params": [first], "lr": -1}])
+
+
+def test_step_is_an_error():
+    with pytest.raises(RuntimeError, match="deepspeed.initialize"):
+        _make().step()
+
+
+@pytest.mark.parametrize(
+    ("n", "fraction", "a"),
+    [(2, 0.5, 1), (5, 0.5, 2), (7, 0.5, 4), (4, 0.25, 1), (4, 0.75, 3), (2, 0.01, 1), (2, 0.99, 1), (10, 0.8, 8), (3, 0.99, 2)],
+)
+def test_phase_a(n, fraction, a):
+    assert phase_a_micro_batches(n, fraction) == a
+
+
+def test_one_micro_batch_has_no_phases():
+    with pytest.raises(ValueError, match="gradient_accumulation_steps = 1 is not allowed.*Set gradient_accumulation_steps to 2"):
+        phase_a_micro_batches(1, 0.5)
+
+
+def test_layout():
+    layout = GroupLayout(padded_numel=12, world_size=3, rank=1)
+    assert layout.shard_numel == 4
+    assert [layout.shard_range(rank) for rank in range(3)] == [(0, 4), (4, 8), (8, 12)]
+    with pytest.raises(ValueError, match="13 elements cannot be cut into 3"):
+        GroupLayout(13, 3, 0)
+    assert list(pieces(0, 4)) == []
+    assert list(pieces(9, 4)) == [(0, 4), (4, 4), (8, 1)]
+    assert list(pieces(2**31 + 5, 2**31)) == [(0, 2**31), (2**31, 5)]
