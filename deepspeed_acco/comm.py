@@ -8,6 +8,7 @@ thread at a time issues the same collectives in the same order.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import warnings
 from contextlib import suppress
@@ -31,6 +32,26 @@ def _all_gather_in_place(whole: Tensor, own: Tensor, group) -> None:
 def _reduce_scatter_in_place(own: Tensor, whole: Tensor, group) -> None:
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     scatter(own, whole, group=group)
+
+
+class CommFailed(RuntimeError):
+    """A collective did not complete; the cause is chained."""
+
+
+def _names_the_timeout(method):
+    """The backend's error says what broke on the wire; say what that means for the user."""
+
+    @functools.wraps(method)
+    def checked(self, *args):
+        try:
+            return method(self, *args)
+        except RuntimeError as cause:
+            raise CommFailed(
+                f"{method.__name__} failed on rank {self.rank} of {self.world_size}: another rank has ended, or did not "
+                f"answer within comm_timeout_s = {self.timeout_s:g} s ({cause}). Look at the other ranks' output"
+            ) from cause
+
+    return checked
 
 
 class Communicator:
@@ -83,6 +104,7 @@ class Communicator:
                 f"rank {self.rank} has: {description}. Start every rank with the same model, config and library versions"
             )
 
+    @_names_the_timeout
     def reduce_scatter_sum(self, whole: list[Tensor], shard: list[Tensor]) -> None:
         """Sums ``whole`` over the ranks; this rank's part goes to ``shard`` (both 1-D, one per group; shard fp32).
 
@@ -141,6 +163,7 @@ class Communicator:
         for term in received[1:]:
             total.add_(term)
 
+    @_names_the_timeout
     def all_gather(self, whole: list[Tensor]) -> None:
         """Fills every tensor (1-D, one per group) with all ranks' shards; this rank's lies at its place already."""
         for tensor in whole:
@@ -148,6 +171,7 @@ class Communicator:
             own = tensor.narrow(0, self.rank * shard_numel, shard_numel)
             _all_gather_in_place(tensor, own, self._group)
 
+    @_names_the_timeout
     def all_reduce_sum(self, value: Tensor) -> None:
         """Sums a small tensor over the ranks, in place."""
         dist.all_reduce(value, group=self._group)

@@ -157,7 +157,7 @@ def _log_start(engine, wrapper: AccoZeroOptimizer) -> None:
         f"own buffers={describe_bytes(wrapper.own_bytes())} per rank, kernels=torch; "
         "timers.throughput.synchronized set to false"
     )
-    given = [key for key in _NO_EFFECT if key in engine._config.zero_config.model_fields_set]
+    given = [key for key in _NO_EFFECT if key in engine._config._param_dict.get("zero_optimization", {})]
     if given:
         reasons = "; ".join(f"{key} ({_NO_EFFECT[key]})" for key in given)
         logger.info(f"ACCO: accepted without effect in zero_optimization: {reasons}")
