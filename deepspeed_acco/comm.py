@@ -21,7 +21,7 @@ from torch import Tensor
 from .layout import pieces
 
 # gloo needs room for what arrives before it is summed. Two sets of pieces: one arrives while the other is summed.
-STAGING_BYTES = 64 * 2**20
+STAGING_BYTES = 8 * 2**20
 
 
 def _all_gather_in_place(whole: Tensor, own: Tensor, group) -> None:
@@ -128,10 +128,10 @@ class Communicator:
     def _exchange_pieces(self, whole, shard):
         """(group, start, length, slot): what is exchanged at a time, alternating between the two staging slots."""
         itemsize = whole[0].element_size()
-        piece_numel = max(1, STAGING_BYTES // (2 * self.world_size * itemsize))
-        largest = min(piece_numel, max(target.numel() for target in shard))
-        if self._staging is None or self._staging.numel() < 2 * self.world_size * largest * itemsize:
-            self._staging = torch.empty(2 * self.world_size * largest * itemsize, dtype=torch.uint8)
+        peers = max(1, self.world_size - 1)
+        largest = min(max(1, STAGING_BYTES // (2 * peers * itemsize)), max(target.numel() for target in shard))
+        if self._staging is None:
+            self._staging = torch.empty(2 * peers * largest * itemsize, dtype=torch.uint8)
         slot = 0
         for group, target in enumerate(shard):
             for start, length in pieces(target.numel(), largest):
@@ -148,7 +148,7 @@ class Communicator:
             if rank == self.rank:
                 received.append(theirs)
                 continue
-            arriving = half.narrow(0, rank * length, length)
+            arriving = half.narrow(0, len(requests) // 2 * length, length)
             received.append(arriving)
             requests.append(dist.irecv(arriving, self._global_ranks[rank], group=self._group))
             requests.append(dist.isend(theirs, self._global_ranks[rank], group=self._group))

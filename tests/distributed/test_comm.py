@@ -1,0 +1,155 @@
+"""The collectives on gloo, without DeepSpeed: values, pieces, bytes on the wire."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import RankPool
+
+pytestmark = pytest.mark.timeout(200)
+
+
+def _loopback_bytes() -> int:
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        if line.strip().startswith("lo:"):
+            return int(line.split(":")[1].split()[0])
+    raise RuntimeError("no loopback interface")
+
+
+def _communicator(timeout_s=60):
+    import torch
+
+    from deepspeed_acco.comm import Communicator
+
+    return Communicator(None, torch.device("cpu"), timeout_s)
+
+
+def _reduce_scatter_and_gather(numels, dtype_name, staging_bytes):
+    """Integers that every dtype holds exactly, so that the sum must be exact."""
+    import torch
+    import torch.distributed as dist
+
+    from deepspeed_acco import comm as module
+
+    kept, module.STAGING_BYTES = module.STAGING_BYTES, staging_bytes
+    comm = _communicator()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dtype = getattr(torch, dtype_name)
+    whole, expected, shard = [], [], []
+    for numel in numels:
+        total = numel * world
+        parts = [(torch.arange(total) * (r + 3)) % 17 - 8 for r in range(world)]
+        whole.append(parts[rank].to(dtype))
+        expected.append(sum(parts)[rank * numel : (rank + 1) * numel].float())
+        shard.append(torch.full((numel,), -1.0))
+    kept_whole = [tensor.clone() for tensor in whole]
+    for _ in range(2):
+        comm.reduce_scatter_sum(whole, shard)
+        assert all(got.equal(want) for got, want in zip(shard, expected))
+        assert all(got.equal(want) for got, want in zip(whole, kept_whole))
+    gathered = [torch.full((numel * world,), -1.0, dtype=dtype) for numel in numels]
+    for tensor, numel in zip(gathered, numels):
+        tensor[rank * numel : (rank + 1) * numel] = rank + 1
+    comm.all_gather(gathered)
+    for tensor, numel in zip(gathered, numels):
+        assert tensor.equal(torch.arange(1, world + 1, dtype=dtype).repeat_interleave(numel))
+    comm.destroy()
+    comm.destroy()
+    module.STAGING_BYTES = kept
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("numels", "staging_bytes"), [([1], 2**20), ([7, 1, 300], 64), ([1000], 2**20), ([5, 4096], 1000)]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_values(ranks, world_size, numels, staging_bytes, dtype):
+    ranks(world_size).run(
+        _reduce_scatter_and_gather, numels=numels, dtype_name=dtype, staging_bytes=staging_bytes
+    )
+
+
+def _bytes_moved(numel):
+    import torch
+    import torch.distributed as dist
+
+    comm = _communicator()
+    whole = [torch.ones(numel)]
+    shard = [torch.empty(numel // dist.get_world_size())]
+    gloo = dist.new_group(backend="gloo")
+    moved = {}
+    for name in ("ours", "gloo"):
+        dist.barrier()
+        begin = _loopback_bytes()
+        for _ in range(3):
+            if name == "ours":
+                comm.reduce_scatter_sum(whole, shard)
+            else:
+                scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+                scatter(shard[0], whole[0], group=gloo)
+        dist.barrier()
+        moved[name] = _loopback_bytes() - begin
+    comm.destroy()
+    return moved
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_half_the_bytes_of_gloos_own_reduce_scatter(ranks, world_size, capsys):
+    numel = 2**22
+    moved = ranks(world_size).run(_bytes_moved, numel=numel)[0]
+    with capsys.disabled():
+        print(f"\n{world_size} ranks, bytes on the loopback interface: {moved}")
+    needed = 3 * 4 * numel * (world_size - 1)  # every rank sends each other its shard
+    assert needed < moved["ours"] < 1.05 * needed
+    assert moved["ours"] < 0.55 * moved["gloo"]
+
+
+def _hashes(text):
+    comm = _communicator()
+    try:
+        comm.require_same(text)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        comm.destroy()
+    return "same"
+
+
+def test_ranks_must_agree():
+    pool = RankPool(3)
+    try:
+        assert pool.run(_hashes, text="one") == ["same"] * 3
+        pool.start(_hashes, per_rank=[{"text": "one"}, {"text": "other"}, {"text": "one"}])
+        answers = pool.collect()
+        assert "ranks [1] differ from rank 0" in answers[0] and "rank 0 has: one" in answers[0]
+        assert "ranks [0, 2] differ from rank 1" in answers[1]
+    finally:
+        pool.close()
+
+
+def _own_bytes(config, world_sizes=None):
+    from tests import training
+
+    engine = training.start_engine(config)
+    optimizer = engine.optimizer
+    driver = optimizer._driver
+    weights = sum(flat.nbytes for flat in driver.buffers.live)
+    state = sum(t.nbytes for s in driver.shards for t in (s.master, s.exp_avg, s.exp_avg_sq))
+    padded = sum(flat.numel() for flat in driver.buffers.live)
+    total = weights + state + optimizer.own_bytes()
+    engine.destroy()
+    return total, padded
+
+
+@pytest.mark.parametrize(
+    ("precision", "wire", "w", "g", "c"),
+    [("fp32", None, 4, 4, 4), ("bf16", None, 2, 2, 2), ("bf16+fp32", None, 2, 4, 2), ("bf16", "fp32", 2, 2, 4)],
+)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_storages_stay_within_the_formula(ranks, precision, wire, w, g, c, world_size):
+    from tests import training
+
+    config = training.ds_config(4, precision=precision) | ({"communication_data_type": wire} if wire else {})
+    for total, padded in ranks(world_size).run(_own_bytes, config=config):
+        allowed = (w + g + max(c, w) + 16 / world_size) * padded
+        assert allowed - 1 <= total <= allowed + 64, "the alignment of the flat buffer may add some bytes"
