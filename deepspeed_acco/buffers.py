@@ -35,7 +35,7 @@ class FlatBuffers:
         comm_dtype: torch.dtype,
     ):
         device = live[0].device
-        self.live = live
+        self.live = [flat.detach() for flat in live]  # older DeepSpeed versions keep the graph of the flattening
         self.layouts = layouts
         self.grads = [torch.zeros(flat.numel(), dtype=accumulation_dtype, device=device) for flat in live]
         self.reduced = [torch.zeros(layout.shard_numel, dtype=torch.float32, device=device) for layout in layouts]

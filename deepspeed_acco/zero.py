@@ -91,8 +91,9 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
     def attach(self, engine) -> None:
         """Puts the hooks on ``engine.module`` and takes over what only the engine knows. Once, by plugin.py."""
         self._engine = weakref.ref(engine)
-        data_parallel = self._driver.comm.world_size / float(self.sequence_parallel_size)
-        self._divisor = data_parallel if self.gradient_average else 1.0
+        # Both are younger than the oldest supported DeepSpeed, which always takes the mean over all ranks.
+        data_parallel = self._driver.comm.world_size / float(getattr(self, "sequence_parallel_size", 1))
+        self._divisor = data_parallel if getattr(self, "gradient_average", True) else 1.0
         root = engine.module
         before_forward = torch.compiler.disable(self._as_hook(AccoZeroOptimizer._before_forward, root))
         after_forward = torch.compiler.disable(self._as_hook(AccoZeroOptimizer._after_forward, root))
