@@ -1,0 +1,170 @@
+// Copyright (c) the deepspeed_acco authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The CPU loops, without torch. Each works on elements [begin, end) of its operands; apart from the sums, which have fixed
+// blocks, an element's bits depend on that element alone, so that any division over threads gives the same result.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "adamw.h"
+#include "float16.h"
+#include "ranges.h"
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+namespace acco::cpu {
+
+// A block's outputs are made in the L1 cache and leave it in one go.
+constexpr int64_t kBlock = 1024;
+// From here on the output does not fit a cache that anybody reads it from soon: it goes to memory past the cache, which
+// saves reading the lines that are about to be overwritten.
+constexpr int64_t kStreamingBytes = int64_t{1} << 22;
+
+inline void copy_past_cache(void* target, const void* source, int64_t bytes) {
+#ifdef __SSE2__
+  auto* to = static_cast<char*>(target);
+  const auto* from = static_cast<const char*>(source);
+  const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % 64);
+  int64_t head = misaligned == 0 ? 0 : 64 - misaligned;
+  head = head < bytes ? head : bytes;
+  std::memcpy(to, from, static_cast<size_t>(head));
+  int64_t at = head;
+  for (; at + 64 <= bytes; at += 64) {
+    for (int64_t part = 0; part < 64; part += 16) {
+      const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at + part));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + at + part), value);
+    }
+  }
+  std::memcpy(to + at, from + at, static_cast<size_t>(bytes - at));
+#else
+  std::memcpy(target, source, static_cast<size_t>(bytes));
+#endif
+}
+
+// Streamed stores are ordered before whatever another thread does after it was told that this range is complete.
+inline void end_streaming() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
+// What the loops compute; the bodies differ in nothing else.
+struct AdamW {
+  Factors factors;
+  Element operator()(Element old, float grad) const { return adamw(factors, old, grad); }
+  template <class Out>
+  typename Out::Storage output(const Element& /*old*/, float /*grad*/, const Element& now) const {
+    return Out::store(now.master);
+  }
+};
+
+// For benchmarks: every operand is read and, where the round writes it, written; the bits only change places.
+template <bool kWritesState>
+struct Traffic {
+  Element operator()(Element old, float /*grad*/) const { return {old.exp_avg, old.exp_avg_sq, old.master}; }
+  template <class Out>
+  typename Out::Storage output(const Element& old, float grad, const Element& /*now*/) const {
+    const uint32_t all = bits_of(old.master) ^ bits_of(old.exp_avg) ^ bits_of(old.exp_avg_sq) ^ bits_of(grad);
+    const uint32_t bits = kWritesState ? bits_of(grad) : all;
+    typename Out::Storage value;
+    const uint32_t upper = sizeof(value) == 2 ? bits >> 16 : bits;
+    std::memcpy(&value, &upper, sizeof(value));
+    return value;
+  }
+};
+
+template <class Grad, class Out, bool kWritesState, class Arithmetic>
+void update_block(const Arithmetic& arithmetic, float* __restrict master, float* __restrict exp_avg,
+                  float* __restrict exp_avg_sq, const typename Grad::Storage* __restrict grad,
+                  typename Out::Storage* __restrict out, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const Element old = {master[i], exp_avg[i], exp_avg_sq[i]};
+    const float gradient = Grad::load(grad[i]);
+    const Element now = arithmetic(old, gradient);
+    if (kWritesState) {
+      master[i] = now.master;
+      exp_avg[i] = now.exp_avg;
+      exp_avg_sq[i] = now.exp_avg_sq;
+    }
+    out[i] = arithmetic.template output<Out>(old, gradient, now);
+  }
+}
+
+// ESTIMATE passes its const state through here; without kWritesState nothing is written to it.
+template <class Grad, class Out, bool kWritesState, class Arithmetic>
+void update_range(const Arithmetic& arithmetic, float* master, float* exp_avg, float* exp_avg_sq,
+                  const typename Grad::Storage* grad, typename Out::Storage* out, int64_t begin, int64_t end,
+                  bool streams) {
+  alignas(64) typename Out::Storage local[kBlock];
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int64_t count = end - at < kBlock ? end - at : kBlock;
+    auto* block_out = streams ? local : out + at;
+    update_block<Grad, Out, kWritesState>(arithmetic, master + at, exp_avg + at, exp_avg_sq + at, grad + at, block_out,
+                                          count);
+    if (streams) {
+      copy_past_cache(out + at, local, count * static_cast<int64_t>(sizeof(local[0])));
+    }
+  }
+  if (streams) {
+    end_streaming();
+  }
+}
+
+// target <- source * scale, each product rounded once; then source <- 0 if kClears.
+template <class Source, class Target, bool kClears>
+void pack_range(typename Source::Storage* __restrict source, typename Target::Storage* __restrict target, float scale,
+                int64_t begin, int64_t end, bool streams) {
+  alignas(64) typename Target::Storage local[kBlock];
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int64_t count = end - at < kBlock ? end - at : kBlock;
+    auto* __restrict from = source + at;
+    auto* __restrict to = streams ? local : target + at;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] = Target::store(Source::load(from[i]) * scale);
+      if (kClears) {
+        from[i] = 0;
+      }
+    }
+    if (streams) {
+      copy_past_cache(target + at, local, count * static_cast<int64_t>(sizeof(local[0])));
+    }
+  }
+  if (streams) {
+    end_streaming();
+  }
+}
+
+// The sum of all squares is the sum, in order, of the sums of these blocks.
+constexpr int64_t kSumBlock = int64_t{1} << 14;
+constexpr int64_t kSumLanes = 32;
+
+template <class Source>
+double block_sum_of_squares(const typename Source::Storage* values, int64_t count) {
+  double lanes[kSumLanes] = {};
+  int64_t at = 0;
+  for (; at + kSumLanes <= count; at += kSumLanes) {
+#pragma omp simd
+    for (int64_t lane = 0; lane < kSumLanes; ++lane) {
+      const double value = Source::load(values[at + lane]);
+      lanes[lane] += value * value;
+    }
+  }
+  for (int64_t lane = 0; at < count; ++at, ++lane) {
+    const double value = Source::load(values[at]);
+    lanes[lane] += value * value;
+  }
+  for (int64_t half = kSumLanes / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) {
+      lanes[lane] += lanes[lane + half];
+    }
+  }
+  return lanes[0];
+}
+
+}  // namespace acco::cpu
