@@ -150,7 +150,7 @@ template <bool kWritesState>
 void traffic(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& grad,
              const at::Tensor& out) {
   check_state(master, exp_avg, exp_avg_sq, grad, out);
-  update<kWritesState>(master, exp_avg, exp_avg_sq, grad, out, Traffic<kWritesState>{});
+  update<kWritesState>(master, exp_avg, exp_avg_sq, grad, out, Traffic{});
 }
 
 void traffic_estimate(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,

@@ -52,28 +52,37 @@ inline void end_streaming() {
 #endif
 }
 
-// What the loops compute; the bodies differ in nothing else.
+// What an element of the loops below computes.
 struct AdamW {
   Factors factors;
-  Element operator()(Element old, float grad) const { return adamw(factors, old, grad); }
-  template <class Out>
-  typename Out::Storage output(const Element& /*old*/, float /*grad*/, const Element& now) const {
-    return Out::store(now.master);
+
+  template <class Grad, class Out, bool kWritesState>
+  void operator()(float& master, float& exp_avg, float& exp_avg_sq, typename Grad::Storage grad,
+                  typename Out::Storage& out) const {
+    const Element now = adamw(factors, Element{master, exp_avg, exp_avg_sq}, Grad::load(grad));
+    if (kWritesState) {
+      master = now.master;
+      exp_avg = now.exp_avg;
+      exp_avg_sq = now.exp_avg_sq;
+    }
+    out = Out::store(now.master);
   }
 };
 
 // For benchmarks: every operand is read and, where the round writes it, written; the bits only change places.
-template <bool kWritesState>
 struct Traffic {
-  Element operator()(Element old, float /*grad*/) const { return {old.exp_avg, old.exp_avg_sq, old.master}; }
-  template <class Out>
-  typename Out::Storage output(const Element& old, float grad, const Element& /*now*/) const {
-    const uint32_t all = bits_of(old.master) ^ bits_of(old.exp_avg) ^ bits_of(old.exp_avg_sq) ^ bits_of(grad);
-    const uint32_t bits = kWritesState ? bits_of(grad) : all;
-    typename Out::Storage value;
-    const uint32_t upper = sizeof(value) == 2 ? bits >> 16 : bits;
-    std::memcpy(&value, &upper, sizeof(value));
-    return value;
+  template <class Grad, class Out, bool kWritesState>
+  void operator()(float& master, float& exp_avg, float& exp_avg_sq, typename Grad::Storage grad,
+                  typename Out::Storage& out) const {
+    const uint32_t bits[] = {bits_of(master), bits_of(exp_avg), bits_of(exp_avg_sq), bits_of(Grad::load(grad))};
+    if (kWritesState) {
+      master = float_of(bits[1]);
+      exp_avg = float_of(bits[2]);
+      exp_avg_sq = float_of(bits[0]);
+      out = Out::raw(bits[3]);
+    } else {
+      out = Out::raw(bits[0] ^ bits[1] ^ bits[2] ^ bits[3]);
+    }
   }
 };
 
@@ -83,15 +92,7 @@ void update_block(const Arithmetic& arithmetic, float* __restrict master, float*
                   typename Out::Storage* __restrict out, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const Element old = {master[i], exp_avg[i], exp_avg_sq[i]};
-    const float gradient = Grad::load(grad[i]);
-    const Element now = arithmetic(old, gradient);
-    if (kWritesState) {
-      master[i] = now.master;
-      exp_avg[i] = now.exp_avg;
-      exp_avg_sq[i] = now.exp_avg_sq;
-    }
-    out[i] = arithmetic.template output<Out>(old, gradient, now);
+    arithmetic.template operator()<Grad, Out, kWritesState>(master[i], exp_avg[i], exp_avg_sq[i], grad[i], out[i]);
   }
 }
 

@@ -27,6 +27,7 @@ struct Float32 {
   using Storage = float;
   static float load(Storage value) { return value; }
   static Storage store(float value) { return value; }
+  static Storage raw(uint32_t bits) { return float_of(bits); }  // any value that depends on the bits: for benchmarks
 };
 
 struct BFloat16 {
@@ -38,6 +39,7 @@ struct BFloat16 {
     const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
     return static_cast<Storage>((is_nan ? bits | 0x400000u : rounded) >> 16);
   }
+  static Storage raw(uint32_t bits) { return static_cast<Storage>(bits >> 16); }
 };
 
 struct Float16 {
@@ -65,6 +67,7 @@ struct Float16 {
     const uint32_t infinite = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
     return static_cast<Storage>(sign | (magnitude >= 0x477ff000u ? infinite : finite));
   }
+  static Storage raw(uint32_t bits) { return static_cast<Storage>(bits >> 16); }
 };
 
 }  // namespace acco

@@ -97,6 +97,7 @@ def builder_class() -> type:
         def __init__(self):
             super().__init__(name=self.NAME)
             self.build_for_cpu = not cuda_is_buildable()[0]
+            self._cxx_args = None
 
         def absolute_name(self):
             return f"deepspeed_acco.{EXTENSION}"
@@ -111,7 +112,9 @@ def builder_class() -> type:
             return [str(csrc())]
 
         def cxx_args(self):
-            return cxx_args(self.cpu_arch())
+            if self._cxx_args is None:  # asking for the CPU takes a second
+                self._cxx_args = cxx_args(self.cpu_arch())
+            return self._cxx_args
 
         def nvcc_args(self):
             # Not DeepSpeed's: those contain --use_fast_math.

@@ -15,6 +15,7 @@ from deepspeed.utils import log_dist
 from packaging.version import Version
 from torch.optim import Optimizer
 
+from . import op_builder, ops
 from .driver import describe_bytes
 from .optimizer import ACCO
 from .settings import phase_a_micro_batches
@@ -73,6 +74,7 @@ def register() -> None:
         setattr(engine_class, name, method)
     ds_zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(ACCO)
     torch.optim.ACCO = ACCO
+    ops.set_loader(op_builder.load, op_builder.HOW_TO_BUILD)
 
 
 def _wrap_configure_optimizer(original):
@@ -139,7 +141,7 @@ def _log_start(engine, wrapper: AccoZeroOptimizer) -> None:
         window = f"a={a} b={n - a}"
     log_dist(
         f"ACCO: schedule={settings.schedule} {window} accumulation={settings.accumulation} lane={wrapper.lane_name} "
-        f"own buffers={describe_bytes(wrapper.own_bytes())} per rank, kernels=torch; "
+        f"own buffers={describe_bytes(wrapper.own_bytes())} per rank, kernels={ops.kernels_name(engine.device)}; "
         "timers.throughput.synchronized set to false",
         ranks=[0],
     )

@@ -95,3 +95,16 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
         for start, length in pieces(tensor.numel(), piece_numel(tensor.device)):
             total += torch.linalg.vector_norm(tensor[start : start + length], dtype=torch.float64).square()
     return total
+
+
+@torch.no_grad()
+def pack(grads: Tensor, packed: Tensor, scale: float, *, clears: bool) -> None:
+    """``packed`` <- ``grads * scale`` in the dtype of ``packed``; then ``grads`` <- 0 if ``clears``. Both 1-D."""
+    for start, length in pieces(grads.numel(), piece_numel(grads.device)):
+        source, target = grads[start : start + length], packed[start : start + length]
+        if scale == 1.0:
+            target.copy_(source)
+        else:
+            torch.mul(source, scale, out=target)
+        if clears:
+            source.zero_()
