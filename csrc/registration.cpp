@@ -2,7 +2,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The schemas. They say what mutates: ESTIMATE has no alias mark on the state.
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 TORCH_LIBRARY(deepspeed_acco, m) {
@@ -21,20 +20,4 @@ TORCH_LIBRARY(deepspeed_acco, m) {
   m.def(
       "traffic_commit(Tensor(a!) master, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad, Tensor(d!) out) "
       "-> ()");
-}
-
-// None of them can be differentiated: a backward through one says so, and writing to a tensor raises its version.
-#define ACCO_FOR_EACH_OP(X) \
-  X("adamw_estimate") X("adamw_commit") X("grad_sumsq") X("pack") X("traffic_estimate") X("traffic_commit")
-
-TORCH_LIBRARY_IMPL(deepspeed_acco, Autograd, m) {
-#define ACCO_IMPL(name) m.impl(name, torch::autograd::autogradNotImplementedFallback());
-  ACCO_FOR_EACH_OP(ACCO_IMPL)
-#undef ACCO_IMPL
-}
-
-TORCH_LIBRARY_IMPL(deepspeed_acco, ADInplaceOrView, m) {
-#define ACCO_IMPL(name) m.impl(name, torch::autograd::autogradNotImplementedInplaceOrViewFallback());
-  ACCO_FOR_EACH_OP(ACCO_IMPL)
-#undef ACCO_IMPL
 }
