@@ -25,6 +25,8 @@ HOW_TO_BUILD = (
 )
 _HERE = Path(__file__).resolve().parent
 
+loaded_from = ""  # where the library that this process loaded lies
+
 
 def csrc() -> Path:
     """The folder of the sources: inside an installed package, beside the package in a checkout."""
@@ -103,7 +105,7 @@ def builder_class() -> type:
             return f"deepspeed_acco.{EXTENSION}"
 
         def is_compatible(self, verbose=False):
-            return shutil.which(_compiler()) is not None
+            return shutil.which(compiler()) is not None
 
         def sources(self):
             return [str(path) for path in sources(with_cuda=not self.build_for_cpu)]
@@ -141,7 +143,7 @@ def builder_class() -> type:
             from torch.utils.cpp_extension import load, verify_ninja_availability
 
             if not self.is_compatible(verbose):
-                raise RuntimeError(f"no C++ compiler: {_compiler()!r} (CXX) was not found")
+                raise RuntimeError(f"no C++ compiler: {compiler()!r} (CXX) was not found")
             verify_ninja_availability()
             folder = build_directory(self)
             with _exclusive(folder):
@@ -170,10 +172,13 @@ def load() -> str:
     Raises:
         RuntimeError, OSError: why it cannot be had; with the compiler's output when that failed.
     """
-    return builder_class()().load()
+    global loaded_from
+    loaded_from = builder_class()().load()
+    return loaded_from
 
 
-def _compiler() -> str:
+def compiler() -> str:
+    """The C++ compiler that torch calls."""
     return os.environ.get("CXX", "c++").split()[0]
 
 
@@ -182,7 +187,7 @@ def build_directory(builder) -> Path:
     name has a hash of everything that the library depends on."""
     import torch
 
-    parts = [torch.__version__, str(torch.version.cuda), os.environ.get("TORCH_CUDA_ARCH_LIST", ""), _compiler()]
+    parts = [torch.__version__, str(torch.version.cuda), os.environ.get("TORCH_CUDA_ARCH_LIST", ""), compiler()]
     parts += [*builder.cxx_args(), *builder.nvcc_args(), _cpu_features()]
     if not builder.build_for_cpu and torch.cuda.is_available():
         parts += sorted({str(torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())})
