@@ -63,7 +63,9 @@ class Case:
 
 def same_bits(a, b):
     """Equal, and NaN where the other is NaN."""
-    return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(3.0), b.nan_to_num(3.0))
+    return (
+        a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(3.0), b.nan_to_num(3.0))
+    )
 
 
 def float64_step(before, grad, scale, hyper=HYPER):

@@ -30,6 +30,7 @@ print("weights", out[0].item(), "kernels", ops.kernels_name())
 def start(script, **environment):
     return subprocess.Popen(
         [sys.executable, "-c", script],
+        cwd="/",  # python -c looks there first
         env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -120,3 +121,26 @@ def test_builder_follows_deepspeeds_convention():
     assert all(Path(path).is_file() for path in builder.sources())
     assert "-ffp-contract=off" in builder.cxx_args() and "-ffast-math" not in builder.cxx_args()
     assert "--use_fast_math" not in op_builder.nvcc_args() and "-fmad=false" in op_builder.nvcc_args()
+
+
+@pytest.mark.timeout(400)
+def test_ahead_of_time(tmp_path):
+    """Built as pip would, into a folder of its own, from which the kernels come without any cache or compiler."""
+    build = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "base")]
+    build += ["--build-lib", str(tmp_path / "lib")]
+    done = subprocess.run(
+        build, cwd=ROOT, env={**os.environ, "DEEPSPEED_ACCO_BUILD_OPS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    package = tmp_path / "lib" / "deepspeed_acco"
+    assert len(list(package.glob("_native*.so"))) == 1 and (package / "csrc" / "cuda" / "adamw.cu").is_file()
+    environment = {
+        "PYTHONPATH": str(tmp_path / "lib"),
+        "CXX": "/nonexistent",
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"),
+        "DEEPSPEED_ACCO_KERNELS": "native",
+    }
+    shutil.copytree(ROOT / "deepspeed_acco", package, dirs_exist_ok=True)
+    code, output = run(UPDATE, **environment)
+    assert code == 0 and "kernels native" in output, output
+    assert not (tmp_path / "cache").exists()

@@ -45,7 +45,12 @@ def test_cuda_ops_are_valid_cpp(tmp_path):
     toolkit = Path(NVCC).resolve().parents[1]
     roots = [toolkit, Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))]
     headers = [h for root in roots for h in (root / "include", root / "targets/x86_64-linux/include")]
-    folders = [op_builder.csrc(), *include_paths(), *(h for h in headers if (h / "cuda_runtime_api.h").is_file()), tmp_path]
+    folders = [
+        op_builder.csrc(),
+        *include_paths(),
+        *(h for h in headers if (h / "cuda_runtime_api.h").is_file()),
+        tmp_path,
+    ]
     standard = [flag for flag in op_builder.cxx_args() if flag.startswith("-std")]
     command = ["c++", "-fsyntax-only", *standard, *(f"-I{folder}" for folder in folders)]
     done = subprocess.run(
