@@ -1,7 +1,7 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""What pyproject.toml cannot say: the kernels' sources travel inside the package, and with DEEPSPEED_ACCO_BUILD_OPS=1 the
-kernels are built at install instead of at first use (this needs PyTorch: pip install --no-build-isolation)."""
+"""What pyproject.toml cannot say: the kernels' sources travel inside the package, and with DEEPSPEED_ACCO_BUILD_OPS=1
+the kernels are built at install instead of at first use (this needs PyTorch: pip install --no-build-isolation)."""
 
 import importlib.util
 import os

@@ -1,9 +1,9 @@
 // Copyright (c) the deepspeed_acco authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// The AdamW arithmetic, once, for every kernel: that of torch.optim.AdamW (decoupled decay, bias correction, eps outside
-// the root) in fp32. Compile without contraction (-ffp-contract=off, -fmad=false): the same element must give the same
-// bits in a vector body, in a scalar tail, in ESTIMATE and in COMMIT.
+// The AdamW arithmetic, once, for every kernel: that of torch.optim.AdamW (decoupled decay, bias correction, eps
+// outside the root) in fp32. Compile without contraction (-ffp-contract=off, -fmad=false): the same element must give
+// the same bits in a vector body, in a scalar tail, in ESTIMATE and in COMMIT.
 #pragma once
 
 #include <cmath>

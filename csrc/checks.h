@@ -9,7 +9,9 @@
 
 namespace acco {
 
-inline bool is_supported(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf; }
+inline bool is_supported(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+}
 
 inline void check_flat(const at::Tensor& tensor, const at::Tensor& like, const char* name) {
   TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.is_contiguous(), "deepspeed_acco: ", name,

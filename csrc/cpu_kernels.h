@@ -1,8 +1,8 @@
 // Copyright (c) the deepspeed_acco authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// The CPU loops, without torch. Each works on elements [begin, end) of its operands; apart from the sums, which have fixed
-// blocks, an element's bits depend on that element alone, so that any division over threads gives the same result.
+// The CPU loops, without torch. Each works on elements [begin, end) of its operands; apart from the sums, which have
+// fixed blocks, an element's bits depend on that element alone, so that any division over threads gives the same result.
 #pragma once
 
 #include <cstdint>

@@ -1,9 +1,9 @@
 // Copyright (c) the deepspeed_acco authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// The 16-bit formats on the host, as branch-free integer arithmetic that compilers vectorise on any CPU. Rounds to nearest,
-// ties to even; NaN stays NaN. No step makes or reads an fp32 subnormal by floating-point arithmetic, so that a thread which flushes
-// them to zero converts to the same bits.
+// The 16-bit formats on the host, as branch-free integer arithmetic that compilers vectorise on any CPU. Rounds to
+// nearest, ties to even; NaN stays NaN. No floating-point operation here makes or reads an fp32 subnormal, so that a
+// thread which flushes them to zero converts to the same bits.
 #pragma once
 
 #include <cstdint>
@@ -60,7 +60,7 @@ struct Float16 {
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
     const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
-    // Below 2^-14: adding 0.5 lets the adder round at the subnormal's last place, 2^-24. Tiny values are replaced first.
+    // Below 2^-14: adding 0.5 lets the adder round at the subnormal's last place, 2^-24. Tiny values become 0 first.
     const float small = float_of(magnitude < 0x30800000u ? 0u : magnitude);
     const uint32_t subnormal = bits_of(small + 0.5f) - 0x3f000000u;
     const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;

@@ -20,7 +20,9 @@ ACCO_HOST_DEVICE constexpr int64_t grid_stride(uint32_t blocks, uint32_t threads
   return static_cast<int64_t>(blocks) * threads_per_block;
 }
 
-ACCO_HOST_DEVICE constexpr int64_t pieces_of(int64_t numel, int64_t piece) { return numel / piece + (numel % piece != 0); }
+ACCO_HOST_DEVICE constexpr int64_t pieces_of(int64_t numel, int64_t piece) {
+  return numel / piece + (numel % piece != 0);
+}
 
 // Enough blocks for `items` work items, at most `most`, at least one.
 ACCO_HOST_DEVICE constexpr uint32_t grid_blocks(int64_t items, uint32_t threads_per_block, int64_t most) {
@@ -29,7 +31,7 @@ ACCO_HOST_DEVICE constexpr uint32_t grid_blocks(int64_t items, uint32_t threads_
   return static_cast<uint32_t>(capped < 1 ? 1 : capped);
 }
 
-// Part `index` of `numel` elements in `parts` nearly equal consecutive parts begins here (and ends where the next begins).
+// Part `index` of `numel` elements in `parts` nearly equal consecutive parts begins here, and ends where the next begins.
 constexpr int64_t part_begin(int64_t numel, int64_t parts, int64_t index) {
   const int64_t rest = numel % parts;
   return numel / parts * index + (index < rest ? index : rest);

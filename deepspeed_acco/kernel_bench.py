@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""``ds_acco kernels``: what the two rounds cost per parameter, beside other AdamW implementations and the memory itself.
+"""``ds_acco kernels``: what the two rounds cost per parameter, beside other AdamW implementations and a plain copy.
 
 Every candidate runs once per turn, in an order that changes from turn to turn; the figures are medians over the turns.
 """

@@ -19,9 +19,9 @@ from pathlib import Path
 NAME = "deepspeed_acco"
 EXTENSION = "_native"  # beside this file when it was built ahead of time
 HOW_TO_BUILD = (
-    "They are built at first use and need a C++17 compiler and ninja (pip install ninja; on CUDA also the CUDA toolkit's "
-    "nvcc), or ahead of time: DEEPSPEED_ACCO_BUILD_OPS=1 pip install --no-build-isolation . Run `ds_acco env` for what was "
-    "found, and set DEEPSPEED_ACCO_KERNELS=torch to use the PyTorch path without this warning"
+    "They are built at first use and need a C++ compiler and ninja (pip install ninja; on CUDA also the CUDA toolkit's "
+    "nvcc), or ahead of time: DEEPSPEED_ACCO_BUILD_OPS=1 pip install --no-build-isolation . Run `ds_acco env` for what "
+    "was found, and set DEEPSPEED_ACCO_KERNELS=torch to use the PyTorch path without this warning"
 )
 _HERE = Path(__file__).resolve().parent
 
@@ -212,8 +212,8 @@ def _cpu_features() -> str:
 
 @contextlib.contextmanager
 def _exclusive(folder: Path):
-    """One process at a time. torch's own lock is a file that a killed build leaves behind, and everybody waits for it for
-    ever after; the kernel drops this one with its owner, who may therefore remove torch's."""
+    """One process at a time. torch's own lock is a file that a killed build leaves behind, and everybody waits for it
+    for ever after; this one ends with its owner, who may therefore remove torch's."""
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)

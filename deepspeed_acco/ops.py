@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The updates as everybody calls them: by the native kernels of csrc/ where they can be had, else by update.py.
 
-``DEEPSPEED_ACCO_KERNELS`` = ``auto`` (default), ``native`` (an error where they cannot be had) or ``torch``. The choice is
-made once per process, at :func:`prepare` or the first call.
+``DEEPSPEED_ACCO_KERNELS`` = ``auto`` (default), ``native`` (an error where they cannot be had) or ``torch``. The choice
+is made once per process, at :func:`prepare` or the first call.
 """
 
 from __future__ import annotations

@@ -180,13 +180,7 @@ def check_engine(engine, optimizer: ACCO) -> None:
     )
     refuse(engine.has_moe_layers, "model", "a module with MoE layers", "dense modules", "Use the AdamW optimizer")
     zenflow = getattr(zero, "zenflow", None)
-    refuse(
-        zenflow is not None,
-        "zero_optimization.zenflow",
-        section("zero_optimization").get("zenflow"),
-        "none",
-        "Remove it",
-    )
+    refuse(zenflow is not None, "zero_optimization.zenflow", section("zero_optimization").get("zenflow"), "none", "Remove it")
     offload = zero.offload_optimizer
     offload_device = getattr(offload.device, "value", offload.device) if offload is not None else "none"
     refuse(
@@ -208,9 +202,7 @@ def check_engine(engine, optimizer: ACCO) -> None:
         refuse(value, f"{name}.{key}", value, "false", "ACCO keeps fp32 master weights and states; remove it")
     for name, where in (("amp", "amp"), ("hybrid_engine", "hybrid_engine")):
         refuse(section(name).get("enabled"), f"{where}.enabled", True, "false", f"Remove {name}")
-    refuse(
-        section("compile").get("deepcompile"), "compile.deepcompile", True, "false", "Remove it; torch.compile works"
-    )
+    refuse(section("compile").get("deepcompile"), "compile.deepcompile", True, "false", "Remove it; torch.compile works")
     autocast = section("torch_autocast")
     refuse(
         autocast.get("enabled") and str(autocast.get("dtype")).split(".")[-1] in ("float16", "fp16", "half"),
@@ -220,9 +212,7 @@ def check_engine(engine, optimizer: ACCO) -> None:
         'Set it, or use "fp16": {"enabled": true}',
     )
     tensor_parallel = section("tensor_parallel").get("autotp_size", 0)
-    refuse(
-        tensor_parallel and tensor_parallel > 1, "tensor_parallel.autotp_size", tensor_parallel, "0 or 1", "Remove it"
-    )
+    refuse(tensor_parallel and tensor_parallel > 1, "tensor_parallel.autotp_size", tensor_parallel, "0 or 1", "Remove it")
     mpu = engine.mpu
     if mpu is not None and hasattr(mpu, "get_model_parallel_world_size"):
         size = mpu.get_model_parallel_world_size()

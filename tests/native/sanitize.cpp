@@ -56,7 +56,8 @@ static void run(int64_t count, int64_t shift, bool streams) {
   };
   both(std::false_type{}, estimated.data());
   both(std::true_type{}, committed.data());
-  if (count > 0 && std::memcmp(estimated.data(), committed.data(), static_cast<size_t>(count) * sizeof(*committed.data()))) {
+  const size_t bytes = static_cast<size_t>(count) * sizeof(*committed.data());
+  if (count > 0 && std::memcmp(estimated.data(), committed.data(), bytes)) {
     std::printf("estimate and commit differ at count %lld\n", static_cast<long long>(count));
     std::exit(1);
   }
