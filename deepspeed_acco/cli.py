@@ -12,7 +12,9 @@ import sys
 
 import torch
 
-from . import __version__, op_builder, ops
+from deepspeed_acco import __version__
+
+from . import op_builder, ops
 
 _CPU_NUMEL = 2**24
 _CUDA_NUMEL = 2**26

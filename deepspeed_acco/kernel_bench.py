@@ -166,7 +166,7 @@ def candidates(numel: int, device: torch.device, max_blocks: int) -> tuple[list[
 
 def _time_once(run: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.Event(device=device, enable_timing=True) for _ in range(2))
         begin.record()
         run()
         end.record()

@@ -9,7 +9,6 @@ is made once per process, at :func:`prepare` or the first call.
 from __future__ import annotations
 
 import os
-import threading
 import warnings
 from collections.abc import Callable
 
@@ -40,7 +39,6 @@ _PROBED = f"{_NAMESPACE}::adamw_commit"
 _loader: Callable[[], str] | None = None
 _how_to_build = ""
 _reasons: dict[str, str] = {}  # by device type; empty: native
-_lock = threading.RLock()
 
 
 def set_loader(loader: Callable[[], str], how_to_build: str) -> None:
@@ -61,7 +59,7 @@ def kernels_reason(device: torch.device | str = "cpu") -> str:
 
 
 def prepare(device: torch.device) -> None:
-    """Makes the choice now, so that no build happens inside the first round.
+    """Makes the choice now, by the main thread, so that no build happens inside the first round.
 
     Raises:
         ValueError: for a value of ``DEEPSPEED_ACCO_KERNELS`` that is not allowed.
@@ -73,10 +71,7 @@ def prepare(device: torch.device) -> None:
 def _reason(device: torch.device) -> str:
     known = _reasons.get(device.type)
     if known is None:
-        with _lock:
-            known = _reasons.get(device.type)
-            if known is None:
-                known = _reasons[device.type] = _choose(device.type)
+        known = _reasons[device.type] = _choose(device.type)
     return known
 
 
