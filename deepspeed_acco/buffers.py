@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import ops
 from .layout import GroupLayout, pieces
-from .update import piece_numel
 
 _ALIGNMENT_BYTES = 16
 _EXCHANGE_BYTES = 2**22
@@ -49,14 +49,7 @@ class FlatBuffers:
     def pack(self, scale: float, *, clears: bool) -> None:
         """X <- A * scale in the communication dtype; then A <- 0 if ``clears``."""
         for grads, packed in zip(self.grads, self.comm_grads):
-            for start, length in pieces(grads.numel(), piece_numel(grads.device)):
-                source, target = grads[start : start + length], packed[start : start + length]
-                if scale == 1.0:
-                    target.copy_(source)
-                else:
-                    torch.mul(source, scale, out=target)
-                if clears:
-                    source.zero_()
+            ops.pack(grads, packed, scale, clears=clears)
 
     def clear_gradients(self) -> None:
         """A <- 0."""

@@ -17,9 +17,9 @@ from torch import Tensor
 from .buffers import FlatBuffers
 from .comm import Communicator
 from .lanes import HostFlag, InlineLane
+from .ops import AdamWShard, adamw_commit, adamw_estimate, sum_of_squares
 from .rounds import Place, Round
 from .settings import AdamWHyper
-from .update import AdamWShard, adamw_commit, adamw_estimate, sum_of_squares
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from deepspeed.utils.logging import LoggerFactory
 from packaging.version import Version
 from torch.optim import Optimizer
 
+from . import op_builder, ops
 from .driver import describe_bytes
 from .optimizer import ACCO
 from .settings import phase_a_micro_batches
@@ -77,6 +78,7 @@ def register() -> None:
     ds_config.DeepSpeedConfig.__init__ = _wrap_config(ds_config.DeepSpeedConfig.__init__)
     ds_zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(ACCO)
     torch.optim.ACCO = ACCO
+    ops.set_loader(op_builder.load, op_builder.HOW_TO_BUILD)
 
 
 def _wrap_configure_optimizer(original):
@@ -154,7 +156,7 @@ def _log_start(engine, wrapper: AccoZeroOptimizer) -> None:
     logger = _logger()
     logger.info(
         f"ACCO: schedule={settings.schedule} {window} accumulation={settings.accumulation} lane={wrapper.lane_name} "
-        f"own buffers={describe_bytes(wrapper.own_bytes())} per rank, kernels=torch; "
+        f"own buffers={describe_bytes(wrapper.own_bytes())} per rank, kernels={ops.kernels_name(engine.device)}; "
         "timers.throughput.synchronized set to false"
     )
     given = [key for key in _NO_EFFECT if key in engine._config._param_dict.get("zero_optimization", {})]

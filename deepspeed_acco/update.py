@@ -43,7 +43,7 @@ def adamw_estimate(
     """Writes to ``out`` the weights that one AdamW step would give; the state stays as it is.
 
     Args:
-        grad: the shard's summed gradient, fp32, 1-D.
+        grad: the shard's summed gradient, 1-D, any floating dtype.
         grad_scale: fp32, 0-dim, multiplies ``grad`` (mean, loss scale and clip factor in one).
         is_finite: bool, 0-dim; where False the step is skipped and ``out`` gets the master weights.
         out: 1-D, any floating dtype.
@@ -72,7 +72,7 @@ def _adamw(shard, grad, hyper, grad_scale, is_finite, out, *, writes_state):
 
     for start, length in pieces(grad.numel(), piece_numel(grad.device)):
         at = slice(start, start + length)
-        g = torch.where(is_finite, grad[at] * grad_scale, 0.0)  # the scale may be NaN too
+        g = torch.where(is_finite, grad[at].float() * grad_scale, 0.0)  # the scale may be NaN too
         exp_avg = torch.lerp(shard.exp_avg[at], g, grad_weight)
         exp_avg_sq = shard.exp_avg_sq[at] * square_keep
         exp_avg_sq.add_(g.mul_(g).mul_(square_weight))
@@ -95,3 +95,16 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
         for start, length in pieces(tensor.numel(), piece_numel(tensor.device)):
             total += torch.linalg.vector_norm(tensor[start : start + length], dtype=torch.float64).square()
     return total
+
+
+@torch.no_grad()
+def pack(grads: Tensor, packed: Tensor, scale: float, *, clears: bool) -> None:
+    """``packed`` <- ``grads * scale`` in the dtype of ``packed``; then ``grads`` <- 0 if ``clears``. Both 1-D."""
+    for start, length in pieces(grads.numel(), piece_numel(grads.device)):
+        source, target = grads[start : start + length], packed[start : start + length]
+        if scale == 1.0:
+            target.copy_(source)
+        else:
+            torch.mul(source, scale, out=target)
+        if clears:
+            source.zero_()

@@ -15,15 +15,16 @@ from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch.utils._pytree import tree_leaves
 
+from . import ops
 from .buffers import FlatBuffers
 from .comm import Communicator, max_over_ranks
 from .driver import RoundDriver, RoundInputs
 from .lanes import LaneTimes, make_lane
 from .layout import GroupLayout
+from .ops import AdamWShard
 from .optimizer import ACCO
 from .rounds import Place, Position, Schedule, blocks_at_end, schedule_of_window
 from .settings import AdamWHyper, phase_a_micro_batches
-from .update import AdamWShard
 
 
 class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
@@ -55,6 +56,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             )
         timeout_s = self._settings.comm_timeout_s or default_pg_timeout.total_seconds()
         device = live[0].device
+        ops.prepare(device)  # may build the kernels, which takes longer than a collective may wait
         lane = make_lane(self._settings.lane, device)
         comm = Communicator(self.dp_process_group, device, timeout_s)
         layouts = [GroupLayout(flat.numel(), comm.world_size, comm.rank) for flat in live]

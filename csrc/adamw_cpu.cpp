@@ -1,0 +1,176 @@
+// Copyright (c) the deepspeed_acco authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The CPU ops: arguments checked, dtypes resolved, the ranges of cpu_kernels.h shared out over torch's threads.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "checks.h"
+#include "cpu_kernels.h"
+
+namespace acco::cpu {
+namespace {
+
+// Below this a thread's wake-up costs more than its share of the work.
+constexpr int64_t kThreadNumel = int64_t{1} << 15;
+
+// f(begin, end) over consecutive parts of [0, count), one per thread of the caller's torch.set_num_threads.
+template <class F>
+void for_parts(int64_t count, int64_t least_per_thread, const F& f) {
+  const int64_t most = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t parts = std::min(most, pieces_of(count, least_per_thread));
+  if (parts <= 1) {
+    f(int64_t{0}, count);
+    return;
+  }
+#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static)
+  for (int64_t part = 0; part < parts; ++part) {
+    f(part_begin(count, parts, part), part_begin(count, parts, part + 1));
+  }
+}
+
+// f(Float32{}), f(BFloat16{}) or f(Float16{}): the dtype becomes a type.
+template <class F>
+void with_format(at::ScalarType dtype, const F& f) {
+  if (dtype == at::kFloat) {
+    f(Float32{});
+  } else if (dtype == at::kBFloat16) {
+    f(BFloat16{});
+  } else {
+    f(Float16{});
+  }
+}
+
+template <class Format>
+const typename Format::Storage* read(const at::Tensor& tensor) {
+  return static_cast<const typename Format::Storage*>(tensor.const_data_ptr());
+}
+
+template <class Format>
+typename Format::Storage* write(const at::Tensor& tensor) {
+  return static_cast<typename Format::Storage*>(tensor.mutable_data_ptr());
+}
+
+template <bool kWritesState>
+float* state(const at::Tensor& tensor) {
+  // Without kWritesState the loops only read; the cast spares them a second set of signatures.
+  return kWritesState ? write<Float32>(tensor) : const_cast<float*>(read<Float32>(tensor));
+}
+
+template <bool kWritesState, class Arithmetic>
+void update(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& grad,
+            const at::Tensor& out, const Arithmetic& arithmetic) {
+  const bool streams = out.numel() * static_cast<int64_t>(out.element_size()) >= kStreamingBytes;
+  with_format(grad.scalar_type(), [&](auto grad_format) {
+    with_format(out.scalar_type(), [&](auto out_format) {
+      using Grad = decltype(grad_format);
+      using Out = decltype(out_format);
+      for_parts(master.numel(), kThreadNumel, [&](int64_t begin, int64_t end) {
+        update_range<Grad, Out, kWritesState>(arithmetic, state<kWritesState>(master), state<kWritesState>(exp_avg),
+                                              state<kWritesState>(exp_avg_sq), read<Grad>(grad), write<Out>(out),
+                                              begin, end, streams);
+      });
+    });
+  });
+}
+
+template <bool kWritesState>
+void adamw_or_skip(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
+                   const at::Tensor& step, const at::Tensor& grad, const at::Tensor& grad_scale,
+                   const at::Tensor& is_finite, const Hyper& hyper, const at::Tensor& out) {
+  check_update(master, exp_avg, exp_avg_sq, step, grad, grad_scale, is_finite, out);
+  if (!*is_finite.const_data_ptr<bool>()) {
+    out.copy_(master.detach());
+    return;
+  }
+  const AdamW arithmetic{make_factors(hyper, *read<Float32>(step), *read<Float32>(grad_scale))};
+  update<kWritesState>(master, exp_avg, exp_avg_sq, grad, out, arithmetic);
+  if (kWritesState) {
+    *write<Float32>(step) += 1.0f;
+  }
+}
+
+void adamw_estimate(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
+                    const at::Tensor& step, const at::Tensor& grad, const at::Tensor& grad_scale,
+                    const at::Tensor& is_finite, double lr, double beta1, double beta2, double eps, double weight_decay,
+                    at::Tensor out, int64_t /*max_blocks*/) {
+  adamw_or_skip<false>(master, exp_avg, exp_avg_sq, step, grad, grad_scale, is_finite,
+                       Hyper{lr, beta1, beta2, eps, weight_decay}, out);
+}
+
+void adamw_commit(at::Tensor master, at::Tensor exp_avg, at::Tensor exp_avg_sq, at::Tensor step, const at::Tensor& grad,
+                  const at::Tensor& grad_scale, const at::Tensor& is_finite, double lr, double beta1, double beta2,
+                  double eps, double weight_decay, at::Tensor out, int64_t /*max_blocks*/) {
+  adamw_or_skip<true>(master, exp_avg, exp_avg_sq, step, grad, grad_scale, is_finite,
+                      Hyper{lr, beta1, beta2, eps, weight_decay}, out);
+}
+
+at::Tensor grad_sumsq(const at::Tensor& grad) {
+  check_flat(grad, grad, "grad");
+  const int64_t numel = grad.numel();
+  std::vector<double> sums(static_cast<size_t>(pieces_of(numel, kSumBlock)));
+  with_format(grad.scalar_type(), [&](auto format) {
+    using Source = decltype(format);
+    const auto* values = read<Source>(grad);
+    for_parts(static_cast<int64_t>(sums.size()), kThreadNumel / kSumBlock, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t at = block * kSumBlock;
+        sums[static_cast<size_t>(block)] = block_sum_of_squares<Source>(values + at, std::min(kSumBlock, numel - at));
+      }
+    });
+  });
+  double total = 0.0;
+  for (const double sum : sums) {
+    total += sum;
+  }
+  return at::scalar_tensor(total, grad.options().dtype(at::kDouble));
+}
+
+void pack(at::Tensor grads, at::Tensor packed, double scale, bool clears) {
+  check_flat(grads, grads, "grads");
+  check_flat(packed, grads, "packed");
+  const bool streams = packed.numel() * static_cast<int64_t>(packed.element_size()) >= kStreamingBytes;
+  with_format(grads.scalar_type(), [&](auto source_format) {
+    with_format(packed.scalar_type(), [&](auto target_format) {
+      using Source = decltype(source_format);
+      using Target = decltype(target_format);
+      for_parts(grads.numel(), kThreadNumel, [&](int64_t begin, int64_t end) {
+        const auto run = clears ? pack_range<Source, Target, true> : pack_range<Source, Target, false>;
+        run(write<Source>(grads), write<Target>(packed), static_cast<float>(scale), begin, end, streams);
+      });
+    });
+  });
+}
+
+template <bool kWritesState>
+void traffic(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& grad,
+             const at::Tensor& out) {
+  check_state(master, exp_avg, exp_avg_sq, grad, out);
+  update<kWritesState>(master, exp_avg, exp_avg_sq, grad, out, Traffic{});
+}
+
+void traffic_estimate(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
+                      const at::Tensor& grad, at::Tensor out) {
+  traffic<false>(master, exp_avg, exp_avg_sq, grad, out);
+}
+
+void traffic_commit(at::Tensor master, at::Tensor exp_avg, at::Tensor exp_avg_sq, const at::Tensor& grad,
+                    at::Tensor out) {
+  traffic<true>(master, exp_avg, exp_avg_sq, grad, out);
+}
+
+}  // namespace
+}  // namespace acco::cpu
+
+TORCH_LIBRARY_IMPL(deepspeed_acco, CPU, m) {
+  m.impl("adamw_estimate", acco::cpu::adamw_estimate);
+  m.impl("adamw_commit", acco::cpu::adamw_commit);
+  m.impl("grad_sumsq", acco::cpu::grad_sumsq);
+  m.impl("pack", acco::cpu::pack);
+  m.impl("traffic_estimate", acco::cpu::traffic_estimate);
+  m.impl("traffic_commit", acco::cpu::traffic_commit);
+}

@@ -1,0 +1,56 @@
+// Copyright (c) the deepspeed_acco authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the ops require of their arguments, the same on every device.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+namespace acco {
+
+inline bool is_supported(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
+inline void check_flat(const at::Tensor& tensor, const at::Tensor& like, const char* name) {
+  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.is_contiguous(), "deepspeed_acco: ", name,
+                    " must be 1-D and contiguous, got sizes ", tensor.sizes(), " and strides ", tensor.strides());
+  TORCH_CHECK_VALUE(tensor.numel() == like.numel(), "deepspeed_acco: ", name, " has ", tensor.numel(),
+                    " elements, expected ", like.numel());
+  TORCH_CHECK_VALUE(tensor.device() == like.device(), "deepspeed_acco: ", name, " is on ", tensor.device(),
+                    ", expected ", like.device());
+  TORCH_CHECK_VALUE(is_supported(tensor.scalar_type()), "deepspeed_acco: ", name, " has dtype ", tensor.scalar_type(),
+                    "; allowed: float32, bfloat16, float16");
+}
+
+inline void check_scalar(const at::Tensor& tensor, const at::Tensor& like, at::ScalarType dtype, const char* name) {
+  TORCH_CHECK_VALUE(tensor.dim() == 0 && tensor.scalar_type() == dtype, "deepspeed_acco: ", name,
+                    " must be 0-dim of dtype ", dtype, ", got sizes ", tensor.sizes(), " of ", tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.device() == like.device(), "deepspeed_acco: ", name, " is on ", tensor.device(),
+                    ", expected ", like.device());
+}
+
+inline void check_state(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
+                        const at::Tensor& grad, const at::Tensor& out) {
+  check_flat(master, master, "master");
+  check_flat(exp_avg, master, "exp_avg");
+  check_flat(exp_avg_sq, master, "exp_avg_sq");
+  for (const auto& state : {master, exp_avg, exp_avg_sq}) {
+    TORCH_CHECK_VALUE(state.scalar_type() == at::kFloat, "deepspeed_acco: the state must be float32, got ",
+                      state.scalar_type());
+  }
+  check_flat(grad, master, "grad");
+  check_flat(out, master, "out");
+}
+
+inline void check_update(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
+                         const at::Tensor& step, const at::Tensor& grad, const at::Tensor& grad_scale,
+                         const at::Tensor& is_finite, const at::Tensor& out) {
+  check_state(master, exp_avg, exp_avg_sq, grad, out);
+  check_scalar(step, master, at::kFloat, "step");
+  check_scalar(grad_scale, master, at::kFloat, "grad_scale");
+  check_scalar(is_finite, master, at::kBool, "is_finite");
+}
+
+}  // namespace acco

@@ -1,0 +1,108 @@
+// Copyright (c) the deepspeed_acco authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The CUDA ops: arguments checked, then launches on the current stream of the tensors' device. Nothing waits for it.
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "checks.h"
+#include "cuda/launch.h"
+
+namespace acco::cuda {
+namespace {
+
+Format format_of(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kFloat      ? Format::kFloat32
+         : tensor.scalar_type() == at::kBFloat16 ? Format::kBFloat16
+                                                 : Format::kFloat16;
+}
+
+Array read(const at::Tensor& tensor) { return {tensor.const_data_ptr(), format_of(tensor)}; }
+MutableArray write(const at::Tensor& tensor) { return {tensor.mutable_data_ptr(), format_of(tensor)}; }
+
+Inputs inputs_of(const Hyper& hyper, const at::Tensor& grad, const at::Tensor& grad_scale, const at::Tensor& is_finite,
+                 int64_t max_blocks) {
+  return {hyper,        read(grad), grad_scale.const_data_ptr<float>(), is_finite.const_data_ptr<bool>(),
+          grad.numel(), max_blocks};
+}
+
+void adamw_estimate(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
+                    const at::Tensor& step, const at::Tensor& grad, const at::Tensor& grad_scale,
+                    const at::Tensor& is_finite, double lr, double beta1, double beta2, double eps, double weight_decay,
+                    at::Tensor out, int64_t max_blocks) {
+  check_update(master, exp_avg, exp_avg_sq, step, grad, grad_scale, is_finite, out);
+  const c10::cuda::CUDAGuard guard(master.device());
+  C10_CUDA_CHECK(launch_estimate(
+      master.const_data_ptr<float>(), exp_avg.const_data_ptr<float>(), exp_avg_sq.const_data_ptr<float>(),
+      step.const_data_ptr<float>(),
+      inputs_of(Hyper{lr, beta1, beta2, eps, weight_decay}, grad, grad_scale, is_finite, max_blocks), write(out),
+      c10::cuda::getCurrentCUDAStream()));
+}
+
+void adamw_commit(at::Tensor master, at::Tensor exp_avg, at::Tensor exp_avg_sq, at::Tensor step, const at::Tensor& grad,
+                  const at::Tensor& grad_scale, const at::Tensor& is_finite, double lr, double beta1, double beta2,
+                  double eps, double weight_decay, at::Tensor out, int64_t max_blocks) {
+  check_update(master, exp_avg, exp_avg_sq, step, grad, grad_scale, is_finite, out);
+  const c10::cuda::CUDAGuard guard(master.device());
+  C10_CUDA_CHECK(launch_commit(
+      master.mutable_data_ptr<float>(), exp_avg.mutable_data_ptr<float>(), exp_avg_sq.mutable_data_ptr<float>(),
+      step.mutable_data_ptr<float>(),
+      inputs_of(Hyper{lr, beta1, beta2, eps, weight_decay}, grad, grad_scale, is_finite, max_blocks), write(out),
+      c10::cuda::getCurrentCUDAStream()));
+}
+
+at::Tensor grad_sumsq(const at::Tensor& grad) {
+  check_flat(grad, grad, "grad");
+  const c10::cuda::CUDAGuard guard(grad.device());
+  const auto options = grad.options().dtype(at::kDouble);
+  const at::Tensor sums = at::empty({sum_blocks(grad.numel())}, options);
+  at::Tensor total = at::empty({}, options);
+  C10_CUDA_CHECK(launch_sum_of_squares(read(grad), grad.numel(), sums.mutable_data_ptr<double>(),
+                                       total.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream()));
+  return total;
+}
+
+void pack(at::Tensor grads, at::Tensor packed, double scale, bool clears) {
+  check_flat(grads, grads, "grads");
+  check_flat(packed, grads, "packed");
+  const c10::cuda::CUDAGuard guard(grads.device());
+  C10_CUDA_CHECK(launch_pack(write(grads), write(packed), grads.numel(), static_cast<float>(scale), clears,
+                             c10::cuda::getCurrentCUDAStream()));
+}
+
+void traffic(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& grad,
+             const at::Tensor& out, bool writes_state) {
+  check_state(master, exp_avg, exp_avg_sq, grad, out);
+  const c10::cuda::CUDAGuard guard(master.device());
+  const auto pointer = [&](const at::Tensor& state) {
+    return writes_state ? state.mutable_data_ptr<float>() : const_cast<float*>(state.const_data_ptr<float>());
+  };
+  const Inputs inputs{Hyper{}, read(grad), nullptr, nullptr, grad.numel(), 0};
+  C10_CUDA_CHECK(launch_traffic(pointer(master), pointer(exp_avg), pointer(exp_avg_sq), inputs, write(out),
+                                writes_state, c10::cuda::getCurrentCUDAStream()));
+}
+
+void traffic_estimate(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
+                      const at::Tensor& grad, at::Tensor out) {
+  traffic(master, exp_avg, exp_avg_sq, grad, out, false);
+}
+
+void traffic_commit(at::Tensor master, at::Tensor exp_avg, at::Tensor exp_avg_sq, const at::Tensor& grad,
+                    at::Tensor out) {
+  traffic(master, exp_avg, exp_avg_sq, grad, out, true);
+}
+
+}  // namespace
+}  // namespace acco::cuda
+
+TORCH_LIBRARY_IMPL(deepspeed_acco, CUDA, m) {
+  m.impl("adamw_estimate", acco::cuda::adamw_estimate);
+  m.impl("adamw_commit", acco::cuda::adamw_commit);
+  m.impl("grad_sumsq", acco::cuda::grad_sumsq);
+  m.impl("pack", acco::cuda::pack);
+  m.impl("traffic_estimate", acco::cuda::traffic_estimate);
+  m.impl("traffic_commit", acco::cuda::traffic_commit);
+}

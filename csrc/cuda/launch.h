@@ -1,0 +1,54 @@
+// Copyright (c) the deepspeed_acco authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the CUDA kernels look like from outside. Every launch goes to the given stream and waits for nothing.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "adamw.h"
+
+namespace acco::cuda {
+
+enum class Format { kFloat32, kBFloat16, kFloat16 };
+
+struct Array {
+  const void* data;
+  Format format;
+};
+
+struct MutableArray {
+  void* data;
+  Format format;
+};
+
+// What both rounds read. The 0-dim values lie on the device, so that the host need not know them.
+struct Inputs {
+  Hyper hyper;
+  Array grad;
+  const float* grad_scale;
+  const bool* is_finite;
+  int64_t numel;
+  int64_t max_blocks;  // at most so many thread blocks: leaves multiprocessors to others; 0: as many as are useful
+};
+
+cudaError_t launch_estimate(const float* master, const float* exp_avg, const float* exp_avg_sq, const float* step,
+                            const Inputs& inputs, MutableArray out, cudaStream_t stream);
+
+cudaError_t launch_commit(float* master, float* exp_avg, float* exp_avg_sq, float* step, const Inputs& inputs,
+                          MutableArray out, cudaStream_t stream);
+
+// The same reads and writes without arithmetic, for benchmarks; inputs' hyper, grad_scale and is_finite are not read.
+cudaError_t launch_traffic(float* master, float* exp_avg, float* exp_avg_sq, const Inputs& inputs, MutableArray out,
+                           bool writes_state, cudaStream_t stream);
+
+// `sums` has room for sum_blocks(numel) doubles, `total` for one. The order of the additions is fixed.
+int64_t sum_blocks(int64_t numel);
+cudaError_t launch_sum_of_squares(Array values, int64_t numel, double* sums, double* total, cudaStream_t stream);
+
+cudaError_t launch_pack(MutableArray grads, MutableArray packed, int64_t numel, float scale, bool clears,
+                        cudaStream_t stream);
+
+}  // namespace acco::cuda

@@ -1,0 +1,23 @@
+// Copyright (c) the deepspeed_acco authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The schemas. They say what mutates: ESTIMATE has no alias mark on the state.
+#include <torch/library.h>
+
+TORCH_LIBRARY(deepspeed_acco, m) {
+  m.def(
+      "adamw_estimate(Tensor master, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, Tensor grad, Tensor grad_scale, "
+      "Tensor is_finite, float lr, float beta1, float beta2, float eps, float weight_decay, Tensor(a!) out, "
+      "int max_blocks=0) -> ()");
+  m.def(
+      "adamw_commit(Tensor(a!) master, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, Tensor grad, "
+      "Tensor grad_scale, Tensor is_finite, float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "Tensor(e!) out, int max_blocks=0) -> ()");
+  m.def("grad_sumsq(Tensor grad) -> Tensor");
+  m.def("pack(Tensor(a!) grads, Tensor(b!) packed, float scale, bool clears) -> ()");
+  // For `ds_acco kernels` only: the reads and writes of the two rounds, and no arithmetic.
+  m.def("traffic_estimate(Tensor master, Tensor exp_avg, Tensor exp_avg_sq, Tensor grad, Tensor(a!) out) -> ()");
+  m.def(
+      "traffic_commit(Tensor(a!) master, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad, Tensor(d!) out) "
+      "-> ()");
+}

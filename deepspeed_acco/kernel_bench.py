@@ -1,0 +1,258 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""``ds_acco kernels``: what the two rounds cost per parameter, beside other AdamW implementations and a plain copy.
+
+Every candidate runs once per turn, in an order that changes from turn to turn; the figures are medians over the turns.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from . import ops, update
+from .settings import AdamWHyper
+
+_HYPER = AdamWHyper(lr=1e-4)
+_STATE_BYTES = 12  # master, exp_avg, exp_avg_sq in fp32
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; bytes_per_param counts what the work must read and write, once each."""
+
+    name: str
+    grad_dtype: str
+    weight_dtype: str
+    ns_per_param: float
+    bytes_per_param: int
+    gb_s: float
+    copy_share: float
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    name: str
+    grad_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    bytes_per_param: int
+    run: Callable[[], Any]
+
+
+class _Operands:
+    def __init__(self, numel: int, device: torch.device, grad_dtype: torch.dtype, weight_dtype: torch.dtype):
+        generator = torch.Generator(device).manual_seed(0)
+        values = [torch.randn(numel, device=device, generator=generator) for _ in range(3)]
+        step = torch.full((), 10.0, device=device)
+        self.shard = ops.AdamWShard(values[0].mul_(0.02), values[1].mul_(1e-3), values[2].square_().mul_(1e-6), step)
+        self.grad = torch.randn(numel, device=device, generator=generator).mul_(1e-3).to(grad_dtype)
+        self.scale = torch.ones((), device=device)
+        self.is_finite = torch.ones((), dtype=torch.bool, device=device)
+        self.out = torch.empty(numel, dtype=weight_dtype, device=device)
+
+    def state(self):
+        return self.shard.master, self.shard.exp_avg, self.shard.exp_avg_sq
+
+    def update(self, module, name) -> Callable[[], Any]:
+        function = getattr(module, name)
+        return lambda: function(self.shard, self.grad, _HYPER, self.scale, self.is_finite, self.out)
+
+    def native_update(self, name, max_blocks) -> Callable[[], Any]:
+        overload = getattr(torch.ops.deepspeed_acco, name)
+        numbers = (_HYPER.lr, _HYPER.beta1, _HYPER.beta2, _HYPER.eps, _HYPER.weight_decay)
+        arguments = (*self.state(), self.shard.step, self.grad, self.scale, self.is_finite, *numbers, self.out)
+        return lambda: overload(*arguments, max_blocks=max_blocks)
+
+    def traffic(self, name) -> Callable[[], Any]:
+        overload = getattr(torch.ops.deepspeed_acco, name)
+        return lambda: overload(*self.state(), self.grad, self.out)
+
+    def optimizer(self, make) -> torch.optim.Optimizer:
+        """One that trains a copy of the master in place, with an fp32 gradient as such optimizers want it."""
+        param = torch.nn.Parameter(self.shard.master.clone())
+        param.grad = self.grad.float()
+        optimizer = make([param])
+        optimizer.step()  # makes its state
+        return optimizer
+
+
+def _clone_step_restore(optimizer, out) -> Callable[[], Any]:
+    """The estimate without a kernel for it: keep everything, take a step, copy the weights out, put everything back."""
+    param = optimizer.param_groups[0]["params"][0]
+    state = optimizer.state[param]
+    changed = [param.data, *(value for value in state.values() if torch.is_tensor(value))]
+
+    def run():
+        kept = [tensor.clone() for tensor in changed]
+        optimizer.step()
+        out.copy_(param.data)
+        for tensor, old in zip(changed, kept):
+            tensor.copy_(old)
+
+    return run
+
+
+def _deepspeed_candidate(device: torch.device):
+    """(name, maker, why not): DeepSpeed's own Adam for that device, which it has to build first."""
+    try:
+        if device.type == "cpu":
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            name, make = "DeepSpeedCPUAdam", DeepSpeedCPUAdam
+            DeepSpeedCPUAdam([torch.nn.Parameter(torch.zeros(8))], lr=_HYPER.lr)
+        else:
+            from deepspeed.ops.adam import FusedAdam
+
+            name, make = "FusedAdam", FusedAdam
+            FusedAdam([torch.nn.Parameter(torch.zeros(8, device=device))], lr=_HYPER.lr)
+        return name, lambda params: make(params, lr=_HYPER.lr), ""
+    except Exception as failure:  # whatever its compiler can do
+        lines = str(failure).strip().splitlines()
+        return "", None, f"{type(failure).__name__}: {lines[0] if lines else ''}"
+
+
+def candidates(numel: int, device: torch.device, max_blocks: int) -> tuple[list[_Candidate], list[str]]:
+    """What is measured, and remarks on what could not be."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    found: list[_Candidate] = []
+    remarks: list[str] = []
+    is_native = ops.kernels_name(device) == "native"
+    if not is_native:
+        remarks.append(f"no native kernels on {device.type}: {ops.kernels_reason(device)}")
+    low = _Operands(numel, device, bf16, bf16)
+    full = _Operands(numel, device, fp32, fp32)
+
+    def add(name, operands, state_bytes, run):
+        grad_dtype, weight_dtype = operands.grad.dtype, operands.out.dtype
+        bytes_per_param = state_bytes + grad_dtype.itemsize + weight_dtype.itemsize
+        found.append(_Candidate(name, grad_dtype, weight_dtype, bytes_per_param, run))
+
+    for operands in (low, full) if is_native else ():
+        add("commit, native", operands, 2 * _STATE_BYTES, operands.native_update("adamw_commit", max_blocks))
+        add("estimate, native", operands, _STATE_BYTES, operands.native_update("adamw_estimate", max_blocks))
+    if is_native:
+        twin = _Operands(numel, device, bf16, bf16)  # the values only change places: not for the arithmetic above
+        add("commit, no arithmetic", twin, 2 * _STATE_BYTES, twin.traffic("traffic_commit"))
+        add("estimate, no arithmetic", twin, _STATE_BYTES, twin.traffic("traffic_estimate"))
+    add("commit, torch path", low, 2 * _STATE_BYTES, low.update(update, "adamw_commit"))
+    add("estimate, torch path", low, _STATE_BYTES, low.update(update, "adamw_estimate"))
+
+    # These have no 16-bit copy of the weights: 28 bytes are master, exp_avg, exp_avg_sq twice and the fp32 gradient.
+    step_bytes = 2 * _STATE_BYTES + fp32.itemsize
+    fused = full.optimizer(lambda params: torch.optim.AdamW(params, lr=_HYPER.lr, fused=True))
+    foreach = full.optimizer(lambda params: torch.optim.AdamW(params, lr=_HYPER.lr, foreach=True))
+    found.append(_Candidate("torch AdamW, fused", fp32, fp32, step_bytes, fused.step))
+    found.append(_Candidate("torch AdamW, foreach", fp32, fp32, step_bytes, foreach.step))
+    name, make, why_not = _deepspeed_candidate(device)
+    if make is None:
+        remarks.append(f"DeepSpeed's own Adam is not measured: {why_not}")
+    else:
+        found.append(_Candidate(name, fp32, fp32, step_bytes, full.optimizer(make).step))
+    # Clone and restore read and write the state once more each; the copy out reads the weights again.
+    restored = full.optimizer(lambda params: torch.optim.AdamW(params, lr=_HYPER.lr, fused=True))
+    clone_bytes = step_bytes + 4 * _STATE_BYTES + fp32.itemsize + bf16.itemsize
+    run = _clone_step_restore(restored, low.out)
+    found.append(_Candidate("estimate by clone + step + restore", fp32, bf16, clone_bytes, run))
+    return found, remarks
+
+
+def _time_once(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        begin, end = (torch.Event(device=device, enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def measure(
+    numel: int, device: torch.device, *, threads: int | None = None, turns: int = 15, max_blocks: int = 0
+) -> dict[str, Any]:
+    """The report as ``--json`` writes it, plus ``remarks``.
+
+    Args:
+        threads: for torch's CPU operators and the native ones; None: as it is.
+        turns: how often each candidate is measured, after two turns that do not count.
+        max_blocks: cap on the thread blocks of the native CUDA kernels; 0: none.
+    """
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        found, remarks = candidates(numel, device, max_blocks)
+        source, target = (torch.ones(numel, device=device) for _ in range(2))
+        copy = _Candidate("copy", torch.float32, torch.float32, 8, lambda: target.copy_(source))
+        order = [copy, *found]
+        times: dict[int, list[float]] = {id(candidate): [] for candidate in order}
+        shuffled = random.Random(0)
+        gc.collect()
+        for turn in range(-2, turns):
+            print(f"\rturn {turn + 1}/{turns}" if turn >= 0 else "\rwarming up", end="", file=sys.stderr, flush=True)
+            for candidate in shuffled.sample(order, len(order)):
+                spent = _time_once(candidate.run, device)
+                if turn >= 0:
+                    times[id(candidate)].append(spent)
+        print(file=sys.stderr)
+        used_threads = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+    def speed(candidate):
+        spent = statistics.median(times[id(candidate)])
+        return spent / numel * 1e9, candidate.bytes_per_param * numel / spent / 1e9
+
+    copy_gb_s = speed(copy)[1]
+    rows = []
+    for candidate in found:
+        ns, gb_s = speed(candidate)
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in (candidate.grad_dtype, candidate.weight_dtype)]
+        rows.append(Row(candidate.name, *dtypes, ns, candidate.bytes_per_param, gb_s, gb_s / copy_gb_s))
+    return {
+        "device": device_name(device),
+        "numel": numel,
+        "threads": used_threads,
+        "copy_gb_s": copy_gb_s,
+        "rows": [asdict(row) for row in rows],
+        "remarks": remarks,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What the hardware calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo") as info:
+            for line in info:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return "cpu"
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text."""
+    head = f"{report['device']}, {report['numel']:,} parameters, {report['threads']} CPU threads, "
+    lines = [head + f"copy {report['copy_gb_s']:.1f} GB/s", ""]
+    width = max(len(row["name"]) for row in report["rows"])
+    lines.append(f"{'':{width}}  {'grad':8}  {'weights':8}  ns/param  bytes/param    GB/s  of copy")
+    for row in report["rows"]:
+        lines.append(
+            f"{row['name']:{width}}  {row['grad_dtype']:8}  {row['weight_dtype']:8}  {row['ns_per_param']:8.3f}  "
+            f"{row['bytes_per_param']:11d}  {row['gb_s']:6.1f}  {row['copy_share']:7.2f}"
+        )
+    return "\n".join(lines + [f"({remark})" for remark in report["remarks"]])
