@@ -42,9 +42,7 @@ def train(rank: int, world_size: int, name: str, numel: int, rendezvous: str, an
     from benchmarks.two_hosts import ds_config
 
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     module = EmulatedAccelerator(numel, 0.0).bfloat16()
     engine, *_ = deepspeed.initialize(
         model=module, model_parameters=list(module.parameters()), config=ds_config(name, 2)
@@ -97,7 +95,9 @@ def main() -> None:
         "dtype": "bf16",
         "peak_bytes": peaks,
         "above_zero1_bytes_per_param": {
-            name: round((peak - peaks["zero1"]) / arguments.numel, 3) for name, peak in peaks.items() if "zero1" in peaks
+            name: round((peak - peaks["zero1"]) / arguments.numel, 3)
+            for name, peak in peaks.items()
+            if "zero1" in peaks
         },
     }
     print(json.dumps(summary, indent=2))

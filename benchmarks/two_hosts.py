@@ -47,9 +47,7 @@ class TwoHosts:
             shell(f"ip link set accoveth{host} master accobr0 && ip link set accoveth{host} up")
             shell(f"ip netns exec {name} ip addr add {SUBNET}{host + 1}/24 dev eth0")
             shell(f"ip netns exec {name} ip link set eth0 up && ip netns exec {name} ip link set lo up")
-            shell(
-                f"ip netns exec {name} tc qdisc add dev eth0 root tbf rate {self.rate} burst 256kb latency 100ms"
-            )
+            shell(f"ip netns exec {name} tc qdisc add dev eth0 root tbf rate {self.rate} burst 256kb latency 100ms")
         return self
 
     def __exit__(self, *_):

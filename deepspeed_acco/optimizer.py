@@ -41,9 +41,7 @@ class ACCO(Optimizer):
         **unknown,
     ):
         refuse_unknown(unknown)
-        self.settings = Settings(
-            schedule, estimate_fraction, overlap_warmup_steps, accumulation, lane, comm_timeout_s
-        )
+        self.settings = Settings(schedule, estimate_fraction, overlap_warmup_steps, accumulation, lane, comm_timeout_s)
         check_adamw(lr, betas, eps, weight_decay)
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
 

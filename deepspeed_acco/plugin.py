@@ -213,7 +213,13 @@ def check_engine(engine, optimizer: ACCO) -> None:
     )
     _refuse(engine.has_moe_layers, "model", "a module with MoE layers", "dense modules", "Use the AdamW optimizer")
     zenflow = getattr(zero, "zenflow", None)
-    _refuse(zenflow is not None, "zero_optimization.zenflow", section("zero_optimization").get("zenflow"), "none", "Remove it")
+    _refuse(
+        zenflow is not None,
+        "zero_optimization.zenflow",
+        section("zero_optimization").get("zenflow"),
+        "none",
+        "Remove it",
+    )
     offload = zero.offload_optimizer
     offload_device = getattr(offload.device, "value", offload.device) if offload is not None else "none"
     _refuse(
@@ -234,7 +240,9 @@ def check_engine(engine, optimizer: ACCO) -> None:
         _refuse(value, f"{name}.{key}", value, "false", "ACCO keeps fp32 master weights and states; remove it")
     hybrid = section("hybrid_engine").get("enabled")
     _refuse(hybrid, "hybrid_engine.enabled", hybrid, "false", "Remove hybrid_engine")
-    _refuse(section("compile").get("deepcompile"), "compile.deepcompile", True, "false", "Remove it; torch.compile works")
+    _refuse(
+        section("compile").get("deepcompile"), "compile.deepcompile", True, "false", "Remove it; torch.compile works"
+    )
     autocast = section("torch_autocast")
     _refuse(
         autocast.get("enabled") and str(autocast.get("dtype")).split(".")[-1] in ("float16", "fp16", "half"),
@@ -244,7 +252,9 @@ def check_engine(engine, optimizer: ACCO) -> None:
         'Set it, or use "fp16": {"enabled": true}',
     )
     tensor_parallel = section("tensor_parallel").get("autotp_size", 0)
-    _refuse(tensor_parallel and tensor_parallel > 1, "tensor_parallel.autotp_size", tensor_parallel, "0 or 1", "Remove it")
+    _refuse(
+        tensor_parallel and tensor_parallel > 1, "tensor_parallel.autotp_size", tensor_parallel, "0 or 1", "Remove it"
+    )
     mpu = engine.mpu
     if mpu is not None and hasattr(mpu, "get_model_parallel_world_size"):
         size = mpu.get_model_parallel_world_size()

@@ -112,9 +112,7 @@ class Reference:
             self.step += 1
 
         stands_on_true = (
-            schedule == "sync"
-            or (schedule == "acco" and is_short)
-            or (skipped and self.stands_on_true_after_skip)
+            schedule == "sync" or (schedule == "acco" and is_short) or (skipped and self.stands_on_true_after_skip)
         )
         self.estimate = self.theta if stands_on_true else (before if estimated is None else estimated[0])
         self.previous = self.theta if stands_on_true else before

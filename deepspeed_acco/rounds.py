@@ -108,9 +108,7 @@ class Position:
 
     def after_backward(self) -> Position:
         counted = self.micro_batches + (self.is_graph_outstanding or self.is_eval_graph_outstanding)
-        return replace(
-            self, micro_batches=counted, is_graph_outstanding=False, is_eval_graph_outstanding=False
-        )
+        return replace(self, micro_batches=counted, is_graph_outstanding=False, is_eval_graph_outstanding=False)
 
     def is_phase_a_over(self, schedule: Schedule, wanted: int) -> bool:
         """Asked at the next forward, when no graph is outstanding: only there may weights change in mid-window."""

@@ -197,9 +197,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
     # ---- events of training
 
     def _schedule(self) -> Schedule:
-        return schedule_of_window(
-            self._settings.schedule, self._position.window, self._settings.overlap_warmup_steps
-        )
+        return schedule_of_window(self._settings.schedule, self._position.window, self._settings.overlap_warmup_steps)
 
     def _before_forward(self, module, args) -> None:
         """Every forward of the engine's module. In mid-window weights change here and nowhere else."""

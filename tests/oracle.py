@@ -12,9 +12,7 @@ def _groups_of(module, groups):
     made = param_groups(module, groups)
     if groups == 1:
         return [made], [ReferenceHyper(HYPER["lr"], *HYPER["betas"], HYPER["eps"], HYPER["weight_decay"])]
-    hyper = [
-        ReferenceHyper(g.get("lr", HYPER["lr"]), *HYPER["betas"], HYPER["eps"], g["weight_decay"]) for g in made
-    ]
+    hyper = [ReferenceHyper(g.get("lr", HYPER["lr"]), *HYPER["betas"], HYPER["eps"], g["weight_decay"]) for g in made]
     return [g["params"] for g in made], hyper
 
 

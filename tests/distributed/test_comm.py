@@ -64,9 +64,7 @@ def _reduce_scatter_and_gather(numels, dtype_name, staging_bytes):
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_values(ranks, world_size, numels, staging_bytes, dtype):
-    ranks(world_size).run(
-        _reduce_scatter_and_gather, numels=numels, dtype_name=dtype, staging_bytes=staging_bytes
-    )
+    ranks(world_size).run(_reduce_scatter_and_gather, numels=numels, dtype_name=dtype, staging_bytes=staging_bytes)
 
 
 def _bytes_moved(numel):

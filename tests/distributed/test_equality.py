@@ -80,9 +80,7 @@ def test_short_and_long_windows_by_hand(ranks, schedule):
     counts = [4, 1, 4, 2, 3, 4, 4, 1, 1, 5, 4, 3, 2, 4, 7, 4]
     config = training.ds_config(4, schedule=schedule)
     records = ranks(2).run(training.train, config=config, windows=len(counts), counts=counts)
-    reference = oracle.run_reference(
-        schedule=schedule, world_size=2, windows=len(counts), n=4, a=2, counts=counts
-    )
+    reference = oracle.run_reference(schedule=schedule, world_size=2, windows=len(counts), n=4, a=2, counts=counts)
     assert oracle.distance(records[0]["weights"], reference["weights"]) < TOLERANCE
     assert records[0]["losses"] == pytest.approx(reference["losses"], rel=1e-5, abs=1e-6)
 

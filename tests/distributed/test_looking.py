@@ -88,7 +88,9 @@ def test_every_look_shows_the_true_weights(ranks, schedule):
                 expected[kind] = following if "stepped" in kind and micro_batch == 3 else true
         for kind, weights in moment.items():
             for mine, theirs in zip(weights, expected[kind]):
-                torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-6, msg=f"{kind} {window} {micro_batch}")
+                torch.testing.assert_close(
+                    mine.double(), theirs, rtol=1e-5, atol=1e-6, msg=f"{kind} {window} {micro_batch}"
+                )
 
 
 def _rank_zero_looks_alone(config):

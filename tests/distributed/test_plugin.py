@@ -27,7 +27,10 @@ def _try(config, kind="json"):
             arguments["optimizer"] = lambda parameters: torch.optim.ACCO(parameters, **params)
     try:
         engine, optimizer, *_ = deepspeed.initialize(
-            model=module, model_parameters=[p for p in module.parameters() if p.requires_grad], config=config, **arguments
+            model=module,
+            model_parameters=[p for p in module.parameters() if p.requires_grad],
+            config=config,
+            **arguments,
         )
     except BaseException as error:
         return type(error).__name__, str(error)
@@ -103,7 +106,14 @@ def test_refused_as_a_value_error(ranks, what, kind):
         {"gradient_accumulation_steps": 1, "schedule": "wp"},
         {"prescale_gradients": True},
         {"gradient_predivide_factor": 3.0},
-        {"zero_optimization": {"stage": 1, "overlap_comm": True, "contiguous_gradients": False, "reduce_scatter": False}},
+        {
+            "zero_optimization": {
+                "stage": 1,
+                "overlap_comm": True,
+                "contiguous_gradients": False,
+                "reduce_scatter": False,
+            }
+        },
         {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
     ],
 )

@@ -16,9 +16,7 @@ def test_sync_is_zero1(ranks, precision, groups):
     stock["optimizer"] = {"type": "AdamW", "params": {**training.HYPER, "torch_adam": True}}
     windows = 20 if precision == "fp32" else 12  # 16-bit runs drift apart once one weight rounds differently
     mine = ranks(2).run(training.train, config=config, windows=windows, groups=groups, precision=precision)[0]
-    theirs = ranks(2).run(
-        training.train_stock, config=stock, windows=windows, groups=groups, precision=precision
-    )[0]
+    theirs = ranks(2).run(training.train_stock, config=stock, windows=windows, groups=groups, precision=precision)[0]
     # In 16 bit both round the same weights the same way until a last bit of the fp32 arithmetic decides otherwise.
     tolerance = 2e-6 if precision == "fp32" else 2e-2
     assert mine["losses"] == pytest.approx(theirs["losses"], rel=tolerance)

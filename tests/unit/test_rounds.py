@@ -50,7 +50,18 @@ def _after(position, events):
 
 @pytest.mark.parametrize(
     ("events", "micro_batches"),
-    [("", 0), ("fb", 1), ("fbfb", 2), ("ffb", 1), ("fbb", 1), ("ffbb", 1), ("b", 0), ("eb", 1), ("fbe", 1), ("fbefb", 2)],
+    [
+        ("", 0),
+        ("fb", 1),
+        ("fbfb", 2),
+        ("ffb", 1),
+        ("fbb", 1),
+        ("ffbb", 1),
+        ("b", 0),
+        ("eb", 1),
+        ("fbe", 1),
+        ("fbefb", 2),
+    ],
 )
 def test_what_counts_as_a_micro_batch(events, micro_batches):
     assert _after(Position(), events).micro_batches == micro_batches

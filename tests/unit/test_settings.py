@@ -8,7 +8,6 @@ from deepspeed_acco.layout import GroupLayout, pieces
 from deepspeed_acco.settings import phase_a_micro_batches
 
 
-
 def _make(**params):
     return ACCO([torch.nn.Parameter(torch.zeros(3))], **params)
 
@@ -88,14 +87,26 @@ def test_step_is_an_error():
 
 @pytest.mark.parametrize(
     ("n", "fraction", "a"),
-    [(2, 0.5, 1), (5, 0.5, 2), (7, 0.5, 4), (4, 0.25, 1), (4, 0.75, 3), (2, 0.01, 1), (2, 0.99, 1), (10, 0.8, 8), (3, 0.99, 2)],
+    [
+        (2, 0.5, 1),
+        (5, 0.5, 2),
+        (7, 0.5, 4),
+        (4, 0.25, 1),
+        (4, 0.75, 3),
+        (2, 0.01, 1),
+        (2, 0.99, 1),
+        (10, 0.8, 8),
+        (3, 0.99, 2),
+    ],
 )
 def test_phase_a(n, fraction, a):
     assert phase_a_micro_batches(n, fraction) == a
 
 
 def test_one_micro_batch_has_no_phases():
-    with pytest.raises(ValueError, match="gradient_accumulation_steps = 1 is not allowed.*Set gradient_accumulation_steps to 2"):
+    with pytest.raises(
+        ValueError, match="gradient_accumulation_steps = 1 is not allowed.*Set gradient_accumulation_steps to 2"
+    ):
         phase_a_micro_batches(1, 0.5)
 
 
