@@ -4,7 +4,7 @@
 
     python benchmarks/memory.py --numel 100000000 --out benchmarks/results/memory.json
 
-Each configuration trains in fresh processes; the peak is the kernel's (VmHWM), reset after the second step, so that what
+Each configuration trains in fresh processes; the peak is the kernel's (VmHWM), reset after the second step, so what
 building the model took does not count.
 """
 

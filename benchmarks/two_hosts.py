@@ -121,7 +121,7 @@ def time_steps(name: str, arguments, module, windows: int, lane: str = "auto") -
         model=module, model_parameters=list(module.parameters()), config=ds_config(name, arguments.n, lane)
     )
     steps, rounds, exposed = [], [], []
-    for window in range(windows + 2):
+    for _ in range(windows + 2):
         torch.distributed.barrier()
         before = engine.optimizer.lane_times() if hasattr(engine.optimizer, "lane_times") else None
         kept = (before.round_s, before.exposed_s, before.rounds) if before else None

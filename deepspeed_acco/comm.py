@@ -47,8 +47,8 @@ def _names_the_timeout(method):
             return method(self, *args)
         except RuntimeError as cause:
             raise CommFailed(
-                f"{method.__name__} failed on rank {self.rank} of {self.world_size}: another rank has ended, or did not "
-                f"answer within comm_timeout_s = {self.timeout_s:g} s ({cause}). Look at the other ranks' output"
+                f"{method.__name__} failed on rank {self.rank} of {self.world_size}: another rank has ended, or did "
+                f"not answer within comm_timeout_s = {self.timeout_s:g} s ({cause}). Look at the other ranks' output"
             ) from cause
 
     return checked
@@ -101,7 +101,7 @@ class Communicator:
         if different:
             raise RuntimeError(
                 f"ACCO: data-parallel ranks {different} differ from rank {self.rank} in model layout or configuration; "
-                f"rank {self.rank} has: {description}. Start every rank with the same model, config and library versions"
+                f"rank {self.rank} has: {description}. Start every rank with the same model, config and versions"
             )
 
     @_names_the_timeout

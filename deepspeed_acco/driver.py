@@ -107,7 +107,7 @@ class RoundDriver:
         Raises:
             RoundFailed: with the cause, when the round failed.
         """
-        if self._is_finished:
+        if self._is_finished or self.running is None:
             return
         outcome = self.lane.finish()
         self._is_finished = True

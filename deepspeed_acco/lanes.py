@@ -121,8 +121,7 @@ class ThreadLane(InlineLane):
             result, spent = future.result()
         except Exception as cause:
             self._failure = RoundFailed(f"ACCO: a communication round failed in the background: {cause}")
-            self._failure.__cause__ = cause
-            raise self._failure
+            raise self._failure from cause
         self._times.exposed_s += time.perf_counter() - begin
         self._times.round_s += spent
         self._times.rounds += 1
@@ -147,8 +146,8 @@ class StreamLane(InlineLane):
         super().__init__()
         self._device = device
         self._comm_stream = torch.cuda.Stream(device, priority=-1)
-        self._weights_ready = None
-        self._timed = []  # (round start, round end, wait start, wait end), until the device has passed them
+        self._weights_ready: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._timed: list = []  # (round start, round end, wait start, wait end), until the device has passed them
 
     def start(self, round_: Callable[[], Any]) -> None:
         # Producer -> consumer: the training stream has packed the gradients before the round reads them.
@@ -161,6 +160,7 @@ class StreamLane(InlineLane):
         self._weights_ready = (begin, end)
 
     def finish(self) -> Any:
+        assert self._weights_ready is not None, "no round was started"
         begin, end = self._weights_ready
         self._weights_ready = None
         stream = torch.cuda.current_stream(self._device)

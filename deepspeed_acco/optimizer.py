@@ -50,8 +50,8 @@ class ACCO(Optimizer):
         misplaced = [key for key in ACCO_KEYS if key in param_group]
         if misplaced:
             raise ValueError(
-                f"ACCO: {misplaced[0]} = {param_group[misplaced[0]]!r} in a parameter group is not allowed; it holds for "
-                "the whole optimizer. Give it to ACCO(...) or to optimizer.params"
+                f"ACCO: {misplaced[0]} = {param_group[misplaced[0]]!r} in a parameter group is not allowed; it holds "
+                "for the whole optimizer. Give it to ACCO(...) or to optimizer.params"
             )
         merged = {**self.defaults, **param_group}
         check_adamw(merged["lr"], merged["betas"], merged["eps"], merged["weight_decay"])
@@ -64,6 +64,6 @@ class ACCO(Optimizer):
             RuntimeError: always.
         """
         raise RuntimeError(
-            "ACCO.step() was called directly, which would train plain AdamW without overlap. Train through the engine of "
-            'deepspeed.initialize() with "zero_optimization": {"stage": 1}, after `import deepspeed_acco`'
+            "ACCO.step() was called directly, which would train plain AdamW without overlap. Train through the engine "
+            'of deepspeed.initialize() with "zero_optimization": {"stage": 1}, after `import deepspeed_acco`'
         )

@@ -33,7 +33,7 @@ TOUCH_POINTS = (
     "deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS",  # compared with the exact type
     "deepspeed.runtime.config.DeepSpeedConfig.__init__",  # the same ValueError for keys that it refuses itself
     "deepspeed.runtime.engine.DeepSpeedEngine._configure_optimizer",  # errors before anything else looks at the config
-    "deepspeed.runtime.engine.DeepSpeedEngine._do_optimizer_sanity_check",  # else bf16 with fp32 accumulation trains AdamW
+    "deepspeed.runtime.engine.DeepSpeedEngine._do_optimizer_sanity_check",  # else bf16 with fp32 sums trains AdamW
     "deepspeed.runtime.engine.DeepSpeedEngine._configure_zero_optimizer",  # chooses the wrapper class
     "deepspeed.runtime.engine.DeepSpeedZeroOptimizer",  # rebound only while the call above runs
     "engine.tput_timer.config.synchronized",  # it would wait for the device at every forward and step
@@ -56,8 +56,8 @@ def require_tested_deepspeed(version: str = deepspeed.__version__) -> None:
     is_tested = Version(OLDEST_DEEPSPEED) <= release < Version(FIRST_UNTESTED_DEEPSPEED)
     if not is_tested and os.environ.get(VERSION_OVERRIDE) != "1":
         raise ImportError(
-            f"deepspeed_acco was tested with DeepSpeed {OLDEST_DEEPSPEED} to 0.19.x and found {version}. Install one of "
-            f'these (pip install "deepspeed>={OLDEST_DEEPSPEED},<{FIRST_UNTESTED_DEEPSPEED}"), or set '
+            f"deepspeed_acco was tested with DeepSpeed {OLDEST_DEEPSPEED} to 0.19.x and found {version}. Install one "
+            f'of these (pip install "deepspeed>={OLDEST_DEEPSPEED},<{FIRST_UNTESTED_DEEPSPEED}"), or set '
             f"{VERSION_OVERRIDE}=1 to try this one at your own risk"
         )
 
@@ -137,7 +137,7 @@ def _wrap_configure_zero(original):
 
 
 def _logger() -> logging.Logger:
-    """DeepSpeed's own logger hides what is not a warning; ACCO's few lines go to one of the same form that shows them."""
+    """DeepSpeed's own logger hides what is not a warning; ACCO's few lines go to one of that form that shows them."""
     name = "deepspeed_acco"
     if not logging.getLogger(name).handlers:
         LoggerFactory.create_logger(name, level=logging.INFO)

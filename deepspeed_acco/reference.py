@@ -88,7 +88,7 @@ class Reference:
         is_short = counts <= a
 
         totals = []
-        partial = None
+        partial: list[Tensor] = []
         for rank in range(self.world_size):
             total = [torch.zeros_like(tensor) for tensor in self.theta]
             for micro_batch in range(counts):
@@ -97,7 +97,7 @@ class Reference:
                 total = [self.accumulate(held, new) for held, new in zip(total, delivered)]
                 if micro_batch + 1 == in_a:
                     sent = [self.send(tensor).double() for tensor in total]
-                    partial = sent if partial is None else [old + new for old, new in zip(partial, sent)]
+                    partial = [old + new for old, new in zip(partial, sent)] if partial else sent
             totals.append([self.send(tensor).double() for tensor in total])
         mean = [sum(parts) / self.world_size for parts in zip(*totals)]
         mean_a = [part * (n / in_a) / self.world_size for part in partial]
@@ -133,7 +133,7 @@ class Reference:
         scale = 1.0
         if self.clip_grad > 0:
             scale = 1.0 / max(1.0, (norm + 1e-6) / self.clip_grad)
-        results = ([], [], [])
+        results: tuple[list[Tensor], ...] = ([], [], [])
         for gradient, p, m, v, hyper in zip(gradients, theta, exp_avg, exp_avg_sq, self.hyper):
             g = gradient * scale
             m = hyper.beta1 * m + (1 - hyper.beta1) * g
@@ -147,4 +147,4 @@ class Reference:
 
 
 def _norm(gradients: Sequence[Tensor]) -> float:
-    return float(torch.sqrt(sum((gradient.double() ** 2).sum() for gradient in gradients)))
+    return float(torch.stack([(gradient.double() ** 2).sum() for gradient in gradients]).sum().sqrt())

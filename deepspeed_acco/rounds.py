@@ -3,8 +3,8 @@
 """THE ALGORITHM: which round runs behind which computation (ACCO, arXiv 2406.02613, sections 3 and 4).
 
 A *window* is one optimizer step: the micro-batches of phase A, then those of phase B. A *round* is one background job:
-reduce-scatter the gradients, update this rank's shard, all-gather the weights. At every boundary the same thing happens,
-in this order: finish the running round, install the weights it gathered, start the next round.
+reduce-scatter the gradients, update this rank's shard, all-gather the weights. At every boundary the same happens, in
+this order: finish the running round, install the weights it gathered, start the next round.
 
 ``acco``: phase A at the estimated weights, phase B at the true ones; each round hides behind one phase::
 

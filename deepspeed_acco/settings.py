@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a user may write under ``"optimizer": {"type": "ACCO", "params": {...}}``: names, ranges, one clear error each."""
+"""What a user may write under ``"optimizer": {"type": "ACCO", "params": {...}}``: names, ranges, clear errors."""
 
 from __future__ import annotations
 

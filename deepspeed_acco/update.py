@@ -15,7 +15,7 @@ from .layout import pieces
 from .settings import AdamWHyper
 
 # On a CPU a piece stays in the cache, and below torch's own grain size no operator splits it over threads, so that the
-# result does not depend on how many threads the caller has (the worker thread and the main thread must agree bit by bit).
+# result does not depend on how many threads the caller has (worker and main thread must agree bit by bit).
 _CPU_PIECE_NUMEL = 2**15
 _DEVICE_PIECE_NUMEL = 2**24
 

@@ -51,8 +51,8 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         dtypes = {flat.dtype for flat in live}
         if len(dtypes) > 1:
             raise ValueError(
-                f"ACCO: parameters of several dtypes {sorted(map(str, dtypes))} are not allowed; allowed: one. Convert the "
-                "trainable parameters to one dtype or freeze the others"
+                f"ACCO: parameters of several dtypes {sorted(map(str, dtypes))} are not allowed; allowed: one. Convert "
+                "the trainable parameters to one dtype or freeze the others"
             )
         timeout_s = self._settings.comm_timeout_s or default_pg_timeout.total_seconds()
         device = live[0].device
@@ -117,8 +117,8 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         )
 
     def _as_hook(self, method, owner):
-        """A function and not a bound method: ``copy.deepcopy(module)`` (an averaged model, say) then copies neither this
-        optimizer nor its process group, and the copy's own calls are none of our business."""
+        """A function and not a bound method: ``copy.deepcopy(module)`` (an averaged model, say) then copies neither
+        this optimizer nor its process group, and the copy's own calls are none of our business."""
         optimizer, owner = weakref.ref(self), weakref.ref(owner)
 
         def hook(module, *args):
@@ -233,8 +233,9 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             if self._driver.weights_version != version:
                 raise RuntimeError(
                     "ACCO: the weights changed between this forward and its backward (another training forward after a "
-                    "backward, a step or an evaluation came in between), so its gradient would be wrong. Run the backward "
-                    "of every forward before the next forward that follows a backward, and evaluate under torch.no_grad()"
+                    "backward, a step or an evaluation came in between), so its gradient would be wrong. Run the "
+                    "backward of every forward before the next forward that follows a backward, and evaluate under "
+                    "torch.no_grad()"
                 )
 
         for leaf in tree_leaves(output):
@@ -277,8 +278,8 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         self._engine().skipped_steps += driver.take_skipped()
 
     def _inputs(self, renormalise: float) -> RoundInputs:
-        """Captures what the round needs now. The mean is the sum of what the backwards delivered over the ranks' number;
-        fp16 divides before it sums, so that the sum cannot overflow."""
+        """Captures what the round needs now. The mean is the sum of what the backwards delivered over the number of
+        ranks; fp16 divides before it sums, so that the sum cannot overflow."""
         if not self.postscale_gradients or self.communication_data_type == torch.float16:
             pre_scale = 1.0 / self._divisor
         else:

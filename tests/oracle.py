@@ -147,8 +147,8 @@ def distance(weights, reference, seed=5) -> float:
 
 
 def trajectory(*, schedule, world_size, windows, n, a):
-    """Per window: the weights of phase A, of phase B, the newest true ones during it, and those after its COMMIT; each a
-    list of the trainable parameters in the module's order (one group, fp32)."""
+    """Per window: the weights of phase A, of phase B, the newest true ones during it, and those after its COMMIT; each
+    a list of the trainable parameters in the module's order (one group, fp32)."""
     like = [p for p in make_network().parameters() if p.requires_grad]
     true = [start_weights()]
     phases = []

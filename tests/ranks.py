@@ -100,7 +100,7 @@ class RankPool:
 
     def close(self) -> None:
         """Ends all ranks, by force where needed."""
-        for pipe, process in zip(self._pipes, self.processes):
+        for pipe in self._pipes:
             try:
                 pipe.send(None)
             except (BrokenPipeError, OSError):

@@ -1,4 +1,4 @@
-"""What the distributed tests train: a small network, its data, a run under DeepSpeed and the same run in the reference."""
+"""What the distributed tests train: a small network, its data, and runs under DeepSpeed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ HYPER = {"lr": 1e-2, "betas": [0.8, 0.97], "eps": 1e-8, "weight_decay": 0.1}
 
 
 def ds_config(n: int, clip: float = 0.0, precision: str = "fp32", **params) -> dict:
-    """A DeepSpeed JSON for ACCO; ``precision`` is fp32, bf16, fp16 (dynamic) or fp16static, ``+fp32`` accumulates in fp32."""
+    """A DeepSpeed JSON for ACCO; ``precision`` is fp32, bf16, fp16 or fp16static; ``+fp32`` accumulates so."""
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": n,
@@ -148,7 +148,7 @@ def train_stock(config, windows, groups=1, precision="fp32"):
 
 
 def run_windows(engine, windows, precision="fp32", counts=None, style="engine", look=None, first_window=0):
-    """The training loop: per-micro-batch losses, and after each window norm, skipped steps, lr, scale and replica sum."""
+    """The training loop: losses by micro-batch; after each window norm, skipped steps, lr, scale, replica sum."""
     import torch.distributed as dist
 
     rank = dist.get_rank()

@@ -1,4 +1,4 @@
-"""16-bit runs against a reference whose forward uses the same rounded weights, close enough to tell the schedules apart."""
+"""16-bit runs against a reference whose forward uses the same rounded weights, close enough to tell schedules apart."""
 
 import pytest
 import torch
