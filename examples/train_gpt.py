@@ -29,8 +29,8 @@ import deepspeed_acco  # noqa: F401  makes DeepSpeed know "optimizer": {"type": 
 
 # Layers, width, attention heads.
 PRESETS = {
-    "tiny": (1, 64, 2),  # 0.1 M parameters
-    "small": (2, 128, 4),  # 0.5 M
+    "tiny": (1, 32, 2),  # 0.03 M parameters
+    "small": (2, 64, 2),  # 0.1 M
     "medium": (8, 512, 8),  # 25 M
     "large": (12, 768, 12),  # 85 M
     "xl": (24, 1024, 16),  # 303 M
