@@ -182,14 +182,15 @@ def main():
     micro_batch, n = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     samples_per_step = micro_batch * n * ranks
     files = read_files(args.data)
-    training_text, validation_text = split(files) if files else (b"", b"")
-    training, validation = (to_sequences(text, args.seq_len) for text in (training_text, validation_text))
-    if len(training) < samples_per_step or not len(validation):
+    texts = split(files) if files else (b"", b"")
+    for_training, for_validation = (len(text) // args.seq_len for text in texts)
+    if for_training < samples_per_step or for_validation < 1:
         raise SystemExit(
-            f"too little text: {len(training)} sequences of --seq_len {args.seq_len} bytes for training and "
-            f"{len(validation)} for validation; at least {samples_per_step} (one optimizer step) and 1 are needed. "
+            f"too little text: {for_training} sequences of --seq_len {args.seq_len} bytes for training and "
+            f"{for_validation} for validation; at least {samples_per_step} (one optimizer step) and 1 are needed. "
             "Give more text by --data, a smaller --seq_len or a smaller batch"
         )
+    training, validation = (to_sequences(text, args.seq_len) for text in texts)
     spread = torch.linspace(0, len(validation) - 1, min(VALIDATION_SEQUENCES, len(validation))).long()
     validation = validation[spread]
 
