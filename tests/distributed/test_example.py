@@ -107,6 +107,7 @@ def test_three_ranks_and_a_file_of_the_user(tmp_path):
     assert [line["step"] for line in lines] == [0, 1]
 
 
+@pytest.mark.timeout(400)
 def test_errors_of_the_user_are_explained(tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("too short")
