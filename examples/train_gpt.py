@@ -1,0 +1,257 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""Trains a small GPT from random weights on real text, byte by byte, with whatever optimizer the DeepSpeed JSON names.
+
+    DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 examples/train_gpt.py --deepspeed_config ds_configs/acco.json
+
+Without ``DS_ACCELERATOR=cpu`` the same command trains on the machine's GPUs. The text is the source of Python's standard
+library unless ``--data`` names another. Nothing here but the first import knows which optimizer trains: with the same
+seed every JSON sees the same micro-batches, so their losses can be compared.
+"""
+
+import argparse
+import json
+import math
+import os
+import sysconfig
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from tqdm import tqdm
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+import deepspeed_acco  # noqa: F401  makes DeepSpeed know "optimizer": {"type": "ACCO"}
+
+# Layers, width, attention heads.
+PRESETS = {
+    "tiny": (1, 32, 2),  # 0.03 M parameters
+    "small": (2, 64, 2),  # 0.1 M
+    "medium": (8, 512, 8),  # 25 M
+    "large": (12, 768, 12),  # 85 M
+    "xl": (24, 1024, 16),  # 303 M
+}
+HOLD_OUT_EVERY = 20  # of many files each 20th is for validation, of a single one its last twentieth
+VALIDATIONS = 10
+VALIDATION_SEQUENCES = 128
+PROMPT = b"def "
+GENERATED_BYTES = 200
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Train a GPT on bytes of text with DeepSpeed.")
+    parser.add_argument("--preset", choices=PRESETS, default="small", help="size of the model (default: %(default)s)")
+    parser.add_argument("--seq_len", type=int, default=128, help="bytes in a sequence (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of weights and data order (default: %(default)s)")
+    parser.add_argument(
+        "--data", type=Path, help="a text file or a folder of them (default: Python's standard library)"
+    )
+    parser.add_argument("--out", type=Path, help="folder for metrics.jsonl, one line per validation")
+    parser.add_argument("--local_rank", type=int, default=-1, help="given by the launcher")
+    args = deepspeed.add_config_arguments(parser).parse_args()
+    if args.deepspeed_config is None:
+        parser.error("--deepspeed_config is missing; give a DeepSpeed JSON, for example ds_configs/acco.json")
+    if not Path(args.deepspeed_config).is_file():
+        parser.error(f"--deepspeed_config {args.deepspeed_config} is not a file; give the path of a DeepSpeed JSON")
+    if args.data is not None and not args.data.exists():
+        parser.error(f"--data {args.data} does not exist; give a text file or a folder of text files")
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps} is not allowed; allowed: 1 and more")
+    if args.seq_len < 2:
+        parser.error(f"--seq_len {args.seq_len} is not allowed; allowed: 2 and more")
+    return args
+
+
+# ---- data
+
+
+def read_files(data: Path | None) -> list[bytes]:
+    """The contents of the text files, in the order of their names."""
+    if data is not None and data.is_file():
+        return [data.read_bytes()]
+    folder, pattern, left_out = data, "*", set()
+    if data is None:
+        folder, pattern = Path(sysconfig.get_paths()["stdlib"]), "*.py"
+        left_out = {"site-packages", "dist-packages", "test", "tests"}
+    paths = sorted(path for path in folder.rglob(pattern) if path.is_file())
+    contents = [path.read_bytes() for path in paths if not left_out.intersection(path.relative_to(folder).parts)]
+    return [content for content in contents if content and b"\0" not in content]  # a zero byte: not text
+
+
+def split(files: list[bytes]) -> tuple[bytes, bytes]:
+    """Training and validation text. Whole files are held out, of a single file its last part."""
+    if len(files) == 1:
+        held_out = len(files[0]) // HOLD_OUT_EVERY
+        return files[0][: len(files[0]) - held_out], files[0][len(files[0]) - held_out :]
+    middle = min(HOLD_OUT_EVERY, len(files)) // 2
+    is_held_out = [index % HOLD_OUT_EVERY == middle for index in range(len(files))]
+    training = b"".join(content for content, held in zip(files, is_held_out) if not held)
+    return training, b"".join(content for content, held in zip(files, is_held_out) if held)
+
+
+def to_sequences(text: bytes, seq_len: int) -> torch.Tensor:
+    """Bytes as a table of [sequences, seq_len], without the rest that fills no sequence."""
+    count = len(text) // seq_len
+    return torch.frombuffer(bytearray(text[: count * seq_len]), dtype=torch.uint8).view(count, seq_len)
+
+
+@lru_cache(maxsize=1)
+def shuffled(count: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+
+
+def training_batch(sequences: torch.Tensor, seed: int, first_sample: int, size: int) -> torch.Tensor:
+    """Samples ``first_sample`` and following of the run: an endless walk through newly shuffled epochs."""
+    rows = []
+    for sample in range(first_sample, first_sample + size):
+        epoch, place = divmod(sample, len(sequences))
+        rows.append(shuffled(len(sequences), seed, epoch)[place])
+    return sequences[torch.stack(rows)].long()
+
+
+# ---- evaluation and text: every rank takes part, since some optimizers must gather the weights for it
+
+
+@torch.no_grad()
+def evaluate(engine, sequences: torch.Tensor) -> float:
+    """Mean loss per byte of the sequences, each evaluated by one rank. All ranks make the same number of forwards."""
+    rank, ranks, size = dist.get_rank(), dist.get_world_size(), engine.train_micro_batch_size_per_gpu()
+    total = torch.zeros(2, device=engine.device)  # sum of the losses, number of sequences
+    engine.eval()
+    for first in range(0, len(sequences), size * ranks):
+        mine = sequences[first + rank * size : first + (rank + 1) * size]
+        batch = (mine if len(mine) else sequences[:1]).long().to(engine.device)  # nothing left for this rank: counts 0
+        loss = engine(input_ids=batch, labels=batch).loss.float()
+        total += torch.stack([loss * len(mine), torch.ones_like(loss) * len(mine)])
+    engine.train()
+    dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+@torch.no_grad()
+def generate(engine, seed: int, seq_len: int) -> str:
+    """A continuation of PROMPT, sampled; the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.tensor(list(PROMPT))
+    engine.eval()
+    for _ in range(GENERATED_BYTES):
+        logits = engine(input_ids=text[-seq_len:].unsqueeze(0).to(engine.device)).logits[0, -1]
+        likely = torch.softmax(logits.float().cpu() / 0.8, dim=0)
+        text = torch.cat([text, torch.multinomial(likely, 1, generator=generator)])
+    engine.train()
+    return bytes(text.tolist()).decode(errors="replace")
+
+
+# ---- training
+
+
+def finite(value) -> float | None:
+    """As JSON can hold it: null for what is not known or not finite."""
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def main():
+    args = parse_arguments()
+    deepspeed.init_distributed()
+    if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", "1"))))  # ranks share the cores
+
+    torch.manual_seed(args.seed)
+    layers, width, heads = PRESETS[args.preset]
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=256,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=4 * width,
+            max_position_embeddings=args.seq_len,
+            use_cache=False,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+    engine, *_ = deepspeed.initialize(args=args, model=model, model_parameters=model.parameters())
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    micro_batch, n = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
+    samples_per_step = micro_batch * n * ranks
+    files = read_files(args.data)
+    texts = split(files) if files else (b"", b"")
+    for_training, for_validation = (len(text) // args.seq_len for text in texts)
+    if for_training < samples_per_step or for_validation < 1:
+        raise SystemExit(
+            f"too little text: {for_training} sequences of --seq_len {args.seq_len} bytes for training and "
+            f"{for_validation} for validation; at least {samples_per_step} (one optimizer step) and 1 are needed. "
+            "Give more text by --data, a smaller --seq_len or a smaller batch"
+        )
+    training, validation = (to_sequences(text, args.seq_len) for text in texts)
+    spread = torch.linspace(0, len(validation) - 1, min(VALIDATION_SEQUENCES, len(validation))).long()
+    validation = validation[spread]
+
+    metrics = None
+    if args.out is not None and rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        metrics = open(args.out / "metrics.jsonl", "w", encoding="utf-8")
+    bar = tqdm(total=args.steps, unit="step", disable=rank != 0)
+    train_s = 0.0  # without the validations
+    losses = torch.zeros(2, device=engine.device)  # sum and number since the last validation
+
+    def validate(step: int) -> float:
+        """Validates, and writes and shows one line of metrics."""
+        dist.all_reduce(losses)
+        val_loss = evaluate(engine, validation)
+        line = {
+            "step": step,
+            "samples": step * samples_per_step,
+            "loss": finite(losses[0] / losses[1]),
+            "val_loss": finite(val_loss),
+            "grad_norm": finite(engine.get_global_grad_norm()) if step else None,
+            "lr": engine.get_lr()[0],
+            "seconds": round(train_s, 3),
+        }
+        losses.zero_()
+        bar.set_postfix_str(f"val_loss {val_loss:.4f}")
+        if metrics is not None:
+            print(json.dumps(line), file=metrics, flush=True)
+        return val_loss
+
+    validate_after = {round(args.steps * part / VALIDATIONS) for part in range(1, VALIDATIONS + 1)}
+    val_loss = validate(0)
+    begin = time.perf_counter()
+    for step in range(args.steps):
+        for index in range(n):
+            # Consecutive samples of the run lie side by side over the ranks: no two ranks see the same one.
+            first_sample = ((step * n + index) * ranks + rank) * micro_batch
+            batch = training_batch(training, args.seed, first_sample, micro_batch).to(engine.device)
+            loss = engine(input_ids=batch, labels=batch).loss
+            engine.backward(loss)
+            engine.step()
+            losses += torch.stack([loss.detach().float(), losses.new_ones(())])  # no .item(): it waits for the device
+        bar.update()
+        if step + 1 in validate_after:
+            get_accelerator().synchronize()
+            train_s += time.perf_counter() - begin
+            val_loss = validate(step + 1)
+            begin = time.perf_counter()
+    bar.close()
+
+    text = generate(engine, args.seed, args.seq_len)
+    hidden = f"{engine.optimizer.lane_times().hidden_share:.0%}" if hasattr(engine.optimizer, "lane_times") else "n/a"
+    if rank == 0:
+        samples_per_s = args.steps * samples_per_step / train_s
+        print(f"--- generated text\n{text}\n---")
+        print(f"val_loss {val_loss:.4f} | {samples_per_s:.1f} samples/s | communication hidden {hidden}", flush=True)
+    if metrics is not None:
+        metrics.close()
+    engine.destroy()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

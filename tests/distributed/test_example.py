@@ -1,0 +1,143 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""The example as a user starts it: through DeepSpeed's launcher, on two ranks, with every JSON of ds_configs."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+from getpass import getuser
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = {path.stem: path for path in sorted((ROOT / "ds_configs").glob("*.json"))}
+ACCO_CONFIGS = ("acco", "acco_bf16", "dpu", "sync", "wp")
+STOCK_CONFIGS = ("zero0", "zero1", "zero2", "zero3")
+TINY = ("--preset", "tiny", "--seq_len", "32", "--seed", "3")
+LIMIT_S = 390  # the first use of DeepSpeed's own AdamW compiles it, and its communication on shared memory
+KEYS = ["step", "samples", "loss", "val_loss", "grad_norm", "lr", "seconds"]
+SUMMARY = r"^val_loss (\d+\.\d+) \| (\d+\.\d+) samples/s \| communication hidden (n/a|\d+%)$"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(*arguments, ranks: int = 2) -> subprocess.CompletedProcess:
+    """The launcher is a module here, so that it is this interpreter's; ``deepspeed`` calls nothing else."""
+    port = free_port()
+    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": search}
+    # DeepSpeed builds its operators at first use, and those of different versions do not get on in one folder.
+    built = f"deepspeed_acco_ops_{getuser()}_{version('deepspeed')}_{version('torch')}"
+    environment.setdefault("TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / built))
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
+    script = [str(ROOT / "examples" / "train_gpt.py"), *map(str, arguments)]
+    try:
+        return subprocess.run(
+            [*launcher, "--master_port", str(port), *script],
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=LIMIT_S,
+            check=False,
+        )
+    finally:
+        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # 66 MiB a rank, never removed
+            left.unlink()
+
+
+def train(folder: Path, config: str, *arguments, ranks: int = 2):
+    """Runs the tiny preset; returns standard output and the lines of metrics.jsonl."""
+    done = launch("--deepspeed_config", CONFIGS[config], *TINY, "--out", folder, *arguments, ranks=ranks)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.timeout(400)
+def test_acco_end_to_end(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("of an earlier run\n")
+    out, lines = train(tmp_path, "acco", "--steps", 20)
+    config = json.loads(CONFIGS["acco"].read_text())
+    samples = 2 * config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+
+    assert [line["step"] for line in lines] == list(range(0, 21, 2))
+    assert all(list(line) == KEYS for line in lines)
+    assert [line["samples"] for line in lines] == [samples * line["step"] for line in lines]
+    assert all(line["lr"] == config["optimizer"]["params"]["lr"] for line in lines)
+    assert lines[0]["loss"] is None and lines[0]["grad_norm"] is None and lines[0]["seconds"] == 0
+    assert lines[0]["val_loss"] == pytest.approx(5.55, abs=0.3)  # log(256): nothing learned yet
+    assert all(line["grad_norm"] > 0 and line["loss"] > 0 for line in lines[1:])
+    seconds = [line["seconds"] for line in lines]
+    assert seconds == sorted(set(seconds))
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"] - 1
+
+    val_loss, _, hidden = re.search(SUMMARY, out, re.MULTILINE).groups()
+    assert float(val_loss) == pytest.approx(lines[-1]["val_loss"], abs=1e-4)
+    assert hidden != "n/a"
+    text = re.search(r"--- generated text\n(.*)\n---\n", out, re.DOTALL).group(1)
+    assert text.startswith("def ") and len(text) > 50
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("config", [name for name in ACCO_CONFIGS + STOCK_CONFIGS if name != "acco"])
+def test_every_config_runs_the_same_script(tmp_path, config):
+    out, lines = train(tmp_path, config, "--steps", 2)
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert all(line["val_loss"] > 0 for line in lines)
+    hidden = re.search(SUMMARY, out, re.MULTILINE).group(3)
+    assert (hidden == "n/a") == (config in STOCK_CONFIGS)
+
+
+@pytest.mark.timeout(400)
+def test_three_ranks_and_a_file_of_the_user(tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_bytes(b"The quick brown fox jumps over the lazy dog.\n" * 500)
+    _, lines = train(tmp_path / "out" / "new", "wp", "--steps", 1, "--data", text, ranks=3)
+    assert [line["step"] for line in lines] == [0, 1]
+
+
+@pytest.mark.timeout(400)
+def test_errors_of_the_user_are_explained(tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    acco = ("--deepspeed_config", CONFIGS["acco"])
+    for arguments, message in (
+        ((), "--deepspeed_config is missing"),
+        (("--deepspeed_config", tmp_path / "no.json"), "is not a file"),
+        ((*acco, "--data", tmp_path / "nowhere"), "does not exist"),
+        ((*acco, "--steps", 0), "--steps 0 is not allowed; allowed: 1 and more"),
+        ((*acco, "--data", short), "too little text"),
+    ):
+        done = launch(*TINY, *arguments, ranks=1)
+        assert done.returncode != 0
+        assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_all_configs_train_the_same_batch_with_the_same_adamw():
+    assert set(CONFIGS) == {*ACCO_CONFIGS, *STOCK_CONFIGS}
+    acco = json.loads(CONFIGS["acco"].read_text())
+    adamw = {key: acco["optimizer"]["params"][key] for key in ("lr", "betas", "eps", "weight_decay")}
+    same = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "steps_per_print")
+    for name, path in CONFIGS.items():
+        config = json.loads(path.read_text())
+        assert {key: config[key] for key in same} == {key: acco[key] for key in same}, name
+        params = dict(config["optimizer"]["params"])
+        stage = config["zero_optimization"]["stage"]
+        if name in STOCK_CONFIGS:
+            assert (config["optimizer"]["type"], stage) == ("AdamW", int(name[-1]))
+        else:
+            schedule = name.removesuffix("_bf16")
+            assert (config["optimizer"]["type"], stage, params.pop("schedule")) == ("ACCO", 1, schedule)
+        assert params == adamw, name
+        assert config.get("bf16", {}).get("enabled", False) == (name == "acco_bf16")
