@@ -57,9 +57,7 @@ def run(name: str) -> list[tuple[int, str]]:
             environment |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
             command = [sys.executable, str(script), os.path.join(folder, "rendezvous")]
             ranks.append(
-                subprocess.Popen(
-                    command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-                )
+                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             )
         outputs = [process.communicate(timeout=200)[0] for process in ranks]
         return [(process.returncode, output) for process, output in zip(ranks, outputs)]

@@ -4,9 +4,9 @@
 
     DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 examples/train_gpt.py --deepspeed_config ds_configs/acco.json
 
-Without ``DS_ACCELERATOR=cpu`` the same command trains on the machine's GPUs. The text is the source of Python's standard
-library unless ``--data`` names another. Nothing here but the first import knows which optimizer trains: with the same
-seed every JSON sees the same micro-batches, so their losses can be compared.
+Without ``DS_ACCELERATOR=cpu`` the same command trains on the machine's GPUs. The text is the source of Python's
+standard library unless ``--data`` names another. Nothing here but the first import knows which optimizer trains: with
+the same seed every JSON sees the same micro-batches, so their losses can be compared.
 """
 
 import argparse

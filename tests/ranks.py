@@ -6,6 +6,7 @@ A function that raises on any rank fails the test with that rank's traceback; on
 from __future__ import annotations
 
 import importlib
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -13,17 +14,23 @@ import time
 import traceback
 from datetime import timedelta
 
+from tests.launcher import operators_folder, remove_shared_memory
+
 LIMIT_S = 240
+_pool_numbers = itertools.count()
 
 
 class RankError(AssertionError):
     """A rank raised; the message holds its number and traceback."""
 
 
-def _rank_main(rank, world_size, rendezvous, pipe, environment):
+def _rank_main(rank, world_size, rendezvous, port, pipe, environment):
     os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
+    # No rank listens there: DeepSpeed names its shared memory by it.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", operators_folder())
     import torch
     import torch.distributed as dist
 
@@ -50,11 +57,13 @@ class RankPool:
     def __init__(self, world_size: int, **environment: str):
         self.world_size = world_size
         self._folder = tempfile.TemporaryDirectory()
+        self._port = str(20_000 + (31 * os.getpid() + next(_pool_numbers)) % 40_000)
+        rendezvous = os.path.join(self._folder.name, "rendezvous")
         context = multiprocessing.get_context("spawn")
         self._pipes, self.processes = [], []
         for rank in range(world_size):
             mine, theirs = context.Pipe()
-            arguments = (rank, world_size, os.path.join(self._folder.name, "rendezvous"), theirs, environment)
+            arguments = (rank, world_size, rendezvous, self._port, theirs, environment)
             process = context.Process(target=_rank_main, args=arguments, daemon=True)
             process.start()
             self._pipes.append(mine)
@@ -111,4 +120,5 @@ class RankPool:
                 process.kill()
                 process.join()
         self.processes = []
+        remove_shared_memory(self._port)
         self._folder.cleanup()

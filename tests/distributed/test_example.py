@@ -3,62 +3,25 @@
 """The example as a user starts it: through DeepSpeed's launcher, on two ranks, with every JSON of ds_configs."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-import tempfile
-from getpass import getuser
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.launcher import ROOT, launch
+
+EXAMPLE = ROOT / "examples" / "train_gpt.py"
 CONFIGS = {path.stem: path for path in sorted((ROOT / "ds_configs").glob("*.json"))}
 ACCO_CONFIGS = ("acco", "acco_bf16", "dpu", "sync", "wp")
 STOCK_CONFIGS = ("zero0", "zero1", "zero2", "zero3")
 TINY = ("--preset", "tiny", "--seq_len", "32", "--seed", "3")
-LIMIT_S = 390  # the first use of DeepSpeed's own AdamW compiles it, and its communication on shared memory
 KEYS = ["step", "samples", "loss", "val_loss", "grad_norm", "lr", "seconds"]
 SUMMARY = r"^val_loss (\d+\.\d+) \| (\d+\.\d+) samples/s \| communication hidden (n/a|\d+%)$"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def launch(*arguments, ranks: int = 2) -> subprocess.CompletedProcess:
-    """The launcher is a module here, so that it is this interpreter's; ``deepspeed`` calls nothing else."""
-    port = free_port()
-    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": search}
-    # DeepSpeed builds its operators at first use, and those of different versions do not get on in one folder.
-    built = f"deepspeed_acco_ops_{getuser()}_{version('deepspeed')}_{version('torch')}"
-    environment.setdefault("TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / built))
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-    script = [str(ROOT / "examples" / "train_gpt.py"), *map(str, arguments)]
-    try:
-        return subprocess.run(
-            [*launcher, "--master_port", str(port), *script],
-            env=environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=LIMIT_S,
-            check=False,
-        )
-    finally:
-        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # 66 MiB a rank, never removed
-            left.unlink()
-
-
 def train(folder: Path, config: str, *arguments, ranks: int = 2):
     """Runs the tiny preset; returns standard output and the lines of metrics.jsonl."""
-    done = launch("--deepspeed_config", CONFIGS[config], *TINY, "--out", folder, *arguments, ranks=ranks)
+    done = launch(EXAMPLE, "--deepspeed_config", CONFIGS[config], *TINY, "--out", folder, *arguments, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -119,7 +82,7 @@ def test_errors_of_the_user_are_explained(tmp_path):
         ((*acco, "--steps", 0), "--steps 0 is not allowed; allowed: 1 and more"),
         ((*acco, "--data", short), "too little text"),
     ):
-        done = launch(*TINY, *arguments, ranks=1)
+        done = launch(EXAMPLE, *TINY, *arguments, ranks=1)
         assert done.returncode != 0
         assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
 

@@ -3,13 +3,12 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from tests import training
+from tests.launcher import launch
 from tests.ranks import RankError, RankPool
 
 pytestmark = pytest.mark.timeout(240)
@@ -181,20 +180,6 @@ if "del" in how:
     del engine
 print("reached the end", flush=True)
 """
-
-
-def launch(script, *arguments, ranks=2, timeout=150):
-    """Runs a script with DeepSpeed's launcher on this machine; returns the finished process."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-    command += ["--master_port", str(port), str(script), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
 
 
 LEAVING = [("exit mid", "acco"), ("exit", "wp"), ("destroy mid", "acco"), ("group mid", "dpu")]
