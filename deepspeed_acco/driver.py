@@ -18,7 +18,7 @@ from .buffers import FlatBuffers
 from .comm import Communicator
 from .lanes import HostFlag, InlineLane
 from .ops import AdamWShard, adamw_commit, adamw_estimate, sum_of_squares
-from .rounds import Place, Round
+from .rounds import COMMIT, ESTIMATE, PREDICT, Place, Round
 from .settings import AdamWHyper
 
 
@@ -38,6 +38,7 @@ class CommitOutcome:
 
     grad_norm: Tensor  # global norm of the mean gradient before clipping, fp32, 0-dim
     is_finite: HostFlag  # where False the step was skipped
+    is_same_round: HostFlag  # where False the ranks were in different rounds
 
 
 class RoundDriver:
@@ -61,6 +62,8 @@ class RoundDriver:
         self.last_commit: CommitOutcome | None = None
         self._is_finished = True
         self._unreported: list[CommitOutcome] = []
+        self._unchecked: list[CommitOutcome] = []
+        self._rounds_started = 0
         self._is_showing_true = False
         self._kept_predictions: list[Tensor] | None = None
 
@@ -77,7 +80,10 @@ class RoundDriver:
         self._install_running()
         self.buffers.pack(inputs.pre_scale, clears=clears)
         self.running, self._is_finished = following, False
-        self.lane.start(lambda: self._run(following, inputs))
+        self._rounds_started += 1
+        # Ranks that are in step have the same number: of the round and of its kind.
+        number = 4 * self._rounds_started + (ESTIMATE, COMMIT, PREDICT).index(following)
+        self.lane.start(lambda: self._run(following, inputs, number))
         if blocks:
             assert following.leaves_true_weights is Place.COMM, "only a COMMIT leaves weights to stand on"
             self._install_running()
@@ -107,10 +113,13 @@ class RoundDriver:
         Raises:
             RoundFailed: with the cause, when the round failed.
         """
+        self.lane.raise_failure()
         if self._is_finished or self.running is None:
             return
         outcome = self.lane.finish()
         self._is_finished = True
+        self._unchecked.append(outcome)
+        self._check_same_round()
         if self.running.writes_state:
             self.last_commit = outcome
             self._unreported.append(outcome)
@@ -118,9 +127,18 @@ class RoundDriver:
     def take_skipped(self) -> int:
         """How many finished COMMITs are newly known to have been skipped for a non-finite gradient. On CUDA the host
         learns of one when the device has passed it; this never waits for that."""
-        known = [outcome for outcome in self._unreported if outcome.is_finite.is_known()]
+        known = list(itertools.takewhile(lambda outcome: outcome.is_finite.is_known(), self._unreported))
         self._unreported = self._unreported[len(known) :]
         return sum(1 for outcome in known if not outcome.is_finite.value())
+
+    def _check_same_round(self):
+        while self._unchecked and self._unchecked[0].is_same_round.is_known():
+            if not self._unchecked.pop(0).is_same_round.value():
+                cause = RuntimeError(
+                    "the ranks are in different rounds, because they ended a phase or window after different numbers "
+                    "of micro-batches. Give every rank the same number of micro-batches in a step, the last one included"
+                )
+                raise self.lane.fail(cause)
 
     def _install_running(self):
         self.finish()
@@ -144,12 +162,11 @@ class RoundDriver:
 
         Only a prediction has no full copy of them: there this is a collective, and every rank must look.
         """
-        if self._is_showing_true:
+        self.lane.raise_failure()
+        place = self.running.leaves_true_weights if self.running is not None else Place.LIVE
+        if self._is_showing_true or place is Place.LIVE:
             return
         self.finish()
-        place = self.running.leaves_true_weights if self.running is not None else Place.LIVE
-        if place is Place.LIVE:
-            return
         if place is Place.SHARDS:
             self._kept_predictions = [shard.clone() for shard in self.buffers.comm_shards]
             self._gather_masters()
@@ -179,22 +196,26 @@ class RoundDriver:
         try:
             self.comm.all_gather(self.buffers.comm_weights)
         except RuntimeError as cause:
-            raise RuntimeError(
-                'ACCO: with the schedule "wp" the true weights are gathered from all ranks, and some rank did not join '
-                f"within comm_timeout_s = {self.comm.timeout_s:g} s. Evaluate, save and read state_dict() on every "
-                "rank, not on rank 0 alone"
+            raise self.lane.fail(
+                RuntimeError(
+                    'with the schedule "wp" the true weights are gathered from all ranks, and some rank did not join '
+                    f"within comm_timeout_s = {self.comm.timeout_s:g} s. Evaluate, save and read state_dict() on every "
+                    "rank, not on rank 0 alone"
+                )
             ) from cause
 
     # ---- the round itself, on the lane's thread or stream
 
     @torch.no_grad()
-    def _run(self, this: Round, inputs: RoundInputs) -> CommitOutcome:
+    def _run(self, this: Round, inputs: RoundInputs, number: int) -> CommitOutcome:
         buffers = self.buffers
         self.comm.reduce_scatter_sum(buffers.comm_grads, buffers.reduced)
         squares = sum_of_squares(buffers.reduced)
-        self.comm.all_reduce_sum(squares)
-        norm = squares.sqrt() * inputs.grad_scale
-        is_finite = norm.isfinite()
+        totals = torch.stack([squares, torch.full_like(squares, number)])
+        self.comm.all_reduce_sum(totals)
+        norm = totals[0].sqrt() * inputs.grad_scale
+        is_same_round = totals[1] == number * self.comm.world_size
+        is_finite = norm.isfinite() & is_same_round
         scale = torch.full_like(norm, inputs.grad_scale)
         if inputs.clip_grad > 0:
             scale /= ((norm + 1e-6) / inputs.clip_grad).clamp(min=1.0)  # as DeepSpeed's unscale_and_clip_grads
@@ -205,14 +226,15 @@ class RoundDriver:
             if this.predicts or not this.writes_state:
                 adamw_estimate(*arguments)
         self.comm.all_gather(buffers.comm_weights)
-        return CommitOutcome(norm.float(), HostFlag(is_finite))
+        return CommitOutcome(norm.float(), HostFlag(is_finite), HostFlag(is_same_round))
 
     # ---- the end
 
     def close(self) -> None:
         """Ends lane and process group; a round in flight is finished first, its failure is not raised."""
         self.lane.close()
-        self.comm.destroy()
+        if not self.lane.is_own_thread:
+            self.comm.destroy()
 
     def norm_or_zero(self) -> Tensor:
         """Global gradient norm of the newest finished COMMIT, fp32, 0-dim; 0.0 before the first."""

@@ -5,9 +5,10 @@ events and threads. At most one round is in flight; the same round gives the sam
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,15 +63,19 @@ class InlineLane:
     def __init__(self):
         self._times = LaneTimes()
         self._result = None
+        self._failure: RoundFailed | None = None
 
     def start(self, round_: Callable[[], Any]) -> None:
-        """Runs ``round_``; its result is what :meth:`finish` returns. Nothing else may be in flight."""
-        begin = time.perf_counter()
-        self._result = round_()
-        spent = time.perf_counter() - begin
-        self._times.round_s += spent
-        self._times.exposed_s += spent
-        self._times.rounds += 1
+        """Starts ``round_``; its result is what :meth:`finish` returns. Nothing else may be in flight.
+
+        Raises:
+            RoundFailed: as :meth:`finish`.
+        """
+        self.raise_failure()
+        try:
+            self._start(round_)
+        except Exception as cause:
+            raise self.fail(cause) from cause
 
     def finish(self) -> Any:
         """Waits for the started round and returns its result.
@@ -78,11 +83,46 @@ class InlineLane:
         Raises:
             RoundFailed: with the cause, when the round raised; again at every later call.
         """
+        self.raise_failure()
+        try:
+            return self._finish()
+        except Exception as cause:
+            raise self.fail(cause) from cause
+
+    def fail(self, cause: Exception) -> RoundFailed:
+        """Makes ``cause`` what every later call raises: the buffers hold nobody knows what."""
+        self._failure = RoundFailed(f"ACCO: a communication round failed in the background: {cause}")
+        self._failure.__cause__ = cause
+        return self._failure
+
+    @property
+    def has_failed(self) -> bool:
+        return self._failure is not None
+
+    def raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _start(self, round_):
+        begin = time.perf_counter()
+        self._result = round_()
+        spent = time.perf_counter() - begin
+        self._times.round_s += spent
+        self._times.exposed_s += spent
+        self._times.rounds += 1
+
+    def _finish(self):
         result, self._result = self._result, None
         return result
 
     def times(self) -> LaneTimes:
+        """The sums so far, without waiting."""
         return self._times
+
+    @property
+    def is_own_thread(self) -> bool:
+        """Whether the caller runs inside a round: there nothing may wait for it."""
+        return False
 
     def close(self) -> None:
         """Ends the lane after the round in flight, without raising."""
@@ -99,40 +139,37 @@ class ThreadLane(InlineLane):
         threads = max(1, torch.get_num_threads() // 4)  # the cores belong to the model
         # A new thread starts with OpenMP's own default, which takes every core, whatever the main thread was given.
         self._executor = ThreadPoolExecutor(1, "acco-round", initializer=torch.set_num_threads, initargs=(threads,))
-        self._future = None
-        self._failure: RoundFailed | None = None
+        self._future: Future | None = None
+        self._worker: threading.Thread | None = None
 
-    def start(self, round_: Callable[[], Any]) -> None:
-        self._raise_failure()
+    def _start(self, round_):
         assert self._future is None, "the previous round was not finished"
 
         def timed():
+            self._worker = threading.current_thread()
             begin = time.perf_counter()
             result = round_()
             return result, time.perf_counter() - begin
 
         self._future = self._executor.submit(timed)
 
-    def finish(self) -> Any:
-        self._raise_failure()
-        future, self._future = self._future, None
+    def _finish(self):
+        assert self._future is not None, "no round was started"
         begin = time.perf_counter()
-        try:
-            result, spent = future.result()
-        except Exception as cause:
-            self._failure = RoundFailed(f"ACCO: a communication round failed in the background: {cause}")
-            raise self._failure from cause
+        result, spent = self._future.result()
+        self._future = None  # only now: an interrupted wait can be repeated
         self._times.exposed_s += time.perf_counter() - begin
         self._times.round_s += spent
         self._times.rounds += 1
         return result
 
-    def _raise_failure(self):
-        if self._failure is not None:
-            raise self._failure
+    @property
+    def is_own_thread(self) -> bool:
+        # The garbage collector may run anywhere, so that an engine may be destroyed inside its own round.
+        return threading.current_thread() is self._worker
 
     def close(self) -> None:
-        self._executor.shutdown(wait=True)
+        self._executor.shutdown(wait=not self.is_own_thread)
         self._future = None
 
 
@@ -149,7 +186,7 @@ class StreamLane(InlineLane):
         self._weights_ready: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         self._timed: list = []  # (round start, round end, wait start, wait end), until the device has passed them
 
-    def start(self, round_: Callable[[], Any]) -> None:
+    def _start(self, round_):
         # Producer -> consumer: the training stream has packed the gradients before the round reads them.
         grads_ready = torch.cuda.current_stream(self._device).record_event()
         with torch.cuda.stream(self._comm_stream):
@@ -159,7 +196,7 @@ class StreamLane(InlineLane):
             end = self._comm_stream.record_event(torch.cuda.Event(enable_timing=True))
         self._weights_ready = (begin, end)
 
-    def finish(self) -> Any:
+    def _finish(self):
         assert self._weights_ready is not None, "no round was started"
         begin, end = self._weights_ready
         self._weights_ready = None
@@ -169,7 +206,8 @@ class StreamLane(InlineLane):
         stream.wait_event(end)
         wait_end = stream.record_event(torch.cuda.Event(enable_timing=True))
         self._timed.append((begin, end, wait_begin, wait_end))
-        return super().finish()
+        self.times()  # lets the events go that the device has passed
+        return super()._finish()
 
     def times(self) -> LaneTimes:
         while self._timed and self._timed[0][3].query():
@@ -181,6 +219,7 @@ class StreamLane(InlineLane):
 
     def close(self) -> None:
         self._weights_ready = None
+        self._comm_stream.synchronize()  # the group is destroyed next
 
 
 def make_lane(name: str, device: torch.device) -> InlineLane:

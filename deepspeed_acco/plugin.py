@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import logging
 import os
 
@@ -159,7 +161,8 @@ def _log_start(engine, wrapper: AccoZeroOptimizer) -> None:
         f"own buffers={describe_bytes(wrapper.own_bytes())} per rank, kernels={ops.kernels_name(engine.device)}; "
         "timers.throughput.synchronized set to false"
     )
-    given = [key for key in _NO_EFFECT if key in engine._config._param_dict.get("zero_optimization", {})]
+    section = engine._config._param_dict.get("zero_optimization")
+    given = [key for key in _NO_EFFECT if isinstance(section, dict) and key in section]
     if given:
         reasons = "; ".join(f"{key} ({_NO_EFFECT[key]})" for key in given)
         logger.info(f"ACCO: accepted without effect in zero_optimization: {reasons}")
@@ -183,9 +186,13 @@ def _check_json(raw) -> None:
 def _wrap_config(original):
     @functools.wraps(original)
     def init(self, config, *args, **kwargs):
-        optimizer = config.get("optimizer") if isinstance(config, dict) else None
+        raw = config
+        if isinstance(config, str) and os.path.isfile(config):
+            with open(config) as file, contextlib.suppress(ValueError):  # DeepSpeed tells about bad JSON
+                raw = json.load(file)
+        optimizer = raw.get("optimizer") if isinstance(raw, dict) else None
         if isinstance(optimizer, dict) and optimizer.get("type") == ACCO.__name__:
-            _check_json(config)
+            _check_json(raw)
         original(self, config, *args, **kwargs)
 
     return init

@@ -7,6 +7,7 @@ Partitioning, master weights, hp mapping and checkpoint layout are inherited (de
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from contextlib import contextmanager
 
@@ -71,6 +72,33 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             for param in group
         }
         self._attach_gradients()
+        self._link_states()
+
+    def _link_states(self):
+        """``safe_get_full_*`` and ``safe_set_full_*`` (deepspeed/utils/tensor_fragment.py) find the optimizer state and
+        wait for the round that writes it; what is set becomes what training stands on."""
+        self._hp_optimizer_states_linked = False
+        self._lazy_init_hp_params_optimizer_state()
+        optimizer = weakref.ref(self)
+
+        def waiting(method, wait):
+            def call(*args, **kwargs):
+                made_by = optimizer()
+                if made_by is not None and made_by._driver is not None:
+                    wait(made_by._driver)
+                return method(*args, **kwargs)
+
+            return call
+
+        for group in self.bit16_groups:
+            for param in group:
+                param.get_full_hp_param = waiting(param.get_full_hp_param, RoundDriver.finish)
+                param.set_full_hp_param = waiting(param.set_full_hp_param, RoundDriver.settle)
+
+    def _link_all_hp_params(self):
+        super()._link_all_hp_params()
+        if self._driver is not None:  # again, after a checkpoint was loaded
+            self._link_states()
 
     def _make_shards(self) -> list[AdamWShard]:
         shards = []
@@ -100,7 +128,8 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         before_forward = torch.compiler.disable(self._as_hook(AccoZeroOptimizer._before_forward, root))
         after_forward = torch.compiler.disable(self._as_hook(AccoZeroOptimizer._after_forward, root))
         self._hooks += [
-            root.register_forward_pre_hook(before_forward),
+            # First of all hooks: another one may read the weights, which are installed here.
+            root.register_forward_pre_hook(before_forward, prepend=True),
             root.register_forward_hook(after_forward, always_call=True),
         ]
         for part in root.modules():
@@ -204,9 +233,15 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         if not module.training:
             self._driver.show_true()
             return
+        if self._look_depth:
+            raise RuntimeError(
+                "ACCO: a training forward inside true_weights() is not allowed; allowed: eval-mode forwards. Leave the "
+                "block first"
+            )
         self._driver.hide_true()
         if not torch.is_grad_enabled():
             return
+        self._attach_gradients()
         schedule = self._schedule()
         if schedule.at_phase_b is not None and self._position.micro_batches:
             n = self._micro_batches_per_window()
@@ -215,13 +250,13 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
                 self._position = self._position.after_phase_a()
                 inputs = self._inputs(n / self._position.micro_batches_in_a)
                 self._driver.turn(schedule.at_phase_b, inputs, clears=False, blocks=False)
-        self._attach_gradients()
+        self._position = self._position.after_forward()
 
     def _after_forward(self, module, args, output) -> None:
         if torch.is_grad_enabled():
             self._guard(output)
-            position = self._position
-            self._position = position.after_forward() if module.training else position.after_eval_forward()
+            if not module.training:
+                self._position = self._position.after_eval_forward()
         if not module.training and self._position.is_graph_outstanding:
             self._driver.hide_true()  # a training graph waits for its backward: it needs its weights back
 
@@ -238,9 +273,11 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
                     "torch.no_grad()"
                 )
 
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                leaf.register_hook(check)
+        is_record = dataclasses.is_dataclass(output) and not isinstance(output, (dict, type))
+        for tensor in tree_leaves(vars(output) if is_record else output):
+            # Not on a leaf, such as a parameter that the module returns: it would keep the hook.
+            if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
+                tensor.register_hook(check)
 
     def backward_prologue(self, *args, **kwargs) -> None:
         """Nothing: the parent would allocate reduction buckets here (DeepSpeed <= 0.18.2)."""
@@ -291,8 +328,10 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
     def _has_overflow_now(self) -> bool:
         """Whether any rank's own gradients are not finite: fp16's loss scaler must know before the step counts."""
         # The largest absolute value is NaN or inf where any element is; no temporary of the gradients' size is made.
+        # What is accumulated in fp32 must also survive the cast to the dtype it is sent in.
         largest = torch.stack([torch.linalg.vector_norm(grads, float("inf")) for grads in self._driver.buffers.grads])
-        overflow = (~largest.isfinite()).any().to(torch.uint8)
+        limit = torch.finfo(self.communication_data_type).max
+        overflow = (~(largest <= limit)).any().to(torch.uint8)
         max_over_ranks(overflow, self.dp_process_group)
         return bool(overflow)
 
@@ -348,10 +387,27 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
 
     def load_state_dict(self, *args, **kwargs):
         """As the parent's; training then stands on the loaded true weights."""
+        self._driver.finish()
         super().load_state_dict(*args, **kwargs)
         self._adopt_loaded()
 
+    def state_dict(self):
+        """As the parent's, of the newest COMMIT."""
+        self._driver.finish()
+        return super().state_dict()
+
+    def offload_states(self, *args, **kwargs):
+        """Refused: the rounds hold the buffers that this would move.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "ACCO: offload_states() is not supported; keep the states on the device, or train with AdamW"
+        )
+
     def _restore_from_bit16_weights(self):
+        self._driver.finish()
         super()._restore_from_bit16_weights()
         self._adopt_loaded()
 
@@ -379,17 +435,22 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
 
         With ``wp`` this gathers the weights, so every rank must call it; at the interpreter's exit it does not.
         """
-        driver, self._driver = self._driver, None
+        driver = self._driver
         if driver is None:
             return
         self._driver_at_exit.detach()
         for hook in self._hooks:
             hook.remove()
         try:
-            if driver.comm.is_alive:
+            if driver.comm.is_alive and not driver.lane.has_failed and not driver.lane.is_own_thread:
                 driver.settle()
         finally:
+            self._driver = None
             driver.close()
+            for group in self.bit16_groups:
+                for param in group:
+                    param.grad = None
+            self._grad_views.clear()
             super().destroy()
 
 

@@ -16,7 +16,7 @@ def _groups_of(module, groups):
     return [g["params"] for g in made], hyper
 
 
-def _flatten(tensors):
+def flatten(tensors):
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
@@ -84,7 +84,7 @@ def run_reference(
             losses.append(loss.item())
         (loss / n * scale[0]).backward()  # in the loss's own dtype, as the engine does: at 2**16 fp16 overflows here
         return [
-            _flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in group]).to(accumulation_dtype)
+            flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in group]).to(accumulation_dtype)
             * (0 if drop is not None and drop(micro_batch) else 1)
             for group in parameters
         ]
@@ -102,7 +102,7 @@ def run_reference(
     # The engine casts the module before it copies the master weights.
     rounded_start = make_network(seed).to(DTYPES[kind])
     reference = Reference(
-        [_flatten(group) for group in _groups_of(rounded_start, groups)[0]],
+        [flatten(group) for group in _groups_of(rounded_start, groups)[0]],
         hyper,
         schedule,
         world_size,
@@ -142,7 +142,7 @@ def start_weights(seed=5):
 
 def distance(weights, reference, seed=5) -> float:
     """|weights - reference| over the distance that the reference moved from the start."""
-    mine, theirs, start = _flatten([w.double() for w in weights]), _flatten(reference), _flatten(start_weights(seed))
+    mine, theirs, start = flatten([w.double() for w in weights]), flatten(reference), flatten(start_weights(seed))
     return float((mine - theirs).norm() / (theirs - start).norm())
 
 
