@@ -136,7 +136,7 @@ class RoundDriver:
             if not self._unchecked.pop(0).is_same_round.value():
                 cause = RuntimeError(
                     "the ranks are in different rounds, because they ended a phase or window after different numbers "
-                    "of micro-batches. Give every rank the same number of micro-batches in a step, the last one included"
+                    "of micro-batches. Give every rank the same number of micro-batches in every step"
                 )
                 raise self.lane.fail(cause)
 

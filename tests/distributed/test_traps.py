@@ -46,8 +46,8 @@ def _large_gradients():
     """Sums that fp32 holds and fp16 does not."""
     engine = training.start_engine(training.ds_config(4, precision="fp16+fp32"))
     scales = [engine.optimizer.cur_scale]
-    for window in range(12):
-        for micro_batch in range(4):
+    for _ in range(12):
+        for _ in range(4):
             x, y = training.batch(0, 0, 0)
             engine.backward(engine(x.half(), (y * 30).half()))
             engine.step()
