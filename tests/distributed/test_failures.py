@@ -131,6 +131,7 @@ def _failing_round(config):
     for window in range(2):
         for micro_batch in range(4):
             if (window, micro_batch) == (1, 1):
+                driver.finish()  # the COMMIT of the window before shall still succeed
                 driver.comm.all_reduce_sum = broken
             try:
                 engine.backward(engine(*training.batch(dist.get_rank(), window, micro_batch)))

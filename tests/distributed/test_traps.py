@@ -1,8 +1,10 @@
 """Ways in which training could go wrong without a word."""
 
 import json
+import os
 
 import pytest
+import torch
 
 from tests import oracle, training
 from tests.ranks import RankPool
@@ -107,7 +109,6 @@ def _module_that_returns_a_parameter():
     import dataclasses
 
     import deepspeed
-    import torch
 
     @dataclasses.dataclass
     class Record:
@@ -242,8 +243,12 @@ def _continue_from_a_checkpoint(folder, config, windows):
     """Trains, saves, goes on; then loads into a fresh engine: it stands on the true weights of the save."""
     engine = training.start_engine(config)
     training.run_windows(engine, windows)
+    engine.save_16bit_model(folder, "model.bin")
     engine.save_checkpoint(folder)
     saved = training.true_master_weights(engine)
+    in_file = torch.load(os.path.join(folder, "model.bin"))
+    names = [name for name, p in engine.module.named_parameters() if p.requires_grad]
+    assert all(in_file[name].equal(tensor) for name, tensor in zip(names, saved))
     kept = {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
     training.run_windows(engine, 2, first_window=windows)
     engine.destroy()
