@@ -58,9 +58,9 @@ def main() -> None:
         curves = {}
         for name in arguments.configs:
             curves[name] = run_example(name, "--seed", str(seed), "--steps", str(arguments.steps))
-            last = curves[name][-1]
-            rows.append({"seed": seed, "config": name, "val_loss": last["val_loss"], "seconds": last["seconds"]})
-            print(f"seed {seed} {name}: {last['val_loss']:.4f}", file=sys.stderr, flush=True)
+            val_loss = curves[name][-1]["val_loss"]
+            rows.append({"seed": seed, "config": name, "val_loss": val_loss})
+            print(f"seed {seed} {name}: {val_loss:.4f}", file=sys.stderr, flush=True)
         if arguments.out and seed == arguments.seeds[0]:
             draw(curves, seed, arguments.out.with_suffix(".png"))
     sync = {row["seed"]: row["val_loss"] for row in rows if row["config"] == "sync"}
