@@ -42,9 +42,11 @@ class FlatBuffers:
         self._comm, views = _allocate_comm(live, comm_dtype)
         self.comm_grads = [gradients for gradients, _ in views]
         self.comm_weights = [weights for _, weights in views]
-        self.comm_shards = [
-            weights[slice(*layout.shard_range(layout.rank))] for weights, layout in zip(self.comm_weights, layouts)
-        ]
+        self.comm_shards = self._own_shards(self.comm_weights)
+        self.live_shards = self._own_shards(self.live)
+
+    def _own_shards(self, whole: list[Tensor]) -> list[Tensor]:
+        return [flat[slice(*layout.shard_range(layout.rank))] for flat, layout in zip(whole, self.layouts)]
 
     def pack(self, scale: float, *, clears: bool) -> None:
         """X <- A * scale in the communication dtype; then A <- 0 if ``clears``."""

@@ -176,6 +176,20 @@ class Communicator:
         """Sums a small tensor over the ranks, in place."""
         dist.all_reduce(value, group=self._group)
 
+    @_names_the_timeout
+    def gather_objects(self, value) -> list:
+        """What every rank passed, in the order of the ranks: small picklable objects. On CUDA it waits for it."""
+        everyone = [None] * self.world_size
+        dist.all_gather_object(everyone, value, group=self._group)
+        return everyone
+
+    @_names_the_timeout
+    def barrier(self) -> None:
+        """Returns when every rank has come here; on CUDA it waits for the device."""
+        arrived = torch.zeros((), device=self.device)
+        dist.all_reduce(arrived, group=self._group)
+        arrived.item()
+
     def destroy(self) -> None:
         """Leaves the group; harmless when called twice or after ``dist.destroy_process_group()``."""
         group, self._group = self._group, None

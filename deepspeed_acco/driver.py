@@ -41,6 +41,16 @@ class CommitOutcome:
     is_same_round: HostFlag  # where False the ranks were in different rounds
 
 
+@dataclass(frozen=True)
+class Standing:
+    """Where training stands between two rounds, beyond the true weights: this rank's shards, 1-D in the weights' dtype,
+    one per parameter group."""
+
+    live: list[Tensor]  # of the weights that training computes at; empty where they are the true ones
+    predictions: list[Tensor]  # of a finished prediction that is not installed yet; empty where there is none
+    grad_norm: float  # of the newest COMMIT
+
+
 class RoundDriver:
     """The buffers of one rank and the round that is in flight.
 
@@ -104,8 +114,44 @@ class RoundDriver:
         self.finish()
         self.running = None
         self._is_showing_true, self._kept_predictions = False, None
+        self.last_commit = None
         self._unreported.clear()
         self.weights_version = next(self._versions)
+
+    def standing(self) -> Standing:
+        """What must be kept, besides master weights and AdamW state, so that training goes on bit for bit. An ESTIMATE
+        is not: the window that it belongs to is not over."""
+        self.finish()
+        norm = float(self.norm_or_zero())
+        place = self.running.leaves_true_weights if self.running is not None else Place.LIVE
+        if place is Place.LIVE:
+            return Standing([], [], norm)
+        live, pending = self.buffers.live_shards, self.buffers.comm_shards
+        if self._is_showing_true:  # exchanged
+            live, pending = pending, self._kept_predictions
+        predictions = pending if place is Place.SHARDS else []
+        return Standing([shard.clone() for shard in live], [shard.clone() for shard in predictions], norm)
+
+    def stand_on(self, standing: Standing) -> None:
+        """The inverse of :meth:`standing`, right after :meth:`adopt_live`; every rank must call it."""
+        assert self.running is None and not self._is_showing_true, "the live weights are the true ones"
+        device = self.comm.device
+        norm, true = torch.tensor(standing.grad_norm, device=device), torch.tensor(True, device=device)
+        self.last_commit = CommitOutcome(norm, HostFlag(true), HostFlag(true))
+        if not standing.live:
+            return
+        self._gather(standing.live)
+        self.buffers.exchange()
+        self.weights_version = next(self._versions)
+        self.running, self._is_finished = COMMIT, True
+        if standing.predictions:
+            self._gather(standing.predictions)
+            self.running = PREDICT
+
+    def _gather(self, shards):
+        for target, shard in zip(self.buffers.comm_shards, shards):
+            target.copy_(shard)
+        self.comm.all_gather(self.buffers.comm_weights)
 
     def finish(self) -> None:
         """Waits for the running round, if any. Its weights stay in the communication buffer.
@@ -124,9 +170,11 @@ class RoundDriver:
             self.last_commit = outcome
             self._unreported.append(outcome)
 
-    def take_skipped(self) -> int:
+    def take_skipped(self, *, waits: bool = False) -> int:
         """How many finished COMMITs are newly known to have been skipped for a non-finite gradient. On CUDA the host
-        learns of one when the device has passed it; this never waits for that."""
+        learns of one when the device has passed it; only ``waits`` makes this wait for that."""
+        for outcome in self._unreported if waits else ():
+            outcome.is_finite.wait()
         known = list(itertools.takewhile(lambda outcome: outcome.is_finite.is_known(), self._unreported))
         self._unreported = self._unreported[len(known) :]
         return sum(1 for outcome in known if not outcome.is_finite.value())

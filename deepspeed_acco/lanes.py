@@ -36,6 +36,11 @@ class HostFlag:
     def is_known(self) -> bool:
         return self._passed is None or self._passed.query()
 
+    def wait(self) -> None:
+        """Blocks the host until the flag is known."""
+        if self._passed is not None:
+            self._passed.synchronize()
+
     def value(self) -> bool:
         """The flag; only when :meth:`is_known`."""
         return bool(self._value)

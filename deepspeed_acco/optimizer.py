@@ -8,6 +8,9 @@ from torch.optim import Optimizer
 
 from .settings import ACCO_KEYS, Settings, check_adamw, refuse_unknown
 
+# Not for us: FusedAdam and DeepSpeedCPUAdam read them in the groups of a checkpoint that they load.
+FUSED_ADAM_KEYS = {"bias_correction": True, "amsgrad": False}
+
 
 class ACCO(Optimizer):
     """AdamW whose communication and sharded update run behind the gradient computation (arXiv 2406.02613).
@@ -43,7 +46,7 @@ class ACCO(Optimizer):
         refuse_unknown(unknown)
         self.settings = Settings(schedule, estimate_fraction, overlap_warmup_steps, accumulation, lane, comm_timeout_s)
         check_adamw(lr, betas, eps, weight_decay)
-        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
+        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, **FUSED_ADAM_KEYS))
 
     def add_param_group(self, param_group) -> None:
         """As torch's, with the group's own hyper-parameters checked."""
@@ -54,6 +57,11 @@ class ACCO(Optimizer):
                 "for the whole optimizer. Give it to ACCO(...) or to optimizer.params"
             )
         merged = {**self.defaults, **param_group}
+        for key, allowed in FUSED_ADAM_KEYS.items():
+            if merged[key] != allowed:
+                raise ValueError(
+                    f"ACCO: {key} = {merged[key]!r} in a parameter group is not allowed; allowed: {allowed}. Remove it"
+                )
         check_adamw(merged["lr"], merged["betas"], merged["eps"], merged["weight_decay"])
         super().add_param_group(param_group)
 

@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import inspect
 import json
-import logging
 import os
 
 import deepspeed
@@ -15,12 +16,13 @@ import torch
 from deepspeed.runtime import config as ds_config
 from deepspeed.runtime import engine as ds_engine
 from deepspeed.runtime.zero import utils as ds_zero_utils
-from deepspeed.utils.logging import LoggerFactory
 from packaging.version import Version
 from torch.optim import Optimizer
 
 from . import op_builder, ops
+from .checkpoint import LoadOptions
 from .driver import describe_bytes
+from .log import logger
 from .optimizer import ACCO
 from .settings import phase_a_micro_batches
 from .zero import AccoZeroOptimizer
@@ -38,6 +40,7 @@ TOUCH_POINTS = (
     "deepspeed.runtime.engine.DeepSpeedEngine._do_optimizer_sanity_check",  # else bf16 with fp32 sums trains AdamW
     "deepspeed.runtime.engine.DeepSpeedEngine._configure_zero_optimizer",  # chooses the wrapper class
     "deepspeed.runtime.engine.DeepSpeedZeroOptimizer",  # rebound only while the call above runs
+    "deepspeed.runtime.engine.DeepSpeedEngine.load_checkpoint",  # all files are checked before one is loaded
     "engine.tput_timer.config.synchronized",  # it would wait for the device at every forward and step
 )
 
@@ -74,6 +77,7 @@ def register() -> None:
         "_configure_optimizer": _wrap_configure_optimizer(engine_class._configure_optimizer),
         "_do_optimizer_sanity_check": _wrap_sanity_check(engine_class._do_optimizer_sanity_check),
         "_configure_zero_optimizer": _wrap_configure_zero(engine_class._configure_zero_optimizer),
+        "load_checkpoint": _wrap_load_checkpoint(engine_class.load_checkpoint),
     }
     for name, method in wrapped.items():
         setattr(engine_class, name, method)
@@ -138,12 +142,21 @@ def _wrap_configure_zero(original):
     return configure_zero_optimizer
 
 
-def _logger() -> logging.Logger:
-    """DeepSpeed's own logger hides what is not a warning; ACCO's few lines go to one of that form that shows them."""
-    name = "deepspeed_acco"
-    if not logging.getLogger(name).handlers:
-        LoggerFactory.create_logger(name, level=logging.INFO)
-    return logging.getLogger(name)
+def _wrap_load_checkpoint(original):
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def load_checkpoint(engine, *args, **kwargs):
+        if isinstance(engine.optimizer, AccoZeroOptimizer):
+            given = signature.bind(engine, *args, **kwargs)
+            given.apply_defaults()
+            options = {field.name: given.arguments[field.name] for field in dataclasses.fields(LoadOptions)}
+            engine.optimizer.require_loadable(
+                given.arguments["load_dir"], given.arguments["tag"], LoadOptions(**options)
+            )
+        return original(engine, *args, **kwargs)
+
+    return load_checkpoint
 
 
 def _log_start(engine, wrapper: AccoZeroOptimizer) -> None:
@@ -155,8 +168,7 @@ def _log_start(engine, wrapper: AccoZeroOptimizer) -> None:
     if settings.schedule == "acco":
         a = phase_a_micro_batches(n, settings.estimate_fraction)
         window = f"a={a} b={n - a}"
-    logger = _logger()
-    logger.info(
+    logger().info(
         f"ACCO: schedule={settings.schedule} {window} accumulation={settings.accumulation} lane={wrapper.lane_name} "
         f"own buffers={describe_bytes(wrapper.own_bytes())} per rank, kernels={ops.kernels_name(engine.device)}; "
         "timers.throughput.synchronized set to false"
@@ -165,9 +177,9 @@ def _log_start(engine, wrapper: AccoZeroOptimizer) -> None:
     given = [key for key in _NO_EFFECT if isinstance(section, dict) and key in section]
     if given:
         reasons = "; ".join(f"{key} ({_NO_EFFECT[key]})" for key in given)
-        logger.info(f"ACCO: accepted without effect in zero_optimization: {reasons}")
+        logger().info(f"ACCO: accepted without effect in zero_optimization: {reasons}")
     if engine.wall_clock_breakdown():
-        logger.warning("ACCO: wall_clock_breakdown waits for the device at every timer and costs overlap")
+        logger().warning("ACCO: wall_clock_breakdown waits for the device at every timer and costs overlap")
 
 
 def _refuse(is_given, key, value, allowed, fix) -> None:

@@ -16,14 +16,15 @@ from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch.utils._pytree import tree_leaves
 
-from . import ops
+from . import checkpoint, ops
 from .buffers import FlatBuffers
 from .comm import Communicator, max_over_ranks
 from .driver import RoundDriver, RoundInputs
 from .lanes import LaneTimes, make_lane
 from .layout import GroupLayout
+from .log import logger
 from .ops import AdamWShard
-from .optimizer import ACCO
+from .optimizer import ACCO, FUSED_ADAM_KEYS
 from .rounds import Place, Position, Schedule, blocks_at_end, schedule_of_window
 from .settings import AdamWHyper, phase_a_micro_batches
 
@@ -381,20 +382,61 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         """The engine is about to save or load: no round in flight, the module shows the true weights."""
         self._driver.show_true()
         self._driver.finish()
+        self._engine().skipped_steps += self._driver.take_skipped(waits=True)
 
     def checkpoint_event_epilogue(self) -> None:
-        """The true weights stay shown until training goes on."""
+        """Between the files and ``latest``, which names them: all ranks have written theirs. The true weights stay
+        shown until training goes on."""
+        self._driver.comm.barrier()
 
-    def load_state_dict(self, *args, **kwargs):
-        """As the parent's; training then stands on the loaded true weights."""
+    def require_loadable(self, load_dir: str, tag: str | None, options: checkpoint.LoadOptions) -> None:
+        """Checks all files that ``engine.load_checkpoint`` would load, on all ranks, before any of them is loaded.
+
+        Raises:
+            CheckpointRefused: on every rank, with what is wrong; the run is unchanged.
+        """
+        self._driver.show_true()
         self._driver.finish()
-        super().load_state_dict(*args, **kwargs)
+        finding = checkpoint.inspect(self._engine(), load_dir, tag, options)
+        checkpoint.require_loadable(load_dir, self._driver.comm.gather_objects(finding))
+
+    def shard_numels(self) -> list[int]:
+        """Elements of this rank's shard of each parameter group, with padding."""
+        return [layout.shard_numel for layout in self._driver.buffers.layouts]
+
+    def load_state_dict(self, state_dict_list, load_optimizer_states=True, **kwargs):
+        """As the parent's; training then stands where it stood when the checkpoint was saved, or, where that is not in
+        the file, on the loaded true weights."""
+        self._driver.finish()
+        super().load_state_dict(state_dict_list, load_optimizer_states=load_optimizer_states, **kwargs)
         self._adopt_loaded()
+        if not load_optimizer_states:
+            return
+        if state_dict_list is None:
+            standing, reason = None, "a universal checkpoint holds no others"
+        else:
+            state = state_dict_list[self._driver.comm.rank].get(checkpoint.KEY)
+            standing, reason = checkpoint.from_state(state, self._settings.schedule, self.shard_numels())
+            if state is not None:
+                self._position = Position(window=state["window"])
+        if standing is not None:
+            self._driver.stand_on(standing)
+        elif self._engine().global_rank == 0:
+            logger().info(f"ACCO: training goes on at the loaded true weights: {reason}")
 
     def state_dict(self):
-        """As the parent's, of the newest COMMIT."""
+        """As the parent's, of the newest COMMIT, with the key ``acco`` (checkpoint.py)."""
         self._driver.finish()
-        return super().state_dict()
+        if self._position.micro_batches and self._engine().global_rank == 0:
+            logger().warning(
+                f"ACCO: saved after {self._position.micro_batches} micro-batches of a window: their gradients are not "
+                "in the checkpoint. Save right after a step for a resume that is bit for bit the same"
+            )
+        state = super().state_dict()
+        state["base_optimizer_state"] = checkpoint.without_tensor_steps(state["base_optimizer_state"])
+        standing = self._driver.standing()
+        state[checkpoint.KEY] = checkpoint.to_state(standing, self._settings.schedule, self._position.window)
+        return state
 
     def offload_states(self, *args, **kwargs):
         """Refused: the rounds hold the buffers that this would move.
@@ -427,6 +469,9 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             state = self.optimizer.state[master]
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=master.device).reshape(())
             shard.exp_avg, shard.exp_avg_sq, shard.step = state["exp_avg"], state["exp_avg_sq"], state["step"]
+        for group in self.optimizer.param_groups:
+            for key, value in FUSED_ADAM_KEYS.items():  # the loaded groups may be another optimizer's
+                group.setdefault(key, value)
 
     # ---- the end
 

@@ -147,11 +147,17 @@ def train_stock(config, windows, groups=1, precision="fp32"):
     return record
 
 
-def run_windows(engine, windows, precision="fp32", counts=None, style="engine", look=None, first_window=0):
-    """The training loop: losses by micro-batch; after each window norm, skipped steps, lr, scale, replica sum."""
+def run_windows(
+    engine, windows, precision="fp32", counts=None, style="engine", look=None, first_window=0, same_data=False
+):
+    """The training loop: losses by micro-batch; after each window norm, skipped steps, lr, scale, replica sum.
+
+    Args:
+        same_data: every rank sees rank 0's, so that their number changes nothing.
+    """
     import torch.distributed as dist
 
-    rank = dist.get_rank()
+    rank = 0 if same_data else dist.get_rank()
     dtype = DTYPES[precision.partition("+")[0]]
     record = {"losses": [], "norms": [], "replicas": [], "skipped": [], "lr": [], "scale": []}
     for window in range(first_window, first_window + windows):

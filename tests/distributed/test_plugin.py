@@ -221,9 +221,9 @@ def _log_of_start(config):
     import io
     import logging
 
-    from deepspeed_acco.plugin import _logger
+    from deepspeed_acco.log import logger as acco_logger
 
-    logger = _logger()
+    logger = acco_logger()
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     logger.addHandler(handler)

@@ -1,0 +1,508 @@
+"""Checkpoints: a resumed run is bit for bit the uninterrupted one; other world sizes, other optimizers; refusals."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from tests import oracle, training
+from tests.ranks import RankPool
+
+pytestmark = pytest.mark.timeout(400)
+EXACT = ("losses", "norms", "replicas", "skipped", "lr", "scale")
+BEFORE, AFTER = 5, 4
+
+
+def _decays(optimizer):
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+
+def _start(config, groups=2, seed=5):
+    return training.start_engine(config, groups, seed=seed, lr_scheduler=_decays)
+
+
+def _state(engine) -> dict:
+    """Master weights and AdamW state of all parameters, whatever the optimizer and the number of ranks."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    states = {}
+    for name, param in engine.module.named_parameters():
+        if param.requires_grad:
+            states[name] = [safe_get_full_fp32_param(param).clone()]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                states[name].append(safe_get_full_optimizer_state(param, moment).clone())
+    step = {int(state["step"]) for state in engine.optimizer.optimizer.state.values()}
+    return {"states": states, "step": step}
+
+
+def _same_state(mine, theirs) -> bool:
+    return mine["step"] == theirs["step"] and all(
+        all(a.equal(b) for a, b in zip(mine["states"][name], theirs["states"][name])) for name in theirs["states"]
+    )
+
+
+# ---- resume
+
+
+def _resume(config, precision, groups, folder):
+    """The same windows uninterrupted, with a save in between, and resumed in a fresh engine of another seed."""
+
+    def finish(engine, record):
+        record["live"], record["state"] = training.live_weights(engine), _state(engine)
+        record["true"] = training.true_master_weights(engine)
+        engine.destroy()
+        return record
+
+    engine = _start(config, groups)
+    training.run_windows(engine, BEFORE, precision)
+    plain = finish(engine, training.run_windows(engine, AFTER, precision, first_window=BEFORE))
+
+    engine = _start(config, groups)
+    training.run_windows(engine, BEFORE, precision)
+    engine.save_checkpoint(folder, client_state={"note": 7})
+    saving = finish(engine, training.run_windows(engine, AFTER, precision, first_window=BEFORE))
+
+    engine = _start(config, groups, seed=9)
+    training.run_windows(engine, 2, precision, first_window=50)  # a run that stands elsewhere
+    path, client_state = engine.load_checkpoint(folder)
+    assert path is not None and client_state["note"] == 7
+    resumed = finish(engine, training.run_windows(engine, AFTER, precision, first_window=BEFORE))
+    return plain, saving, resumed
+
+
+PRECISIONS = ("fp32", "bf16", "bf16+fp32", "fp16", "fp16static")
+SCHEDULES = ("acco", "wp", "dpu", "sync")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_resumed_run_is_the_uninterrupted_one(ranks, precision, schedule, tmp_path):
+    config = training.ds_config(4, 2.0, precision=precision, schedule=schedule)
+    results = ranks(2).run(_resume, config=config, precision=precision, groups=2, folder=str(tmp_path))
+    for plain, *others in results:
+        for name, other in zip(("saving", "resumed"), others):
+            for key in EXACT:
+                assert other[key] == plain[key], (name, key)
+            for key in ("live", "true"):
+                assert all(a.equal(b) for a, b in zip(other[key], plain[key])), (name, key)
+            assert _same_state(other["state"], plain["state"]), name
+
+
+def test_overlap_warmup_goes_on_counting(ranks, tmp_path):
+    """The first windows that run as sync are those of the run, not of the process."""
+    config = training.ds_config(4, schedule="acco", overlap_warmup_steps=BEFORE + 2)
+    for plain, _, resumed in ranks(2).run(_resume, config=config, precision="fp32", groups=1, folder=str(tmp_path)):
+        assert resumed["losses"] == plain["losses"]
+
+
+def _resume_in_mid_window(folder, micro_batches):
+    """Saves after some micro-batches of a window; the run that saved goes on as if nothing was."""
+    import torch.distributed as dist
+
+    config = training.ds_config(4)
+    engine = _start(config)
+    training.run_windows(engine, BEFORE)
+    committed = _state(engine)
+    expected = training.run_windows(engine, AFTER, first_window=BEFORE)["losses"]
+    engine.destroy()
+
+    engine = _start(config)
+    training.run_windows(engine, BEFORE)
+    losses = []
+    for micro_batch in range(4):
+        loss = engine(*training.batch(dist.get_rank(), BEFORE, micro_batch))
+        engine.backward(loss)
+        losses.append(loss.item())
+        engine.step()
+        if micro_batch == micro_batches - 1:
+            engine.save_checkpoint(folder)
+    losses += training.run_windows(engine, AFTER - 1, first_window=BEFORE + 1)["losses"]
+    assert losses == expected
+    engine.destroy()
+
+    engine = _start(config, seed=9)
+    engine.load_checkpoint(folder)
+    assert _same_state(_state(engine), committed)
+    resumed = training.run_windows(engine, AFTER, first_window=BEFORE)["losses"]
+    engine.destroy()
+    return expected, resumed
+
+
+def test_a_save_in_phase_a_drops_the_partial_window(ranks, tmp_path):
+    for expected, resumed in ranks(2).run(_resume_in_mid_window, folder=str(tmp_path), micro_batches=1):
+        assert resumed == expected
+
+
+def test_a_save_in_phase_b_resumes_at_the_true_weights(ranks, tmp_path):
+    for expected, resumed in ranks(2).run(_resume_in_mid_window, folder=str(tmp_path), micro_batches=3):
+        assert resumed != expected  # the estimate of the window's beginning is gone, so it computes at the true weights
+        assert resumed == pytest.approx(expected, rel=0.2)
+
+
+# ---- tools, other world sizes
+
+
+def _save(config, folder, groups, windows, precision="fp32"):
+    engine = _start(config, groups)
+    training.run_windows(engine, windows, precision, same_data=True)
+    state = _state(engine)
+    engine.save_checkpoint(folder, tag="saved")
+    engine.destroy()
+    return state
+
+
+def _load_and_go_on(config, folder, groups, windows, first_window, precision="fp32", save_to=None, **options):
+    engine = _start(config, groups, seed=9)
+    path, _ = engine.load_checkpoint(folder, **options)
+    assert path is not None
+    state = _state(engine)
+    record = training.run_windows(engine, windows, precision, first_window=first_window, same_data=True)
+    if save_to is not None:
+        record["saved"] = _state(engine)
+        engine.save_checkpoint(save_to)
+    engine.destroy()
+    return state, record
+
+
+def _convert(folder):
+    """ds_to_universal.py in this process: its own pool of processes would import torch again in each."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    arguments = types.SimpleNamespace(
+        input_folder=os.path.join(folder, "saved"),
+        output_folder=os.path.join(folder, "universal"),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    ds_to_universal.main(arguments)
+
+
+def test_zero_to_fp32_gives_the_true_weights(ranks, tmp_path):
+    config = training.ds_config(4, precision="bf16")
+    state = ranks(2).run(_save, config=config, folder=str(tmp_path), groups=2, windows=3, precision="bf16")[0]
+    made = tmp_path / "fp32"
+    script = [sys.executable, str(tmp_path / "zero_to_fp32.py"), str(tmp_path), str(made)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    weights = torch.load(made / "pytorch_model.bin")
+    for name, (master, *_) in state["states"].items():
+        assert weights[name].equal(master), name
+
+
+WORLD_SIZES = [(before, after) for before in (1, 2, 4) for after in (1, 2, 4)]
+
+
+@pytest.mark.parametrize(("before", "after"), WORLD_SIZES)
+def test_another_number_of_ranks(ranks, before, after, tmp_path):
+    """By way of ds_to_universal. All ranks see the same data, so that the number of ranks changes nothing else."""
+    config = training.ds_config(4, schedule="sync")
+    folder = str(tmp_path)
+    saved = ranks(before).run(_save, config=config, folder=folder, groups=1, windows=3)[0]
+    _convert(folder)
+    for schedule in ("sync", "acco"):
+        config = training.ds_config(4, schedule=schedule)
+        config["checkpoint"] = {"load_universal": True}
+        run = dict(config=config, folder=folder, groups=1, windows=3, first_window=3)
+        results = ranks(after).run(_load_and_go_on, **run)
+        assert all(_same_state(state, saved) for state, _ in results)
+        reference = oracle.run_reference(
+            schedule=schedule, world_size=1, windows=6, n=4, a=2, lr_decay=0.9, warmup=3 if schedule == "acco" else 0
+        )
+        for _, record in results:
+            assert record["losses"] == pytest.approx(reference["losses"][12:], rel=1e-5), schedule
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16+fp32", "fp16static"])
+@pytest.mark.parametrize("schedule", ["acco", "wp", "dpu"])
+def test_universal_in_16_bit(ranks, schedule, precision, tmp_path):
+    config = training.ds_config(4, precision=precision, schedule=schedule)
+    folder = str(tmp_path)
+    saved = ranks(2).run(_save, config=config, folder=folder, groups=2, windows=3, precision=precision)[0]
+    _convert(folder)
+    config["checkpoint"] = {"load_universal": True}
+    run = dict(config=config, folder=folder, groups=2, windows=3, first_window=3, precision=precision)
+    for state, record in ranks(1).run(_load_and_go_on, **run):
+        assert _same_state(state, saved)
+        assert all(loss == loss and loss < 10 for loss in record["losses"])
+
+
+# ---- other optimizers
+
+
+def _train_stock(config, groups, windows, precision):
+    engine = _start(config, groups)
+    record = training.run_windows(engine, windows, precision, same_data=True)
+    engine.destroy()
+    return record
+
+
+def _adamw(config, **params):
+    return {**config, "optimizer": {"type": "AdamW", "params": {**training.HYPER, **params}}}
+
+
+@pytest.mark.parametrize("params", [{"torch_adam": True}, {}], ids=["torch", "deepspeed"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16+fp32", "fp16static"])
+def test_from_adamw_and_back(ranks, precision, params, tmp_path):
+    """AdamW, then ACCO, then AdamW again: with the schedule sync the same training throughout."""
+    acco = training.ds_config(4, 2.0, precision=precision, schedule="sync")
+    adamw = _adamw(acco, **params)
+    common = dict(groups=2, precision=precision)
+    folders = [str(tmp_path / name) for name in ("adamw", "acco")]
+    whole = ranks(2).run(_train_stock, config=adamw, windows=9, **common)[0]
+    saved = ranks(2).run(_save, config=adamw, folder=folders[0], windows=3, **common)[0]
+    state, record = ranks(2).run(
+        _load_and_go_on, config=acco, folder=folders[0], windows=3, first_window=3, save_to=folders[1], **common
+    )[0]
+    assert _same_state(state, saved)
+    tolerance = 2e-6 if precision == "fp32" else 2e-2
+    assert record["losses"] == pytest.approx(whole["losses"][12:24], rel=tolerance)
+    assert record["losses"][:4] == pytest.approx(whole["losses"][12:16], rel=2e-6)
+    back, after = ranks(2).run(_load_and_go_on, config=adamw, folder=folders[1], windows=3, first_window=6, **common)[0]
+    assert _same_state(back, record["saved"])
+    assert after["losses"] == pytest.approx(whole["losses"][24:], rel=tolerance)
+
+
+def _live_after_load(config, folder, groups, precision, **options):
+    engine = _start(config, groups, seed=9)
+    engine.load_checkpoint(folder, **options)
+    loaded = {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
+    state = _state(engine)
+    losses = training.run_windows(engine, 3, precision, same_data=True)["losses"]
+    engine.destroy()
+    return loaded, state, losses
+
+
+@pytest.mark.parametrize("schedule", ["acco", "wp", "dpu"])
+def test_adamw_goes_on_at_the_true_weights(ranks, schedule, tmp_path):
+    """What stock DeepSpeed loads from a run whose training stood elsewhere."""
+    config = training.ds_config(4, precision="bf16", schedule=schedule)
+    folder = str(tmp_path)
+    saved = ranks(2).run(_save, config=config, folder=folder, groups=2, windows=4, precision="bf16")[0]
+    run = dict(config=_adamw(config, torch_adam=True), folder=folder, groups=2, precision="bf16")
+    for loaded, state, losses in ranks(2).run(_live_after_load, **run):
+        assert _same_state(state, saved)
+        for name, (master, *_) in saved["states"].items():
+            assert loaded[name].equal(master.bfloat16())
+        assert all(loss == loss and loss < 10 for loss in losses)
+
+
+@pytest.mark.parametrize("options", [{"load_module_only": True}, {"load_optimizer_states": False}], ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_without_optimizer_states(ranks, schedule, options, tmp_path):
+    """Training then begins at the loaded weights, with the AdamW state that the engine had: none."""
+    config = training.ds_config(4, precision="bf16", schedule=schedule)
+    folder = str(tmp_path)
+    saved = ranks(2).run(_save, config=config, folder=folder, groups=2, windows=4, precision="bf16")[0]
+    run = dict(config=config, folder=folder, groups=2, precision="bf16", **options)
+    for loaded, state, losses in ranks(2).run(_live_after_load, **run):
+        assert state["step"] == {0}
+        for name, (master, *_) in saved["states"].items():
+            assert loaded[name].equal(master.bfloat16())
+            assert state["states"][name][0].equal(master.bfloat16().float())
+            assert not state["states"][name][1].any()
+        assert all(loss == loss and loss < 10 for loss in losses)
+
+
+# ---- refused
+
+
+def _try_to_load(config, groups, folder, tag, options, spoil):
+    engine = _start(config, groups)
+    training.run_windows(engine, 3)
+    message = ""
+    if folder is not None:
+        try:
+            engine.load_checkpoint(folder, tag=tag, **options)
+        except ValueError as refused:
+            message = str(refused)
+    losses = training.run_windows(engine, 3, first_window=3)["losses"]
+    state = _state(engine)
+    engine.destroy()
+    return message, losses, state
+
+
+def _edit(path, change):
+    content = torch.load(path, weights_only=False)
+    change(content)
+    torch.save(content, path)
+
+
+MODEL = "mp_rank_00_model_states.pt"
+SHARD = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+
+
+def _truncate(path):
+    os.truncate(path, os.path.getsize(path) * 2 // 3)
+
+
+def _groups_of(content):
+    return content["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
+
+
+SPOILED = {
+    "model truncated": (lambda at: _truncate(at / MODEL), f"{MODEL} cannot be read"),
+    "shard truncated": (lambda at: _truncate(at / SHARD), f"{SHARD} cannot be read"),
+    "shard empty": (lambda at: os.truncate(at / SHARD, 0), f"{SHARD} cannot be read"),
+    "shard missing": (lambda at: os.remove(at / SHARD), f"{SHARD} is missing"),
+    "model missing": (lambda at: os.remove(at / MODEL), f"{MODEL} is missing"),
+    "bf16 shards": (lambda at: os.rename(at / SHARD, at / f"bf16_{SHARD}"), "was saved with bf16"),
+    "latest empty": (lambda at: os.truncate(at.parent / "latest", 0), "latest is empty"),
+    "not a checkpoint": (lambda at: torch.save([1, 2], at / MODEL), "holds a list"),
+    "another model, a parameter more": (
+        lambda at: _edit(at / MODEL, lambda c: c["module"].update(more=torch.ones(3))),
+        "has in addition more",
+    ),
+    "another model, a parameter less": (
+        lambda at: _edit(at / MODEL, lambda c: c["module"].pop("last.bias")),
+        "it lacks last.bias",
+    ),
+    "another model, another shape": (
+        lambda at: _edit(at / MODEL, lambda c: c["module"].update({"last.bias": torch.ones(4)})),
+        "last.bias has the shape (4,) there and (3,) here",
+    ),
+    "another number of ranks": (
+        lambda at: _edit(at / MODEL, lambda c: c.update(dp_world_size=3)),
+        "saved by 3 data-parallel ranks and this run has 2",
+    ),
+    "no scheduler": (
+        lambda at: _edit(at / MODEL, lambda c: c.update(lr_scheduler=None)),
+        "no state of a learning-rate",
+    ),
+    "stage 3": (
+        lambda at: _edit(at / SHARD, lambda c: c["optimizer_state_dict"].pop("single_partition_of_fp32_groups")),
+        "was not saved by ZeRO stage 1",
+    ),
+    "elastic": (
+        lambda at: _edit(at / SHARD, lambda c: c["optimizer_state_dict"].update(base_optimizer_state=[])),
+        "elastic_checkpoint = true",
+    ),
+    "a group less": (
+        lambda at: _edit(at / SHARD, lambda c: c["optimizer_state_dict"]["single_partition_of_fp32_groups"].pop()),
+        "has 1 parameter groups and this run has 2",
+    ),
+    "other places": (
+        lambda at: _edit(
+            at / SHARD, lambda c: c["optimizer_state_dict"]["param_slice_mappings"][0].popitem(last=False)
+        ),
+        "at other places of the shard",
+    ),
+    "a shorter shard": (
+        lambda at: _edit(
+            at / SHARD, lambda c: c["optimizer_state_dict"]["single_partition_of_fp32_groups"][0].resize_(5)
+        ),
+        "its shard of parameter group 0 has 5 elements",
+    ),
+    "no AdamW state": (
+        lambda at: _edit(at / SHARD, lambda c: c["optimizer_state_dict"]["base_optimizer_state"]["state"].clear()),
+        "has no AdamW state",
+    ),
+    "amsgrad": (lambda at: _edit(at / SHARD, lambda c: _groups_of(c)[1].update(amsgrad=True)), "amsgrad = True"),
+    "Adam with L2": (
+        lambda at: _edit(at / SHARD, lambda c: _groups_of(c)[0].update(decoupled_weight_decay=False)),
+        "decoupled_weight_decay = False",
+    ),
+    "newer format": (
+        lambda at: _edit(at / SHARD, lambda c: c["optimizer_state_dict"]["acco"].update(version=2)),
+        "has format 2 of deepspeed_acco",
+    ),
+    "broken key": (
+        lambda at: _edit(at / SHARD, lambda c: c["optimizer_state_dict"].update(acco={"version": 1})),
+        "could not be checked (KeyError",
+    ),
+    "ranks differ": (
+        lambda at: _edit(at / SHARD, lambda c: c["optimizer_state_dict"].pop("acco")),
+        "the ranks see different checkpoints",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory):
+    """A checkpoint to spoil, and the run that never tries to load."""
+    folder = tmp_path_factory.mktemp("saved")
+    pool = RankPool(2)
+    config = training.ds_config(4)
+    pool.run(_save, config=config, folder=str(folder), groups=2, windows=2)
+    common = dict(config=config, groups=2, folder=None, tag=None, options={}, spoil=None)
+    undisturbed = pool.run(_try_to_load, **common)
+    pool.close()
+    return folder, config, undisturbed
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
+def test_refused_and_the_run_is_untouched(ranks, saved_once, spoil, tmp_path):
+    folder, config, undisturbed = saved_once
+    at = tmp_path / "copy"
+    shutil.copytree(folder, at)
+    damage, expected = SPOILED[spoil]
+    damage(at / "saved")
+    run = dict(config=config, groups=2, folder=str(at), tag=None, options={}, spoil=spoil)
+    for (message, losses, state), (_, before, state_before) in zip(ranks(2).run(_try_to_load, **run), undisturbed):
+        assert expected in message
+        assert "was not loaded and the run is unchanged" in message
+        assert losses == before
+        assert _same_state(state, state_before)
+
+
+def test_a_tag_that_is_not_there_names_those_that_are(ranks, saved_once):
+    folder, config, _ = saved_once
+    run = dict(config=config, groups=2, folder=str(folder), tag="nowhere", options={}, spoil=None)
+    for message, *_ in ranks(2).run(_try_to_load, **run):
+        assert "is missing" in message and "(there are: saved)" in message
+
+
+def _load_without_latest(folder):
+    engine = _start(training.ds_config(4))
+    answer = engine.load_checkpoint(folder)
+    engine.destroy()
+    return answer
+
+
+def test_a_folder_without_latest_is_answered_as_deepspeed_does(ranks, tmp_path):
+    assert ranks(2).run(_load_without_latest, folder=str(tmp_path)) == [(None, None)] * 2
+
+
+# ---- killed
+
+
+def _killed_while_saving(folder, victim):
+    """Saves, trains, and is killed in the middle of writing its shard of the next checkpoint."""
+    import torch.distributed as dist
+
+    engine = _start(training.ds_config(4, comm_timeout_s=20))
+    training.run_windows(engine, 2)
+    engine.save_checkpoint(folder, tag="whole")
+    training.run_windows(engine, 2, first_window=2)
+    write = engine.checkpoint_engine.save
+
+    def die(state_dict, path):
+        write(state_dict, path)
+        if dist.get_rank() == victim and "optim_states" in path:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    engine.checkpoint_engine.save = die
+    engine.save_checkpoint(folder, tag="half")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_kill_while_saving_leaves_the_previous_one(ranks, victim, tmp_path):
+    pool = RankPool(2)
+    try:
+        with pytest.raises(AssertionError, match=f"rank {victim} died with exit code -9"):
+            pool.run(_killed_while_saving, folder=str(tmp_path), victim=victim)
+    finally:
+        pool.close()
+    assert (tmp_path / "half").is_dir()
+    assert (tmp_path / "latest").read_text() == "whole"
+    run = dict(config=training.ds_config(4), folder=str(tmp_path), groups=2, windows=1, first_window=2)
+    for state, _ in ranks(2).run(_load_and_go_on, **run):
+        assert state["step"] == {2}
