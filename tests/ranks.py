@@ -17,6 +17,7 @@ from datetime import timedelta
 from tests.launcher import operators_folder, remove_shared_memory
 
 LIMIT_S = 240
+AFTER_ERROR_S = 30  # for each of the others, once a rank has raised or died
 _pool_numbers = itertools.count()
 
 
@@ -80,6 +81,8 @@ class RankPool:
         deadline = time.monotonic() + limit_s
         results, errors = [], []
         for rank in range(self.world_size) if ranks is None else ranks:
+            if errors:  # this one may wait for the one that is gone until a timeout of minutes
+                deadline = min(deadline, time.monotonic() + AFTER_ERROR_S)
             try:
                 if not self._pipes[rank].poll(max(0.0, deadline - time.monotonic())):
                     errors.append(f"rank {rank} gave no answer within {limit_s} s")
