@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts a script through DeepSpeed's launcher, as a user does, on this machine."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -10,6 +11,8 @@ import tempfile
 from getpass import getuser
 from importlib.metadata import version
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 390  # the first use of DeepSpeed's own AdamW compiles it, and its communication on shared memory
@@ -27,24 +30,42 @@ def remove_shared_memory(master_port: int | str) -> None:
         left.unlink(missing_ok=True)
 
 
+class Launched:
+    """A script started by the launcher in a session of its own. The launcher is a module here, so that it is this
+    interpreter's; ``deepspeed`` calls nothing else."""
+
+    def __init__(self, script, *arguments, ranks: int = 2, **options):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": search}
+        environment.setdefault("TORCH_EXTENSIONS_DIR", operators_folder())
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
+        command += ["--master_port", str(self._port), str(script), *map(str, arguments)]
+        self.process = subprocess.Popen(command, env=environment, start_new_session=True, **options)
+
+    def kill(self) -> None:
+        """SIGKILL for the launcher and every rank at once."""
+        for child in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                child.kill()
+        self.process.wait()
+        remove_shared_memory(self._port)
+
+    def wait(self) -> tuple[str | None, str | None]:
+        """Output and errors, when the script has ended."""
+        try:
+            return self.process.communicate(timeout=LIMIT_S)
+        finally:
+            if self.process.poll() is None:
+                self.kill()
+            remove_shared_memory(self._port)
+
+
 def launch(script, *arguments, ranks: int = 2) -> subprocess.CompletedProcess:
-    """The launcher is a module here, so that it is this interpreter's; ``deepspeed`` calls nothing else."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": search}
-    environment.setdefault("TORCH_EXTENSIONS_DIR", operators_folder())
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-    try:
-        return subprocess.run(
-            [*launcher, "--master_port", str(port), str(script), *map(str, arguments)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=LIMIT_S,
-            check=False,
-        )
-    finally:
-        remove_shared_memory(port)
+    """Runs a script through the launcher to its end."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+    run = Launched(script, *arguments, ranks=ranks, **pipes)
+    output, errors = run.wait()
+    return subprocess.CompletedProcess(run.process.args, run.process.returncode, output, errors)

@@ -1,16 +1,20 @@
 """Checkpoints: a resumed run is bit for bit the uninterrupted one; other world sizes, other optimizers; refusals."""
 
+import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
 import torch
 
 from tests import oracle, training
+from tests.launcher import ROOT, Launched, launch
 from tests.ranks import RankPool
 
 pytestmark = pytest.mark.timeout(400)
@@ -530,3 +534,48 @@ def test_a_kill_while_saving_leaves_the_previous_one(ranks, victim, tmp_path):
     run = dict(config=training.ds_config(4), folder=str(tmp_path), groups=2, windows=1, first_window=2)
     for state, _ in ranks(2).run(_load_and_go_on, **run):
         assert state["step"] == {2}
+
+
+STEPS, KILLS = 40, 3
+
+
+def _logged(folder) -> list[dict]:
+    path = folder / "steps.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _run_with_kills(folder, config, dice):
+    """Starts the script again and again, and kills all of it with -9 at a random step (and somewhere inside it)."""
+    script = ROOT / "tests" / "resuming.py"
+    kill_at = sorted(dice.sample(range(2, STEPS - 2), KILLS))
+    for step in kill_at:
+        run = Launched(script, folder, json.dumps(config), STEPS, stdout=subprocess.DEVNULL)
+        deadline, before = time.monotonic() + 200, len(_logged(folder))
+        while not any(line["step"] >= step for line in _logged(folder)[before:]) and run.process.poll() is None:
+            assert time.monotonic() < deadline, f"step {step} was not reached"
+            time.sleep(0.01)
+        time.sleep(dice.random() * 0.05)
+        run.kill()
+    return launch(script, folder, json.dumps(config), STEPS), kill_at
+
+
+@pytest.mark.parametrize("schedule", ["acco", pytest.param("wp", marks=pytest.mark.full)])
+def test_killed_again_and_again(schedule, tmp_path):
+    """The launched run, killed three times and resumed from its last checkpoint: every step's losses, also of the steps
+    that were trained twice, and the last weights are those of the run that nobody killed."""
+    config = training.ds_config(4, 2.0, schedule=schedule)
+    quiet, killed = tmp_path / "quiet", tmp_path / "killed"
+    quiet.mkdir(), killed.mkdir()
+    done = launch(ROOT / "tests" / "resuming.py", quiet, json.dumps(config), STEPS)
+    assert done.returncode == 0, done.stderr
+    done, kill_at = _run_with_kills(killed, config, random.Random(20_260))
+    assert done.returncode == 0, done.stderr
+    expected = {line["step"]: (line["losses"], line["norm"]) for line in _logged(quiet)}
+    assert sorted(expected) == list(range(STEPS))
+    lines = _logged(killed)
+    assert len({line["pid"] for line in lines}) == KILLS + 1, f"killed at {kill_at}"
+    assert {line["step"] for line in lines} == set(expected)
+    for line in lines:
+        assert (line["losses"], line["norm"]) == expected[line["step"]], line["step"]
+    for mine, theirs in zip(torch.load(killed / "weights.pt"), torch.load(quiet / "weights.pt")):
+        assert mine.equal(theirs)
