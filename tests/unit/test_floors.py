@@ -18,6 +18,7 @@ FLOORS = {
     "buffers": 2,
     "driver": 2,
     "optimizer": 3,
+    "monitor": 3,
     "zero": 3,
     "plugin": 4,
     "op_builder": 4,
