@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests import oracle, training
+from tests.ranks import RankPool
 
 pytestmark = pytest.mark.timeout(240)
 EVENTS = ("exposed_wait_ms", "round_ms", "hidden_share", "micro_batches", "estimate_error", "skipped_commits")
@@ -132,11 +133,11 @@ def _expected_errors(schedule, windows, precision, **arguments):
     "schedule, precision, groups, clip, tolerance",
     [
         # fp32 rounds weights near 1 to 6e-8, which shows in differences of 1e-2.
-        ("acco", "fp32", 2, 0.5, 1e-4),
-        ("wp", "fp32", 1, 0.0, 1e-4),
-        ("dpu", "fp32", 2, 0.0, 1e-4),
-        # bf16 gradients differ from those of the reference by their rounding, 2**-9, and AdamW's first steps are signs.
-        ("acco", "bf16", 1, 0.0, 3e-2),
+        ("acco", "fp32", 2, 0.5, 2e-5),
+        ("wp", "fp32", 1, 0.0, 2e-5),
+        ("dpu", "fp32", 2, 0.0, 2e-5),
+        # One of 500 weights that falls to the other side when it is rounded to bf16 moves its part by 2**-8.
+        ("acco", "bf16", 1, 0.0, 1e-3),
     ],
 )
 def test_estimate_error_is_that_of_the_reference(ranks, tmp_path, schedule, precision, groups, clip, tolerance):
@@ -216,11 +217,15 @@ def _start_message(config):
     return "no error"
 
 
-def test_a_monitor_on_one_rank_is_an_error(ranks, tmp_path):
+def test_a_monitor_on_one_rank_is_an_error(tmp_path):
     plain = training.ds_config(4)
-    configs = [{"config": _monitored(tmp_path, plain)}, {"config": plain}]
-    for message in ranks(2).run(_start_message, per_rank=configs):
-        assert "differ from rank" in message and "monitor=" in message
+    pool = RankPool(2)
+    try:
+        configs = [{"config": _monitored(tmp_path, plain)}, {"config": plain}]
+        for message in pool.run(_start_message, per_rank=configs):
+            assert "differ from rank" in message and "monitor=" in message
+    finally:
+        pool.close()
 
 
 # ---- times
@@ -267,9 +272,11 @@ def test_times(ranks, tmp_path, lane, rest_s):
 def _train_with_timers(config, windows):
     from deepspeed.utils import logger
 
-    printed = io.StringIO()
-    handler = logging.StreamHandler(printed)  # older versions of DeepSpeed log the line, newer ones print it
+    # Newer versions of DeepSpeed print the line, older ones log it, and some of these show warnings alone.
+    printed, level = io.StringIO(), logger.level
+    handler = logging.StreamHandler(printed)
     logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         with redirect_stdout(printed):
             engine = training.start_engine(config)
@@ -280,6 +287,7 @@ def _train_with_timers(config, windows):
             engine.destroy()
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
     lines = re.findall(r"time \(ms\) \| acco_exposed_wait: ([\d.]+) \| acco_round: ([\d.]+)", printed.getvalue())
     return known, [tuple(map(float, line)) for line in lines], sums_ms
 
