@@ -16,10 +16,11 @@ from torch import Tensor
 
 from .buffers import FlatBuffers
 from .comm import Communicator
-from .lanes import HostFlag, InlineLane
+from .lanes import HostValue, InlineLane
 from .ops import AdamWShard, adamw_commit, adamw_estimate, sum_of_squares
 from .rounds import COMMIT, ESTIMATE, PREDICT, Place, Round
 from .settings import AdamWHyper
+from .update import sums_of_error_and_step
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class RoundInputs:
     pre_scale: float  # multiplies the gradients before they are summed over the ranks
     grad_scale: float  # multiplies the sum: together they make the mean gradient without loss scale
     clip_grad: float  # largest global norm; 0: no clipping
+    window: int  # number of the window whose gradients it takes, for profilers
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,9 @@ class CommitOutcome:
     """What a COMMIT tells afterwards; tensors on the parameters' device."""
 
     grad_norm: Tensor  # global norm of the mean gradient before clipping, fp32, 0-dim
-    is_finite: HostFlag  # where False the step was skipped
-    is_same_round: HostFlag  # where False the ranks were in different rounds
+    is_finite: HostValue  # where False the step was skipped
+    is_same_round: HostValue  # where False the ranks were in different rounds
+    estimate_error: HostValue | None = None  # float64, NaN where there was no step; None: not measured
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class RoundDriver:
         running: the Round in flight or waiting to be installed, None when the live weights are the newest true ones.
         weights_version: changes whenever the live weights do; for the guard against a changed forward.
         last_commit: the newest finished COMMIT, or None.
+        measures_estimate: whether the COMMITs behind computation measure how far it stands from what they make. The
+            same on all ranks, since it takes a collective.
     """
 
     def __init__(self, buffers: FlatBuffers, shards: list[AdamWShard], comm: Communicator, lane: InlineLane):
@@ -70,8 +75,10 @@ class RoundDriver:
         self._versions = itertools.count(1)
         self._hidden_version = 0
         self.last_commit: CommitOutcome | None = None
+        self.measures_estimate = False
         self._is_finished = True
         self._unreported: list[CommitOutcome] = []
+        self._estimate_errors: list[HostValue] = []
         self._unchecked: list[CommitOutcome] = []
         self._rounds_started = 0
         self._is_showing_true = False
@@ -93,7 +100,10 @@ class RoundDriver:
         self._rounds_started += 1
         # Ranks that are in step have the same number: of the round and of its kind.
         number = 4 * self._rounds_started + (ESTIMATE, COMMIT, PREDICT).index(following)
-        self.lane.start(lambda: self._run(following, inputs, number))
+        measures = self.measures_estimate and following.writes_state and not blocks
+        self.lane.start(
+            lambda: self._run(following, inputs, number, measures), name=f"{following.name} {inputs.window}"
+        )
         if blocks:
             assert following.leaves_true_weights is Place.COMM, "only a COMMIT leaves weights to stand on"
             self._install_running()
@@ -116,6 +126,7 @@ class RoundDriver:
         self._is_showing_true, self._kept_predictions = False, None
         self.last_commit = None
         self._unreported.clear()
+        self._estimate_errors.clear()
         self.weights_version = next(self._versions)
 
     def standing(self) -> Standing:
@@ -137,7 +148,7 @@ class RoundDriver:
         assert self.running is None and not self._is_showing_true, "the live weights are the true ones"
         device = self.comm.device
         norm, true = torch.tensor(standing.grad_norm, device=device), torch.tensor(True, device=device)
-        self.last_commit = CommitOutcome(norm, HostFlag(true), HostFlag(true))
+        self.last_commit = CommitOutcome(norm, HostValue(true), HostValue(true))
         if not standing.live:
             return
         self._gather(standing.live)
@@ -169,6 +180,8 @@ class RoundDriver:
         if self.running.writes_state:
             self.last_commit = outcome
             self._unreported.append(outcome)
+            if outcome.estimate_error is not None:
+                self._estimate_errors.append(outcome.estimate_error)
 
     def take_skipped(self, *, waits: bool = False) -> int:
         """How many finished COMMITs are newly known to have been skipped for a non-finite gradient. On CUDA the host
@@ -178,6 +191,14 @@ class RoundDriver:
         known = list(itertools.takewhile(lambda outcome: outcome.is_finite.is_known(), self._unreported))
         self._unreported = self._unreported[len(known) :]
         return sum(1 for outcome in known if not outcome.is_finite.value())
+
+    def take_estimate_errors(self) -> list[float]:
+        """The errors, oldest first, of the finished COMMITs of which they are newly known: |where training stood
+        meanwhile - the new true weights| / |step|, L2 norms over all parameters. Skipped COMMITs and steps of length 0
+        have none. Never waits, as :meth:`take_skipped`."""
+        known = list(itertools.takewhile(HostValue.is_known, self._estimate_errors))
+        self._estimate_errors = self._estimate_errors[len(known) :]
+        return [error for error in (value.value() for value in known) if math.isfinite(error)]
 
     def _check_same_round(self):
         while self._unchecked and self._unchecked[0].is_same_round.is_known():
@@ -255,7 +276,7 @@ class RoundDriver:
     # ---- the round itself, on the lane's thread or stream
 
     @torch.no_grad()
-    def _run(self, this: Round, inputs: RoundInputs, number: int) -> CommitOutcome:
+    def _run(self, this: Round, inputs: RoundInputs, number: int, measures: bool) -> CommitOutcome:
         buffers = self.buffers
         self.comm.reduce_scatter_sum(buffers.comm_grads, buffers.reduced)
         squares = sum_of_squares(buffers.reduced)
@@ -274,7 +295,18 @@ class RoundDriver:
             if this.predicts or not this.writes_state:
                 adamw_estimate(*arguments)
         self.comm.all_gather(buffers.comm_weights)
-        return CommitOutcome(norm.float(), HostFlag(is_finite), HostFlag(is_same_round))
+        error = HostValue(self._measure_estimate(inputs, is_finite)) if measures else None
+        return CommitOutcome(norm.float(), HostValue(is_finite), HostValue(is_same_round), error)
+
+    def _measure_estimate(self, inputs: RoundInputs, is_finite: Tensor) -> Tensor:
+        """The error of where training stands now, behind the COMMIT's update: 0-dim, float64, NaN where none was."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.comm.device)
+        # Nobody writes the live weights before this round is finished: looks and installations wait for that first.
+        for shard, hyper, stands_at in zip(self.shards, inputs.hyper, self.buffers.live_shards):
+            sums += sums_of_error_and_step(shard, hyper, stands_at)
+        self.comm.all_reduce_sum(sums)
+        error, step = sums.sqrt()
+        return torch.where(is_finite, error / step, math.nan)
 
     # ---- the end
 

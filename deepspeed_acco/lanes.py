@@ -5,6 +5,7 @@ events and threads. At most one round is in flight; the same round gives the sam
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -19,31 +20,31 @@ class RoundFailed(RuntimeError):
     """A round failed in the background; the cause is chained."""
 
 
-class HostFlag:
-    """A 0-dim bool tensor that the host reads later, without ever waiting for the device.
+class HostValue:
+    """A 0-dim tensor that the host reads later, without ever waiting for the device.
 
     On CUDA the value is copied to pinned memory behind the work that makes it, on the current stream.
     """
 
-    def __init__(self, flag: torch.Tensor):
+    def __init__(self, value: torch.Tensor):
         self._passed = None
-        self._value = flag
-        if flag.device.type == "cuda":
-            self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self._value.copy_(flag, non_blocking=True)
-            self._passed = torch.cuda.current_stream(flag.device).record_event()
+        self._value = value
+        if value.device.type == "cuda":
+            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._passed = torch.cuda.current_stream(value.device).record_event()
 
     def is_known(self) -> bool:
         return self._passed is None or self._passed.query()
 
     def wait(self) -> None:
-        """Blocks the host until the flag is known."""
+        """Blocks the host until the value is known."""
         if self._passed is not None:
             self._passed.synchronize()
 
-    def value(self) -> bool:
-        """The flag; only when :meth:`is_known`."""
-        return bool(self._value)
+    def value(self) -> bool | float:
+        """The value, in Python's type for the tensor's dtype; only when :meth:`is_known`."""
+        return self._value.item()
 
 
 @dataclass
@@ -59,6 +60,12 @@ class LaneTimes:
         """Part of the rounds' time that cost training nothing, 0 to 1; 0 before the first round."""
         return max(0.0, 1.0 - self.exposed_s / self.round_s) if self.round_s > 0 else 0.0
 
+    def since(self, earlier: LaneTimes) -> LaneTimes:
+        """What was added after ``earlier``, a copy that was made then."""
+        return LaneTimes(
+            self.round_s - earlier.round_s, self.exposed_s - earlier.exposed_s, self.rounds - earlier.rounds
+        )
+
 
 class InlineLane:
     """Runs the round where it is started. For debugging, and the reference of the other lanes."""
@@ -68,17 +75,24 @@ class InlineLane:
     def __init__(self):
         self._times = LaneTimes()
         self._result = None
+        self._name = ""
         self._failure: RoundFailed | None = None
 
-    def start(self, round_: Callable[[], Any]) -> None:
+    def start(self, round_: Callable[[], Any], name: str) -> None:
         """Starts ``round_``; its result is what :meth:`finish` returns. Nothing else may be in flight.
+
+        Args:
+            name: what profilers show: ``name`` around the round and ``wait name`` around the wait for it, both behind
+                "ACCO ". ``torch.profiler`` sees the worker thread of :class:`ThreadLane` only where it profiles all
+                threads.
 
         Raises:
             RoundFailed: as :meth:`finish`.
         """
         self.raise_failure()
+        self._name = name
         try:
-            self._start(round_)
+            self._start(functools.partial(self._run_in_range, round_, f"ACCO {name}"))
         except Exception as cause:
             raise self.fail(cause) from cause
 
@@ -107,6 +121,10 @@ class InlineLane:
     def raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+    def _run_in_range(self, run, name):
+        with torch.profiler.record_function(name):
+            return run()
 
     def _start(self, round_):
         begin = time.perf_counter()
@@ -161,7 +179,7 @@ class ThreadLane(InlineLane):
     def _finish(self):
         assert self._future is not None, "no round was started"
         begin = time.perf_counter()
-        result, spent = self._future.result()
+        result, spent = self._run_in_range(self._future.result, f"ACCO wait {self._name}")
         self._future = None  # only now: an interrupted wait can be repeated
         self._times.exposed_s += time.perf_counter() - begin
         self._times.round_s += spent
@@ -191,6 +209,11 @@ class StreamLane(InlineLane):
         self._weights_ready: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         self._timed: list = []  # (round start, round end, wait start, wait end), until the device has passed them
 
+    def _run_in_range(self, run, name):
+        # Profilers put what the device does under the range that it was enqueued in.
+        with torch.cuda.nvtx.range(name):
+            return super()._run_in_range(run, name)
+
     def _start(self, round_):
         # Producer -> consumer: the training stream has packed the gradients before the round reads them.
         grads_ready = torch.cuda.current_stream(self._device).record_event()
@@ -208,7 +231,7 @@ class StreamLane(InlineLane):
         stream = torch.cuda.current_stream(self._device)
         wait_begin = stream.record_event(torch.cuda.Event(enable_timing=True))
         # Producer -> consumer: the gathered weights and the shard's state are complete before training touches them.
-        stream.wait_event(end)
+        self._run_in_range(functools.partial(stream.wait_event, end), f"ACCO wait {self._name}")
         wait_end = stream.record_event(torch.cuda.Event(enable_timing=True))
         self._timed.append((begin, end, wait_begin, wait_end))
         self.times()  # lets the events go that the device has passed

@@ -39,6 +39,7 @@ TOUCH_POINTS = (
     "deepspeed.runtime.engine.DeepSpeedEngine._configure_optimizer",  # errors before anything else looks at the config
     "deepspeed.runtime.engine.DeepSpeedEngine._do_optimizer_sanity_check",  # else bf16 with fp32 sums trains AdamW
     "deepspeed.runtime.engine.DeepSpeedEngine._configure_zero_optimizer",  # chooses the wrapper class
+    "deepspeed.runtime.engine.DeepSpeedEngine._take_model_step",  # monitor events belong behind the engine's counting
     "deepspeed.runtime.engine.DeepSpeedZeroOptimizer",  # rebound only while the call above runs
     "deepspeed.runtime.engine.DeepSpeedEngine.load_checkpoint",  # all files are checked before one is loaded
     "engine.tput_timer.config.synchronized",  # it would wait for the device at every forward and step
@@ -78,6 +79,7 @@ def register() -> None:
         "_do_optimizer_sanity_check": _wrap_sanity_check(engine_class._do_optimizer_sanity_check),
         "_configure_zero_optimizer": _wrap_configure_zero(engine_class._configure_zero_optimizer),
         "load_checkpoint": _wrap_load_checkpoint(engine_class.load_checkpoint),
+        "_take_model_step": _wrap_take_model_step(engine_class._take_model_step),
     }
     for name, method in wrapped.items():
         setattr(engine_class, name, method)
@@ -157,6 +159,16 @@ def _wrap_load_checkpoint(original):
         return original(engine, *args, **kwargs)
 
     return load_checkpoint
+
+
+def _wrap_take_model_step(original):
+    @functools.wraps(original)
+    def take_model_step(engine, *args, **kwargs):
+        original(engine, *args, **kwargs)
+        if isinstance(engine.optimizer, AccoZeroOptimizer):
+            engine.optimizer.after_engine_step()
+
+    return take_model_step
 
 
 def _log_start(engine, wrapper: AccoZeroOptimizer) -> None:

@@ -8,6 +8,8 @@ here asks the device for a value: scale and skip flag stay tensors.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from .settings import AdamWHyper
 # result does not depend on how many threads the caller has (worker and main thread must agree bit by bit).
 _CPU_PIECE_NUMEL = 2**15
 _DEVICE_PIECE_NUMEL = 2**24
+_MEASURED_NUMEL = 2**20  # of the monitor's sums: their temporaries stay at a few MiB on every device
 
 
 def piece_numel(device: torch.device) -> int:
@@ -108,3 +111,34 @@ def pack(grads: Tensor, packed: Tensor, scale: float, *, clears: bool) -> None:
             torch.mul(source, scale, out=target)
         if clears:
             source.zero_()
+
+
+@torch.no_grad()
+def sums_of_error_and_step(shard: AdamWShard, hyper: AdamWHyper, stands_at: Tensor) -> Tensor:
+    """|stands_at - master|^2 and |master - master before|^2, right after a commit that was not skipped.
+
+    The step is computed again from the state that the commit left, u = lr m_hat / (sqrt(v_hat) + eps), so that nothing
+    is cloned before: after = before (1 - lr wd) - u gives after - before = -(u + lr wd after) / (1 - lr wd).
+
+    Args:
+        hyper: that of the commit.
+        stands_at: where training stood while the commit ran, 1-D, ``shard_numel``, any floating dtype.
+    Returns:
+        float64, 2 elements; the differences are fp32. They do not depend on threads. Where lr wd = 1 nothing remembers
+        the weights before: the second is NaN.
+    """
+    step = shard.step.double()
+    step_size = (hyper.lr / (1 - hyper.beta1**step)).float()
+    root_correction = (1 - hyper.beta2**step).sqrt().float()
+    decay = hyper.lr * hyper.weight_decay
+    sums = torch.zeros(2, dtype=torch.float64, device=shard.master.device)
+    for start, length in pieces(stands_at.numel(), min(piece_numel(stands_at.device), _MEASURED_NUMEL)):
+        at = slice(start, start + length)
+        master = shard.master[at]
+        sums[0] += torch.linalg.vector_norm(stands_at[at] - master, dtype=torch.float64).square()
+        denominator = shard.exp_avg_sq[at].sqrt().div_(root_correction).add_(hyper.eps)
+        moved = torch.div(shard.exp_avg[at], denominator, out=denominator).mul_(step_size)
+        moved.add_(master, alpha=decay)
+        sums[1] += torch.linalg.vector_norm(moved, dtype=torch.float64).square()
+    sums[1] /= (1 - decay) ** 2 or math.nan
+    return sums

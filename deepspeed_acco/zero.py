@@ -23,6 +23,7 @@ from .driver import RoundDriver, RoundInputs
 from .lanes import LaneTimes, make_lane
 from .layout import GroupLayout
 from .log import logger
+from .monitor import EXPOSED_WAIT_TIMER, ROUND_TIMER, LaneTimer, Monitor
 from .ops import AdamWShard
 from .optimizer import ACCO, FUSED_ADAM_KEYS
 from .rounds import Place, Position, Schedule, blocks_at_end, schedule_of_window
@@ -47,6 +48,8 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         self._divisor = 1.0
         self._are_gradients_clean = True
         self._look_depth = 0
+        self._monitor: Monitor | None = None
+        self._last_micro_batches = 0  # of the window that ended
         self._hooks = []
 
         live = self.bit16_groups_flat
@@ -125,6 +128,13 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         # Both are younger than the oldest supported DeepSpeed, which always takes the mean over all ranks.
         data_parallel = self._driver.comm.world_size / float(getattr(self, "sequence_parallel_size", 1))
         self._divisor = data_parallel if getattr(self, "gradient_average", True) else 1.0
+        self._monitor = Monitor(engine.monitor, self._driver)
+        self.timers.get_timers().update(  # of no effect without wall_clock_breakdown
+            {
+                EXPOSED_WAIT_TIMER: LaneTimer(self._driver.lane, "exposed_s"),
+                ROUND_TIMER: LaneTimer(self._driver.lane, "round_s"),
+            }
+        )
         root = engine.module
         before_forward = torch.compiler.disable(self._as_hook(AccoZeroOptimizer._before_forward, root))
         after_forward = torch.compiler.disable(self._as_hook(AccoZeroOptimizer._after_forward, root))
@@ -144,6 +154,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             repr([(layout.padded_numel, layout.world_size) for layout in self._driver.buffers.layouts])
             + repr((self._settings, self._micro_batches_per_window(), self.clip_grad, str(self.dtype)))
             + repr((str(self.gradient_accumulation_dtype), str(self.communication_data_type)))
+            + f"monitor={self._driver.measures_estimate}"
         )
 
     def _as_hook(self, method, owner):
@@ -312,8 +323,14 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         if not getattr(self, "compute_grad_norm", True):
             self._global_grad_norm = None
         self._are_gradients_clean = True
+        self._last_micro_batches = self._position.micro_batches
         self._position = self._position.after_window()
         self._engine().skipped_steps += driver.take_skipped()
+        self.timers.log([EXPOSED_WAIT_TIMER, ROUND_TIMER])
+
+    def after_engine_step(self) -> None:
+        """The engine has counted the step. By plugin.py: only now it knows ``global_samples`` and ``skipped_steps``."""
+        self._monitor.write(self._engine(), self._last_micro_batches)
 
     def _inputs(self, renormalise: float) -> RoundInputs:
         """Captures what the round needs now. The mean is the sum of what the backwards delivered over the number of
@@ -324,7 +341,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             pre_scale = 1.0 / self.gradient_predivide_factor
         grad_scale = renormalise / (self._divisor * pre_scale * self.loss_scale)
         hyper = tuple(AdamWHyper.from_group(group) for group in self.optimizer.param_groups)
-        return RoundInputs(hyper, pre_scale, grad_scale, self.clip_grad)
+        return RoundInputs(hyper, pre_scale, grad_scale, self.clip_grad, self._position.window)
 
     def _has_overflow_now(self) -> bool:
         """Whether any rank's own gradients are not finite: fp16's loss scaler must know before the step counts."""
@@ -490,7 +507,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             if driver.comm.is_alive and not driver.lane.has_failed and not driver.lane.is_own_thread:
                 driver.settle()
         finally:
-            self._driver = None
+            self._driver = self._monitor = None
             driver.close()
             for group in self.bit16_groups:
                 for param in group:

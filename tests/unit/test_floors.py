@@ -20,6 +20,7 @@ FLOORS = {
     "log": 3,
     "optimizer": 3,
     "checkpoint": 3,
+    "monitor": 3,
     "zero": 3,
     "plugin": 4,
     "op_builder": 4,

@@ -1,12 +1,13 @@
 """The update in plain PyTorch against torch.optim.AdamW in float64, and what it must not touch."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from deepspeed_acco.settings import AdamWHyper
-from deepspeed_acco.update import AdamWShard, adamw_commit, adamw_estimate, sum_of_squares
+from deepspeed_acco.update import AdamWShard, adamw_commit, adamw_estimate, sum_of_squares, sums_of_error_and_step
 
 HYPER = AdamWHyper(lr=3e-2, beta1=0.7, beta2=0.95, eps=1e-7, weight_decay=0.2)
 
@@ -99,3 +100,36 @@ def test_sum_of_squares():
     torch.testing.assert_close(sum_of_squares(parts), exact, rtol=1e-12, atol=0)
     assert sum_of_squares([torch.tensor([1.0, math.nan])]).isnan()
     assert sum_of_squares([torch.tensor([1.0, math.inf])]).isinf()
+
+
+@pytest.mark.parametrize("numel", [0, 1, 2**15 + 1, 100_003])
+@pytest.mark.parametrize("steps", [0, 7])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.2, 20.0])
+@pytest.mark.parametrize("live_dtype", [torch.float32, torch.bfloat16])
+def test_error_and_step_of_a_commit_against_clones(numel, steps, weight_decay, live_dtype):
+    """The step is recomputed from the state: compare with torch's AdamW in float64 that kept the weights before."""
+    shard, optimizer, param, grad = _shard(numel, steps)
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
+    stands_at = (shard.master + 1e-2 * torch.randn(numel)).to(live_dtype)
+    before = param.detach().clone()
+    hyper = dataclasses.replace(HYPER, weight_decay=weight_decay)
+    adamw_commit(shard, grad, hyper, torch.tensor(0.37), torch.tensor(True), torch.empty(numel))
+    kept = _copy(shard)
+    error, step = sums_of_error_and_step(shard, hyper, stands_at)
+    for name, tensor in _tensors(shard).items():
+        assert tensor.equal(_tensors(kept)[name]), f"measuring changed {name}"
+
+    param.grad = grad.double() * 0.37
+    optimizer.step()
+    after = param.detach()
+    torch.testing.assert_close(step.sqrt(), (after - before).norm(), rtol=1e-5, atol=0)
+    # The master is rounded to fp32, which shows where it is near the bf16 weight.
+    rounding = 2e-7 * float(after.norm())
+    torch.testing.assert_close(error.sqrt(), (stands_at.double() - after).norm(), rtol=1e-5, atol=rounding)
+
+
+def test_no_step_is_known_where_the_decay_leaves_nothing_of_the_weights_before():
+    hyper = dataclasses.replace(HYPER, lr=0.5, weight_decay=2.0)
+    shard, _, _, grad = _shard(10, 1)
+    adamw_commit(shard, grad, hyper, torch.tensor(1.0), torch.tensor(True), torch.empty(10))
+    assert sums_of_error_and_step(shard, hyper, shard.master)[1].isnan()

@@ -1,0 +1,95 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""What DeepSpeed's monitor (TensorBoard, CSV, W&B, Comet) and its ``wall_clock_breakdown`` show of the rounds.
+
+Nothing here waits: on CUDA a value that the device has not passed yet is shown one or more windows later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .driver import RoundDriver
+from .lanes import InlineLane
+
+EXPOSED_WAIT_TIMER = "acco_exposed_wait"
+ROUND_TIMER = "acco_round"
+PREFIX = "Train/ACCO/"
+
+
+class Monitor:
+    """Once per window, the events of what is newly known; README, "Monitor", says what each means.
+
+    Args:
+        deepspeed_monitor: the engine's ``MonitorMaster``. It is enabled by the JSON, so on all ranks or on none, and
+            writes on global rank 0 alone.
+    """
+
+    def __init__(self, deepspeed_monitor, driver: RoundDriver):
+        self._sink = deepspeed_monitor
+        self._driver = driver
+        self._seen = replace(driver.lane.times())
+        driver.measures_estimate = deepspeed_monitor.enabled
+
+    def write(self, engine, micro_batches: int) -> None:
+        """Writes the events of the window that ended.
+
+        Args:
+            engine: gives the place on the axis, the samples so far, and the count of skipped steps.
+            micro_batches: how many this rank computed in that window.
+        """
+        if not self._sink.enabled:
+            return
+        values = {"micro_batches": micro_batches, "skipped_commits": engine.skipped_steps, **self._newly_known()}
+        if engine.global_rank == 0:
+            self._sink.write_events([(PREFIX + name, value, engine.global_samples) for name, value in values.items()])
+
+    def _newly_known(self) -> dict[str, float]:
+        values = {}
+        times = replace(self._driver.lane.times())
+        spent, self._seen = times.since(self._seen), times
+        if spent.rounds:
+            values["exposed_wait_ms"] = spent.exposed_s * 1e3
+            values["round_ms"] = spent.round_s * 1e3
+            values["hidden_share"] = spent.hidden_share
+        errors = self._driver.take_estimate_errors()
+        if errors:
+            values["estimate_error"] = errors[-1]
+        return values
+
+
+class LaneTimer:
+    """A timer with the methods of DeepSpeed's (deepspeed/utils/timer.py) that reads what the lane measures anyway: a
+    real one would be started in one thread and read in another, and on CUDA its reading waits for the device.
+
+    Args:
+        field: which sum of :class:`~deepspeed_acco.lanes.LaneTimes` it shows.
+    """
+
+    def __init__(self, lane: InlineLane, field: str):
+        self._lane = lane
+        self._field = field
+        self.reset()
+
+    def start(self) -> None:
+        """Nothing: the lane starts and stops."""
+
+    def stop(self, reset: bool = False, record: bool = False) -> None:
+        """Nothing, as :meth:`start`."""
+
+    def reset(self) -> None:
+        """Counts from now on."""
+        self._seen = replace(self._lane.times())
+
+    def elapsed(self, reset: bool = True) -> float:
+        """Milliseconds of the rounds that finished since the last reset."""
+        times = replace(self._lane.times())
+        spent = times.since(self._seen)
+        if reset:
+            self._seen = times
+        return getattr(spent, self._field) * 1e3
+
+    def mean(self) -> float:
+        """Milliseconds per round since the last reset; 0 without one."""
+        spent = self._lane.times().since(self._seen)
+        return getattr(spent, self._field) * 1e3 / spent.rounds if spent.rounds else 0.0
