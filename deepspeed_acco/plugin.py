@@ -37,6 +37,7 @@ TOUCH_POINTS = (
     "deepspeed.runtime.engine.DeepSpeedEngine._configure_optimizer",  # errors before anything else looks at the config
     "deepspeed.runtime.engine.DeepSpeedEngine._do_optimizer_sanity_check",  # else bf16 with fp32 sums trains AdamW
     "deepspeed.runtime.engine.DeepSpeedEngine._configure_zero_optimizer",  # chooses the wrapper class
+    "deepspeed.runtime.engine.DeepSpeedEngine.set_train_batch_size",  # the same ValueError for n = 1 in mid-training
     "deepspeed.runtime.engine.DeepSpeedZeroOptimizer",  # rebound only while the call above runs
     "engine.tput_timer.config.synchronized",  # it would wait for the device at every forward and step
 )
@@ -74,6 +75,7 @@ def register() -> None:
         "_configure_optimizer": _wrap_configure_optimizer(engine_class._configure_optimizer),
         "_do_optimizer_sanity_check": _wrap_sanity_check(engine_class._do_optimizer_sanity_check),
         "_configure_zero_optimizer": _wrap_configure_zero(engine_class._configure_zero_optimizer),
+        "set_train_batch_size": _wrap_set_train_batch_size(engine_class.set_train_batch_size),
     }
     for name, method in wrapped.items():
         setattr(engine_class, name, method)
@@ -136,6 +138,19 @@ def _wrap_configure_zero(original):
         return wrapper
 
     return configure_zero_optimizer
+
+
+def _wrap_set_train_batch_size(original):
+    @functools.wraps(original)
+    def set_train_batch_size(engine, train_batch_size):
+        optimizer = engine.optimizer
+        if isinstance(optimizer, AccoZeroOptimizer) and optimizer.settings.schedule == "acco":
+            samples = engine.train_micro_batch_size_per_gpu() * engine.dp_world_size
+            if train_batch_size % samples == 0:  # else DeepSpeed's own error
+                phase_a_micro_batches(train_batch_size // samples, optimizer.settings.estimate_fraction)
+        return original(engine, train_batch_size)
+
+    return set_train_batch_size
 
 
 def _logger() -> logging.Logger:
