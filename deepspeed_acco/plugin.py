@@ -191,11 +191,14 @@ def _refuse(is_given, key, value, allowed, fix) -> None:
 
 
 def _check_json(raw) -> None:
-    """What newer versions of DeepSpeed refuse with an error of their own while they parse the JSON."""
+    """What DeepSpeed refuses with an error of its own, or acts on, before it comes to the optimizer."""
     amp = raw.get("amp")
     _refuse(isinstance(amp, dict) and amp.get("enabled"), "amp.enabled", True, "false", "Remove amp; use bf16 or fp16")
     sparse = raw.get("sparse_gradients")
     _refuse(sparse, "sparse_gradients", sparse, "false", "Remove it and build embeddings with sparse=False")
+    parallel = raw.get("tensor_parallel")
+    size = parallel.get("autotp_size", 0) if isinstance(parallel, dict) else 0
+    _refuse(isinstance(size, int) and size > 1, "tensor_parallel.autotp_size", size, "0 or 1", "Remove it")
 
 
 def _wrap_config(original):
@@ -273,14 +276,9 @@ def check_engine(engine, optimizer: ACCO) -> None:
         '"bfloat16"',
         'Set it, or use "fp16": {"enabled": true}',
     )
-    tensor_parallel = section("tensor_parallel").get("autotp_size", 0)
-    _refuse(
-        tensor_parallel and tensor_parallel > 1, "tensor_parallel.autotp_size", tensor_parallel, "0 or 1", "Remove it"
-    )
-    mpu = engine.mpu
-    if mpu is not None and hasattr(mpu, "get_model_parallel_world_size"):
-        size = mpu.get_model_parallel_world_size()
-        _refuse(size > 1, "mpu.get_model_parallel_world_size()", size, "1", "Use data parallelism alone")
+    for method in ("get_model_parallel_world_size", "get_tensor_model_parallel_world_size"):  # old and new Megatrons
+        size = getattr(engine.mpu, method)() if hasattr(engine.mpu, method) else 1
+        _refuse(size > 1, f"mpu.{method}()", size, "1", "Use data parallelism alone")
     device = engine.device.type
     _refuse(device not in ("cpu", "cuda"), "device", device, "cpu, cuda", "Use the AdamW optimizer there")
     if optimizer.settings.schedule == "acco":

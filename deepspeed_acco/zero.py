@@ -234,7 +234,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         return self._grad_views[id(param)]
 
     def _full_gradient(self, param):
-        """The window's mean gradient (fp32, with the loss scale), as ``safe_get_full_grad`` gives it; every rank asks."""
+        """The window's mean gradient (fp32, with the loss scale), for ``safe_get_full_grad``; every rank asks."""
         view = self._whole_gradient_view(param)
         self._driver.finish()  # one collective at a time on the device
         mean = view.float() / self._divisor
