@@ -203,3 +203,8 @@ class Communicator:
 def max_over_ranks(value: Tensor, group) -> None:
     """In-place maximum over DeepSpeed's own ``group``, by the main thread (the overflow check of fp16)."""
     dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
+
+
+def sum_over_ranks(value: Tensor, group) -> None:
+    """In-place sum over DeepSpeed's own ``group``, by the main thread (a full gradient that the user asked for)."""
+    dist.all_reduce(value, group=group)

@@ -40,6 +40,7 @@ TOUCH_POINTS = (
     "deepspeed.runtime.engine.DeepSpeedEngine._do_optimizer_sanity_check",  # else bf16 with fp32 sums trains AdamW
     "deepspeed.runtime.engine.DeepSpeedEngine._configure_zero_optimizer",  # chooses the wrapper class
     "deepspeed.runtime.engine.DeepSpeedEngine._take_model_step",  # monitor events belong behind the engine's counting
+    "deepspeed.runtime.engine.DeepSpeedEngine.set_train_batch_size",  # the same ValueError for n = 1 in mid-training
     "deepspeed.runtime.engine.DeepSpeedZeroOptimizer",  # rebound only while the call above runs
     "deepspeed.runtime.engine.DeepSpeedEngine.load_checkpoint",  # all files are checked before one is loaded
     "engine.tput_timer.config.synchronized",  # it would wait for the device at every forward and step
@@ -80,6 +81,7 @@ def register() -> None:
         "_configure_zero_optimizer": _wrap_configure_zero(engine_class._configure_zero_optimizer),
         "load_checkpoint": _wrap_load_checkpoint(engine_class.load_checkpoint),
         "_take_model_step": _wrap_take_model_step(engine_class._take_model_step),
+        "set_train_batch_size": _wrap_set_train_batch_size(engine_class.set_train_batch_size),
     }
     for name, method in wrapped.items():
         setattr(engine_class, name, method)
@@ -171,6 +173,19 @@ def _wrap_take_model_step(original):
     return take_model_step
 
 
+def _wrap_set_train_batch_size(original):
+    @functools.wraps(original)
+    def set_train_batch_size(engine, train_batch_size):
+        optimizer = engine.optimizer
+        if isinstance(optimizer, AccoZeroOptimizer) and optimizer.settings.schedule == "acco":
+            samples = engine.train_micro_batch_size_per_gpu() * engine.dp_world_size
+            if train_batch_size % samples == 0:  # else DeepSpeed's own error
+                phase_a_micro_batches(train_batch_size // samples, optimizer.settings.estimate_fraction)
+        return original(engine, train_batch_size)
+
+    return set_train_batch_size
+
+
 def _log_start(engine, wrapper: AccoZeroOptimizer) -> None:
     if engine.global_rank != 0:
         return
@@ -200,11 +215,14 @@ def _refuse(is_given, key, value, allowed, fix) -> None:
 
 
 def _check_json(raw) -> None:
-    """What newer versions of DeepSpeed refuse with an error of their own while they parse the JSON."""
+    """What DeepSpeed refuses with an error of its own, or acts on, before it comes to the optimizer."""
     amp = raw.get("amp")
     _refuse(isinstance(amp, dict) and amp.get("enabled"), "amp.enabled", True, "false", "Remove amp; use bf16 or fp16")
     sparse = raw.get("sparse_gradients")
     _refuse(sparse, "sparse_gradients", sparse, "false", "Remove it and build embeddings with sparse=False")
+    parallel = raw.get("tensor_parallel")
+    size = parallel.get("autotp_size", 0) if isinstance(parallel, dict) else 0
+    _refuse(isinstance(size, int) and size > 1, "tensor_parallel.autotp_size", size, "0 or 1", "Remove it")
 
 
 def _wrap_config(original):
@@ -282,14 +300,9 @@ def check_engine(engine, optimizer: ACCO) -> None:
         '"bfloat16"',
         'Set it, or use "fp16": {"enabled": true}',
     )
-    tensor_parallel = section("tensor_parallel").get("autotp_size", 0)
-    _refuse(
-        tensor_parallel and tensor_parallel > 1, "tensor_parallel.autotp_size", tensor_parallel, "0 or 1", "Remove it"
-    )
-    mpu = engine.mpu
-    if mpu is not None and hasattr(mpu, "get_model_parallel_world_size"):
-        size = mpu.get_model_parallel_world_size()
-        _refuse(size > 1, "mpu.get_model_parallel_world_size()", size, "1", "Use data parallelism alone")
+    for method in ("get_model_parallel_world_size", "get_tensor_model_parallel_world_size"):  # old and new Megatrons
+        size = getattr(engine.mpu, method)() if hasattr(engine.mpu, method) else 1
+        _refuse(size > 1, f"mpu.{method}()", size, "1", "Use data parallelism alone")
     device = engine.device.type
     _refuse(device not in ("cpu", "cuda"), "device", device, "cpu, cuda", "Use the AdamW optimizer there")
     if optimizer.settings.schedule == "acco":

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import checkpoint, ops
 from .buffers import FlatBuffers
-from .comm import Communicator, max_over_ranks
+from .comm import Communicator, max_over_ranks, sum_over_ranks
 from .driver import RoundDriver, RoundInputs
 from .lanes import LaneTimes, make_lane
 from .layout import GroupLayout
@@ -47,6 +47,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         self._engine = None
         self._divisor = 1.0
         self._are_gradients_clean = True
+        self._are_gradients_taken = False  # p.grad is None and A has the sums: from a window's last backward on
         self._look_depth = 0
         self._monitor: Monitor | None = None
         self._last_micro_batches = 0  # of the window that ended
@@ -80,7 +81,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
 
     def _link_states(self):
         """``safe_get_full_*`` and ``safe_set_full_*`` (deepspeed/utils/tensor_fragment.py) find the optimizer state and
-        wait for the round that writes it; what is set becomes what training stands on."""
+        wait for the round that writes it; what is set becomes what training stands on. Gradients they find in A."""
         self._hp_optimizer_states_linked = False
         self._lazy_init_hp_params_optimizer_state()
         optimizer = weakref.ref(self)
@@ -94,10 +95,15 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
 
             return call
 
+        def of_gradient(method, param):
+            return lambda *args: method(optimizer(), param, *args)
+
         for group in self.bit16_groups:
             for param in group:
                 param.get_full_hp_param = waiting(param.get_full_hp_param, RoundDriver.finish)
                 param.set_full_hp_param = waiting(param.set_full_hp_param, RoundDriver.settle)
+                param.get_full_hp_grad = of_gradient(AccoZeroOptimizer._full_gradient, param)
+                param.set_full_hp_grad = of_gradient(AccoZeroOptimizer._set_full_gradient, param)
 
     def _link_all_hp_params(self):
         super()._link_all_hp_params()
@@ -199,8 +205,8 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             )
         view = self._grad_views[id(param)]
         self._are_gradients_clean = False
-        if view.dtype != param.dtype:
-            view.add_(param.grad)
+        if view.dtype != param.dtype or self._are_gradients_taken:
+            view.add_(param.grad.detach())
             param.grad = None
         elif param.grad is not view:  # after zero_grad(set_to_none=True) or create_graph=True: it is the whole sum
             view.copy_(param.grad.detach())
@@ -209,6 +215,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
     def _attach_gradients(self):
         """``p.grad`` is a view into A where the dtypes allow it, so that autograd accumulates there. A view that was
         dropped in mid-window means zero, as for every optimizer."""
+        were_taken, self._are_gradients_taken = self._are_gradients_taken, False
         if self.gradient_accumulation_dtype != self.dtype:
             return
         for group in self.bit16_groups:
@@ -218,9 +225,38 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
                     if param.grad is not None:
                         view.copy_(param.grad.detach())
                         self._are_gradients_clean = False
-                    elif not self._are_gradients_clean:
+                    elif not (self._are_gradients_clean or were_taken):
                         view.zero_()
                     param.grad = view
+
+    def _take_gradients(self):
+        """As ZeRO-1 does at a window's last backward: ``p.grad`` is this rank's own sum, which nobody may take for the
+        gradient of the step; ``safe_get_full_grad`` then asks :meth:`_full_gradient`. The next forward attaches."""
+        self._are_gradients_taken = True
+        for group in self.bit16_groups:
+            for param in group:
+                param.grad = None
+
+    def _whole_gradient_view(self, param):
+        if not self._are_gradients_taken or self._are_gradients_clean:
+            raise ValueError(
+                "ACCO: the full gradient was asked for or set outside of a window's end; allowed: after the last "
+                "backward of a window and before engine.step(). Move the call there"
+            )
+        return self._grad_views[id(param)]
+
+    def _full_gradient(self, param):
+        """The window's mean gradient (fp32, with the loss scale), for ``safe_get_full_grad``; every rank asks."""
+        view = self._whole_gradient_view(param)
+        self._driver.finish()  # one collective at a time on the device
+        mean = view.float() / self._divisor
+        sum_over_ranks(mean, self.dp_process_group)
+        return mean
+
+    def _set_full_gradient(self, param, value):
+        """Makes ``value``, the same on every rank, the mean that COMMIT takes (a running ESTIMATE has its own copy)."""
+        view = self._whole_gradient_view(param)
+        view.copy_(value * (self._divisor / self._driver.comm.world_size))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients of the window so far. The engine calls this after each step, when there are none."""
@@ -300,6 +336,9 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
     def backward_epilogue(self, *args, **kwargs) -> None:
         """Once after every backward, in every style of accumulation and version of DeepSpeed."""
         self._position = self._position.after_backward()
+        engine = self._engine()
+        if engine.is_gradient_accumulation_boundary() and not engine.inside_no_sync_ctxt:
+            self._take_gradients()
 
     def step(self, closure=None) -> None:
         """The end of a window: start its COMMIT and install what training goes on with.
@@ -322,6 +361,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             self._global_grad_norm = driver.norm_or_zero()
         if not getattr(self, "compute_grad_norm", True):
             self._global_grad_norm = None
+        self._take_gradients()
         self._are_gradients_clean = True
         self._last_micro_batches = self._position.micro_batches
         self._position = self._position.after_window()

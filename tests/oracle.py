@@ -53,6 +53,7 @@ def run_reference(
     weights, sums are rounded where the run rounds them, and only the rest is float64.
 
     Args:
+        n, a: one number, or a list with one for each window.
         scales: fp16: the loss scale of each window.
         send: replaces the rounding of what is communicated.
         spoil: ``spoil(rank, window, micro_batch)`` multiplies that micro-batch's targets.
@@ -70,6 +71,8 @@ def run_reference(
         h.eps = h.eps if eps is None else eps
     losses = []
     scale = [1.0]
+    n_of = n if isinstance(n, list) else [n] * windows
+    a_of = a if isinstance(a, list) else [a] * windows
 
     def gradient(weights, rank, window, micro_batch):
         with torch.no_grad():
@@ -82,7 +85,8 @@ def run_reference(
         loss = module(x.to(dtype), y.to(dtype))
         if rank == 0:
             losses.append(loss.item())
-        (loss / n * scale[0]).backward()  # in the loss's own dtype, as the engine does: at 2**16 fp16 overflows here
+        # In the loss's own dtype, as the engine does: at 2**16 fp16 overflows here.
+        (loss / n_of[window] * scale[0]).backward()
         return [
             flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in group]).to(accumulation_dtype)
             * (0 if drop is not None and drop(micro_batch) else 1)
@@ -116,8 +120,8 @@ def run_reference(
     for window in range(windows):
         if scales is not None:
             scale[0] = scales[window]
-        count = counts[window] if counts else n
-        report = reference.run_window(gradient, n, a, count, runs_sync=window < warmup)
+        n, a = n_of[window], a_of[window]
+        report = reference.run_window(gradient, n, a, counts[window] if counts else n, runs_sync=window < warmup)
         norms.append(report.grad_norm)
         if keep is not None:
             keep(reference, report)

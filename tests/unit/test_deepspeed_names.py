@@ -1,0 +1,271 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""Every name of DeepSpeed that deepspeed_acco relies on. Where a new DeepSpeed fails here, the message says which name
+is gone; further tests keep the tables complete."""
+
+import ast
+import functools
+import importlib
+import inspect
+import textwrap
+from pathlib import Path
+
+import deepspeed
+import pytest
+from packaging.version import Version
+
+import deepspeed_acco
+
+PACKAGE = Path(deepspeed_acco.__file__).parent
+ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
+ZERO = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
+BUILDER = "deepspeed.ops.op_builder.builder:CUDAOpBuilder"
+
+# A name with "@" is needed from that DeepSpeed on: the first of the tested ones that has it; with those before it the
+# code does without.
+
+# modules, classes and what is found in them: "module:name" or "module:class"
+EXISTING = {
+    "deepspeed": "__version__ initialize",
+    "deepspeed.constants": "default_pg_timeout",
+    "deepspeed.ops.adam": "DeepSpeedCPUAdam FusedAdam",
+    "deepspeed.ops.op_builder.builder": "CUDAOpBuilder",
+    "deepspeed.runtime.config": "DeepSpeedConfig",
+    "deepspeed.runtime.engine": "DeepSpeedEngine DeepSpeedZeroOptimizer ZERO_OPTIMIZATION",
+    "deepspeed.runtime.zero.stage_1_and_2": "DeepSpeedZeroOptimizer",
+    "deepspeed.runtime.zero.utils": "ZERO_SUPPORTED_OPTIMIZERS",
+    "deepspeed.utils": "safe_get_full_fp32_param safe_get_full_grad safe_get_full_optimizer_state",
+    "deepspeed.utils.logging": "LoggerFactory",
+    "deepspeed.utils.logging:LoggerFactory": "create_logger",
+    # wrapped or called by plugin.py and zero.py
+    ENGINE: "_configure_optimizer _configure_zero_optimizer _do_optimizer_sanity_check set_train_batch_size "
+    "gradient_accumulation_steps is_gradient_accumulation_boundary optimizer_name optimizer_params "
+    "train_micro_batch_size_per_gpu wall_clock_breakdown",
+    # overridden by AccoZeroOptimizer or called by it
+    ZERO: "_lazy_init_hp_params_optimizer_state _link_all_hp_params _restore_from_bit16_weights _update_scale "
+    "backward_epilogue destroy load_state_dict loss_scale offload_states@0.17.6 process_gradients "
+    "reduce_gradients state_dict step update_lp_params zero_grad backward_prologue",
+    # overridden by AccoBuilder or called by it
+    BUILDER: "absolute_name cpu_arch cxx_args extra_ldflags include_paths is_compatible jit_load libraries_args load "
+    "nvcc_args sources",
+}
+
+# instance attributes: the class or one of its bases assigns them (or a property of that name exists)
+ASSIGNED = {
+    ENGINE: "_config device dp_world_size global_rank has_moe_layers inside_no_sync_ctxt module mpu optimizer "
+    "pipeline_parallelism skipped_steps tput_timer",
+    ZERO: "_global_grad_norm _hp_optimizer_states_linked bit16_groups bit16_groups_flat clip_grad "
+    "communication_data_type dp_process_group dtype gradient_accumulation_dtype gradient_predivide_factor optimizer "
+    "overflow postscale_gradients single_partition_of_fp32_groups loss_scaler "
+    "gradient_average@0.19 sequence_parallel_size compute_grad_norm@0.19 _coalesce_grad_reduction@0.19",
+    BUILDER: "build_for_cpu name",
+    "deepspeed.runtime.config:DeepSpeedConfig": "_param_dict zero_config",
+    "deepspeed.utils.timer:ThroughputTimer": "config",
+}
+
+# fields of pydantic configurations
+FIELDS = {
+    "deepspeed.runtime.zero.config:DeepSpeedZeroConfig": "stage offload_optimizer elastic_checkpoint zenflow@0.17.6",
+    "deepspeed.runtime.zero.offload_config:DeepSpeedZeroOffloadOptimizerConfig": "device",
+}
+
+# keyword arguments of constructors
+ARGUMENTS = {ZERO: "init_optimizer contiguous_gradients overlap_comm", BUILDER: "name"}
+
+# attributes, functions and strings that a module's source names: what it reads of our optimizer or our parameters, or
+# looks up under a name that we rebind
+READ = {
+    "deepspeed.runtime.engine": "DeepSpeedZeroOptimizer _do_optimizer_sanity_check _global_grad_norm "
+    "backward_epilogue@0.18.9 checkpoint_event_epilogue checkpoint_event_prologue destroy is_zero_supported_optimizer "
+    "overflow reduce_gradients",
+    "deepspeed.runtime.zero.utils": "ZERO_SUPPORTED_OPTIMIZERS",
+    "deepspeed.runtime.zero.stage_1_and_2": "process_gradients",
+    "deepspeed.utils.tensor_fragment": "get_full_hp_grad get_full_hp_param set_full_hp_grad set_full_hp_param",
+    "deepspeed.utils.timer": "synchronized",
+}
+
+
+def _entries(table):
+    """(where, name) of what this DeepSpeed must have."""
+    present = Version(Version(deepspeed.__version__).base_version)
+    for where, names in table.items():
+        for entry in names.split():
+            name, _, since = entry.partition("@")
+            if not since or present >= Version(since):
+                yield where, name
+
+
+def _find(where):
+    module, _, name = where.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, name) if name else found
+
+
+@functools.cache
+def _names_in(where):
+    """Attributes, variables and strings in the source, and those of them that ``self`` gets assigned."""
+    found = _find(where)
+    classes = [c for c in inspect.getmro(found) if c is not object] if inspect.isclass(found) else [found]
+    read, assigned = set(), set()
+    for part in classes:
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(part)))):
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+                if isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+                    assigned.add(node.attr)
+            elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "self.__dict__":
+                if isinstance(node.ctx, ast.Store) and isinstance(node.slice, ast.Constant):
+                    assigned.add(node.slice.value)
+            elif isinstance(node, ast.Name):
+                read.add(node.id)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                read.add(node.value)
+    return read, assigned
+
+
+def _has(kind, where, name):
+    found = _find(where)
+    if kind == "name":
+        return hasattr(found, name)
+    if kind == "attribute":
+        return name in _names_in(where)[1] or hasattr(found, name)
+    if kind == "field":
+        return name in found.model_fields
+    if kind == "argument":
+        return name in inspect.signature(found.__init__).parameters
+    assert kind == "use"
+    return name in _names_in(where)[0]
+
+
+TABLES = {"name": EXISTING, "attribute": ASSIGNED, "field": FIELDS, "argument": ARGUMENTS, "use": READ}
+
+
+def missing_names() -> list[str]:
+    """``kind module:class.name`` of everything that this DeepSpeed lacks."""
+    missing = []
+    for kind, table in TABLES.items():
+        for where, name in _entries(table):
+            try:
+                is_there = _has(kind, where, name)
+            except (ImportError, AttributeError):
+                is_there = False
+            if not is_there:
+                missing.append(f"{kind} {where}.{name}")
+    return missing
+
+
+def test_every_name_of_deepspeed_is_there():
+    missing = missing_names()
+    assert not missing, f"DeepSpeed {deepspeed.__version__} lacks what deepspeed_acco relies on: {', '.join(missing)}"
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "reported"),
+    [
+        (ENGINE, "_do_optimizer_sanity_check", f"name {ENGINE}._do_optimizer_sanity_check"),
+        (ZERO, "update_lp_params", f"name {ZERO}.update_lp_params"),
+        ("deepspeed.runtime.zero.utils", "ZERO_SUPPORTED_OPTIMIZERS", "name deepspeed.runtime.zero.utils.ZERO"),
+        (BUILDER, "cpu_arch", f"name {BUILDER}.cpu_arch"),
+    ],
+)
+def test_a_missing_name_is_named(monkeypatch, where, name, reported):
+    for part in inspect.getmro(_find(where)) if ":" in where else [_find(where)]:
+        if name in vars(part):
+            monkeypatch.delattr(part, name)
+    assert [entry for entry in missing_names() if entry.startswith(reported)]
+
+
+def test_a_missing_attribute_argument_field_or_use_is_named(monkeypatch):
+    """As if the source no longer had it."""
+    monkeypatch.setitem(ASSIGNED, ZERO, ASSIGNED[ZERO] + " bit17_groups")
+    monkeypatch.setitem(ARGUMENTS, ZERO, "overlap_commotion")
+    monkeypatch.setitem(FIELDS, "deepspeed.runtime.zero.config:DeepSpeedZeroConfig", "stages")
+    monkeypatch.setitem(READ, "deepspeed.runtime.engine", "checkpoint_event_intermezzo")
+    monkeypatch.setitem(EXISTING, "deepspeed.nowhere", "nothing nothing_yet@99")
+    assert missing_names() == [
+        "name deepspeed.nowhere.nothing",
+        f"attribute {ZERO}.bit17_groups",
+        "field deepspeed.runtime.zero.config:DeepSpeedZeroConfig.stages",
+        f"argument {ZERO}.overlap_commotion",
+        "use deepspeed.runtime.engine.checkpoint_event_intermezzo",
+    ]
+
+
+# ---- the tables are complete
+
+
+def _listed(*places):
+    names = set()
+    for table in TABLES.values():
+        for where, entries in table.items():
+            if where in places:
+                names.update(entry.partition("@")[0] for entry in entries.split())
+    return names
+
+
+def _class_of(module, name):
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    return next(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == name)
+
+
+def _used_of(tree, *owners):
+    """Names that are read of one of these variables, also by getattr, hasattr and ``super()``."""
+    used = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in owners:
+            used.add(node.attr)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+            if ast.unparse(node.args[0]) in owners and isinstance(node.args[1], ast.Constant):
+                used.add(node.args[1].value)
+    return used
+
+
+def _defined_by(tree):
+    """Methods of the class and what it alone assigns to ``self``."""
+    stored = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
+    }
+    constants = {target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets}
+    return stored | constants | {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "where"), [("zero", "AccoZeroOptimizer", ZERO), ("op_builder", "AccoBuilder", BUILDER)]
+)
+def test_what_our_subclasses_use_or_override_is_listed(module, name, where):
+    tree = _class_of(module, name)
+    inherited = _used_of(tree, "self", "super()") - _defined_by(tree) - {"__init__"}
+    assert inherited <= _listed(where), f"not listed: {sorted(inherited - _listed(where))}"
+    overridden = {method for method in _defined_by(tree) if hasattr(_find(where), method)} - {"__init__"}
+    assert overridden <= _listed(where), f"not listed: {sorted(overridden - _listed(where))}"
+
+
+def test_what_we_use_of_the_engine_is_listed():
+    used = set()
+    for module in ("zero", "plugin"):
+        tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+        used |= _used_of(tree, "engine", "engine_class", "self._engine()")
+    assert used <= _listed(ENGINE), f"not listed: {sorted(used - _listed(ENGINE))}"
+    config = _used_of(ast.parse((PACKAGE / "plugin.py").read_text()), "config", "zero", "offload", "engine._config")
+    listed = _listed("deepspeed.runtime.config:DeepSpeedConfig", *FIELDS)
+    assert config <= listed, f"not listed: {sorted(config - listed)}"
+
+
+def test_what_we_import_of_deepspeed_is_listed():
+    for path in PACKAGE.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "deepspeed" and not node.level:
+                for alias in node.names:
+                    whole = f"{node.module}.{alias.name}"
+                    assert alias.name in _listed(node.module) or _listed(whole), f"not listed: {whole} ({path.name})"
+        for where, variable in (
+            ("deepspeed", "deepspeed"),
+            ("deepspeed.runtime.engine", "ds_engine"),
+            ("deepspeed.runtime.config", "ds_config"),
+            ("deepspeed.runtime.zero.utils", "ds_zero_utils"),
+        ):
+            unlisted = _used_of(tree, variable) - _listed(where)
+            assert path.name == "__init__.py" or not unlisted, f"not listed: {where} {sorted(unlisted)} ({path.name})"
