@@ -124,16 +124,20 @@ def assert_same_weights(ours: dict, theirs: dict) -> None:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0)
 
 
+def saved_model(folder: Path):
+    from transformers import GPTNeoXForCausalLM
+
+    return GPTNeoXForCausalLM.from_pretrained(folder).eval()
+
+
 @torch.no_grad()
 def loss_of_saved_model(folder: Path, text: Path) -> float:
     """The validation loss of a saved model, computed here in one process."""
-    from transformers import GPTNeoXForCausalLM
-
     content = text.read_bytes()
     held_out = content[len(content) - len(content) // HELD_OUT_EVERY :]
     table = torch.tensor(list(held_out[: len(held_out) // SEQ_LEN * SEQ_LEN])).view(-1, SEQ_LEN)
     table = table[torch.linspace(0, len(table) - 1, VALIDATION_SEQUENCES).long()]
-    logits = GPTNeoXForCausalLM.from_pretrained(folder).eval()(input_ids=table).logits
+    logits = saved_model(folder)(input_ids=table).logits
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), table[:, 1:].flatten()).item()
 
 
@@ -170,8 +174,8 @@ def test_hf_trainer_evaluates_and_saves_the_true_weights(runs):
     folder = runs.hf("acco_auto")
     for step, eval_loss in zip((20, 40, HF_STEPS), hf_log(folder, "eval_loss"), strict=True):
         checkpoint = folder / f"checkpoint-{step}"
-        masters = get_fp32_state_dict_from_zero_checkpoint(checkpoint, exclude_frozen_parameters=False)
-        assert_same_weights(weights(checkpoint), {name: masters[name] for name in weights(checkpoint)})
+        masters = get_fp32_state_dict_from_zero_checkpoint(checkpoint)
+        assert_same_weights(dict(saved_model(checkpoint).named_parameters()), masters)
         assert eval_loss == pytest.approx(loss_of_saved_model(checkpoint, runs.text), rel=1e-5)
     assert_same_weights(weights(folder), weights(folder / f"checkpoint-{HF_STEPS}"))
 
