@@ -68,14 +68,14 @@ class Runs:
         return self._run("accelerate_loop.py", config, name, "--out", *ACCELERATE_ARGUMENTS, *arguments)
 
     def config(self, name: str) -> Path:
-        """One of ds_configs/, or acco_auto.json with another schedule, or without optimizer and scheduler."""
+        """One of ds_configs/, or acco_auto.json with the schedule X of X_auto, or without optimizer and scheduler."""
         if (CONFIGS / f"{name}.json").is_file():
             return CONFIGS / f"{name}.json"
         made = json.loads((CONFIGS / "acco_auto.json").read_text())
         if name == "client":
             del made["optimizer"], made["scheduler"]
         else:
-            made["optimizer"]["params"]["schedule"] = name
+            made["optimizer"]["params"]["schedule"] = name.removesuffix("_auto")
         path = self.folder / f"{name}.json"
         path.write_text(json.dumps(made))
         return path
@@ -180,7 +180,7 @@ def test_hf_trainer_evaluates_and_saves_the_true_weights(runs):
     assert_same_weights(weights(folder), weights(folder / f"checkpoint-{HF_STEPS}"))
 
 
-SCHEDULES = ["acco_auto", *(pytest.param(schedule, marks=pytest.mark.full) for schedule in ("sync", "dpu", "wp"))]
+SCHEDULES = ["acco_auto", *(pytest.param(schedule, marks=pytest.mark.full) for schedule in ("sync_auto", "dpu_auto", "wp_auto"))]
 
 
 @pytest.mark.parametrize("config", SCHEDULES)
@@ -195,7 +195,7 @@ def test_hf_trainer_resumes_exactly(runs, config):
 
 @pytest.mark.full
 def test_hf_trainer_with_sync_is_adamw(runs):
-    sync, adamw = runs.hf("sync"), runs.hf("zero1_auto")
+    sync, adamw = runs.hf("sync_auto"), runs.hf("zero1_auto")
     for key in ("loss", "grad_norm", "eval_loss"):
         assert hf_log(sync, key) == pytest.approx(hf_log(adamw, key), rel=2e-3)
 
@@ -234,6 +234,6 @@ def test_accelerate_with_an_optimizer_and_a_scheduler_of_the_client(runs):
 
 @pytest.mark.full
 def test_accelerate_with_sync_is_adamw(runs):
-    sync, adamw = runs.accelerate("sync"), runs.accelerate("zero1_auto")
+    sync, adamw = runs.accelerate("sync_auto"), runs.accelerate("zero1_auto")
     for key in ("loss", "grad_norm", "val_loss"):
         assert loop_log(sync, key) == pytest.approx(loop_log(adamw, key), rel=2e-3)
