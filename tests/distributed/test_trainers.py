@@ -180,7 +180,8 @@ def test_hf_trainer_evaluates_and_saves_the_true_weights(runs):
     assert_same_weights(weights(folder), weights(folder / f"checkpoint-{HF_STEPS}"))
 
 
-SCHEDULES = ["acco_auto", *(pytest.param(schedule, marks=pytest.mark.full) for schedule in ("sync_auto", "dpu_auto", "wp_auto"))]
+OTHER_SCHEDULES = ("sync_auto", "dpu_auto", "wp_auto")
+SCHEDULES = ["acco_auto", *(pytest.param(name, marks=pytest.mark.full) for name in OTHER_SCHEDULES)]
 
 
 @pytest.mark.parametrize("config", SCHEDULES)
