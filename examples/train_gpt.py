@@ -12,8 +12,6 @@ the same seed every JSON sees the same micro-batches, so their losses can be com
 import argparse
 import json
 import math
-import os
-import sysconfig
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -22,35 +20,21 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from text_data import add_text_arguments, check_text_arguments, load_text, make_model, share_cores
 from tqdm import tqdm
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import deepspeed_acco  # noqa: F401  makes DeepSpeed know "optimizer": {"type": "ACCO"}
 
-# Layers, width, attention heads.
-PRESETS = {
-    "tiny": (1, 32, 2),  # 0.03 M parameters
-    "small": (2, 64, 2),  # 0.1 M
-    "medium": (8, 512, 8),  # 25 M
-    "large": (12, 768, 12),  # 85 M
-    "xl": (24, 1024, 16),  # 303 M
-}
-HOLD_OUT_EVERY = 20  # of many files each 20th is for validation, of a single one its last twentieth
 VALIDATIONS = 10
-VALIDATION_SEQUENCES = 128
 PROMPT = b"def "
 GENERATED_BYTES = 200
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Train a GPT on bytes of text with DeepSpeed.")
-    parser.add_argument("--preset", choices=PRESETS, default="small", help="size of the model (default: %(default)s)")
-    parser.add_argument("--seq_len", type=int, default=128, help="bytes in a sequence (default: %(default)s)")
+    add_text_arguments(parser)
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of weights and data order (default: %(default)s)")
-    parser.add_argument(
-        "--data", type=Path, help="a text file or a folder of them (default: Python's standard library)"
-    )
     parser.add_argument("--out", type=Path, help="folder for metrics.jsonl, one line per validation")
     parser.add_argument("--local_rank", type=int, default=-1, help="given by the launcher")
     args = deepspeed.add_config_arguments(parser).parse_args()
@@ -58,46 +42,13 @@ def parse_arguments():
         parser.error("--deepspeed_config is missing; give a DeepSpeed JSON, for example ds_configs/acco.json")
     if not Path(args.deepspeed_config).is_file():
         parser.error(f"--deepspeed_config {args.deepspeed_config} is not a file; give the path of a DeepSpeed JSON")
-    if args.data is not None and not args.data.exists():
-        parser.error(f"--data {args.data} does not exist; give a text file or a folder of text files")
+    check_text_arguments(parser, args)
     if args.steps < 1:
         parser.error(f"--steps {args.steps} is not allowed; allowed: 1 and more")
-    if args.seq_len < 2:
-        parser.error(f"--seq_len {args.seq_len} is not allowed; allowed: 2 and more")
     return args
 
 
 # ---- data
-
-
-def read_files(data: Path | None) -> list[bytes]:
-    """The contents of the text files, in the order of their names."""
-    if data is not None and data.is_file():
-        return [data.read_bytes()]
-    folder, pattern, left_out = data, "*", set()
-    if data is None:
-        folder, pattern = Path(sysconfig.get_paths()["stdlib"]), "*.py"
-        left_out = {"site-packages", "dist-packages", "test", "tests"}
-    paths = sorted(path for path in folder.rglob(pattern) if path.is_file())
-    contents = [path.read_bytes() for path in paths if not left_out.intersection(path.relative_to(folder).parts)]
-    return [content for content in contents if content and b"\0" not in content]  # a zero byte: not text
-
-
-def split(files: list[bytes]) -> tuple[bytes, bytes]:
-    """Training and validation text. Whole files are held out, of a single file its last part."""
-    if len(files) == 1:
-        held_out = len(files[0]) // HOLD_OUT_EVERY
-        return files[0][: len(files[0]) - held_out], files[0][len(files[0]) - held_out :]
-    middle = min(HOLD_OUT_EVERY, len(files)) // 2
-    is_held_out = [index % HOLD_OUT_EVERY == middle for index in range(len(files))]
-    training = b"".join(content for content, held in zip(files, is_held_out) if not held)
-    return training, b"".join(content for content, held in zip(files, is_held_out) if held)
-
-
-def to_sequences(text: bytes, seq_len: int) -> torch.Tensor:
-    """Bytes as a table of [sequences, seq_len], without the rest that fills no sequence."""
-    count = len(text) // seq_len
-    return torch.frombuffer(bytearray(text[: count * seq_len]), dtype=torch.uint8).view(count, seq_len)
 
 
 @lru_cache(maxsize=1)
@@ -158,41 +109,14 @@ def finite(value) -> float | None:
 def main():
     args = parse_arguments()
     deepspeed.init_distributed()
-    if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", "1"))))  # ranks share the cores
-
-    torch.manual_seed(args.seed)
-    layers, width, heads = PRESETS[args.preset]
-    model = GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=256,
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=4 * width,
-            max_position_embeddings=args.seq_len,
-            use_cache=False,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    share_cores()
+    model = make_model(args.preset, args.seq_len, args.seed)
     engine, *_ = deepspeed.initialize(args=args, model=model, model_parameters=model.parameters())
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
     micro_batch, n = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     samples_per_step = micro_batch * n * ranks
-    files = read_files(args.data)
-    texts = split(files) if files else (b"", b"")
-    for_training, for_validation = (len(text) // args.seq_len for text in texts)
-    if for_training < samples_per_step or for_validation < 1:
-        raise SystemExit(
-            f"too little text: {for_training} sequences of --seq_len {args.seq_len} bytes for training and "
-            f"{for_validation} for validation; at least {samples_per_step} (one optimizer step) and 1 are needed. "
-            "Give more text by --data, a smaller --seq_len or a smaller batch"
-        )
-    training, validation = (to_sequences(text, args.seq_len) for text in texts)
-    spread = torch.linspace(0, len(validation) - 1, min(VALIDATION_SEQUENCES, len(validation))).long()
-    validation = validation[spread]
+    training, validation = load_text(args.data, args.seq_len, samples_per_step)
 
     metrics = None
     if args.out is not None and rank == 0:

@@ -11,7 +11,9 @@ import pytest
 from tests.launcher import ROOT, launch
 
 EXAMPLE = ROOT / "examples" / "train_gpt.py"
-CONFIGS = {path.stem: path for path in sorted((ROOT / "ds_configs").glob("*.json"))}
+ALL_CONFIGS = {path.stem: path for path in sorted((ROOT / "ds_configs").glob("*.json"))}
+AUTO_CONFIGS = ("acco_auto", "zero1_auto")  # for trainers that fill the "auto" values: test_trainers.py
+CONFIGS = {name: path for name, path in ALL_CONFIGS.items() if name not in AUTO_CONFIGS}
 ACCO_CONFIGS = ("acco", "acco_bf16", "dpu", "sync", "wp")
 STOCK_CONFIGS = ("zero0", "zero1", "zero2", "zero3")
 TINY = ("--preset", "tiny", "--seq_len", "32", "--seed", "3")
@@ -104,3 +106,12 @@ def test_all_configs_train_the_same_batch_with_the_same_adamw():
             assert (config["optimizer"]["type"], stage, params.pop("schedule")) == ("ACCO", 1, schedule)
         assert params == adamw, name
         assert config.get("bf16", {}).get("enabled", False) == (name == "acco_bf16")
+
+
+def test_configs_of_the_trainers_differ_in_the_optimizer_alone():
+    assert set(ALL_CONFIGS) - set(CONFIGS) == set(AUTO_CONFIGS)
+    acco, adamw = (json.loads(ALL_CONFIGS[name].read_text()) for name in AUTO_CONFIGS)
+    assert (acco["optimizer"].pop("type"), adamw["optimizer"].pop("type")) == ("ACCO", "AdamW")
+    assert acco["optimizer"]["params"].pop("schedule") == "acco"
+    assert acco == adamw
+    assert all(value == "auto" for value in acco["optimizer"]["params"].values())
