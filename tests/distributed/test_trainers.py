@@ -217,6 +217,7 @@ def test_accelerate_evaluates_and_saves_the_true_weights(runs):
     assert loop_log(folder, "val_loss") == [pytest.approx(loss_of_saved_model(folder, runs.text), rel=1e-6)]
 
 
+@pytest.mark.full  # the same checkpoints as the HF Trainer's
 @pytest.mark.parametrize("config", SCHEDULES)
 def test_accelerate_resumes_exactly(runs, config):
     whole = runs.accelerate(config)

@@ -38,7 +38,8 @@ EXISTING = {
     "deepspeed.utils.logging": "LoggerFactory",
     "deepspeed.utils.logging:LoggerFactory": "create_logger",
     # wrapped or called by plugin.py and zero.py
-    ENGINE: "_configure_optimizer _configure_zero_optimizer _do_optimizer_sanity_check set_train_batch_size "
+    ENGINE: "_configure_optimizer _configure_zero_optimizer _do_optimizer_sanity_check _take_model_step "
+    "_get_ckpt_name _get_zero_ckpt_name load_checkpoint load_universal_checkpoint set_train_batch_size "
     "gradient_accumulation_steps is_gradient_accumulation_boundary optimizer_name optimizer_params "
     "train_micro_batch_size_per_gpu wall_clock_breakdown",
     # overridden by AccoZeroOptimizer or called by it
@@ -52,11 +53,13 @@ EXISTING = {
 
 # instance attributes: the class or one of its bases assigns them (or a property of that name exists)
 ASSIGNED = {
-    ENGINE: "_config device dp_world_size global_rank has_moe_layers inside_no_sync_ctxt module mpu optimizer "
-    "pipeline_parallelism skipped_steps tput_timer",
+    ENGINE: "_config checkpoint_engine device dp_world_size global_rank global_samples has_moe_layers "
+    "inside_no_sync_ctxt lr_scheduler module monitor mpu optimizer pipeline_parallelism seq_dp_world_size "
+    "skipped_steps tput_timer",
     ZERO: "_global_grad_norm _hp_optimizer_states_linked bit16_groups bit16_groups_flat clip_grad "
     "communication_data_type dp_process_group dtype gradient_accumulation_dtype gradient_predivide_factor optimizer "
     "overflow postscale_gradients single_partition_of_fp32_groups loss_scaler "
+    "timers _param_slice_mappings groups_padding param_names round_robin_bit16_padding@0.19 "
     "gradient_average@0.19 sequence_parallel_size compute_grad_norm@0.19 _coalesce_grad_reduction@0.19",
     BUILDER: "build_for_cpu name",
     "deepspeed.runtime.config:DeepSpeedConfig": "_param_dict zero_config",
@@ -244,10 +247,14 @@ def test_what_our_subclasses_use_or_override_is_listed(module, name, where):
 
 def test_what_we_use_of_the_engine_is_listed():
     used = set()
-    for module in ("zero", "plugin"):
+    for module in ("zero", "plugin", "checkpoint", "monitor"):
         tree = ast.parse((PACKAGE / f"{module}.py").read_text())
         used |= _used_of(tree, "engine", "engine_class", "self._engine()")
     assert used <= _listed(ENGINE), f"not listed: {sorted(used - _listed(ENGINE))}"
+    checkpoint = ast.parse((PACKAGE / "checkpoint.py").read_text())
+    ours = {method.name for method in ast.walk(_class_of("zero", "AccoZeroOptimizer")) if hasattr(method, "name")}
+    shard = _used_of(checkpoint, "optimizer", "engine.optimizer") - ours
+    assert shard <= _listed(ZERO), f"not listed: {sorted(shard - _listed(ZERO))}"
     config = _used_of(ast.parse((PACKAGE / "plugin.py").read_text()), "config", "zero", "offload", "engine._config")
     listed = _listed("deepspeed.runtime.config:DeepSpeedConfig", *FIELDS)
     assert config <= listed, f"not listed: {sorted(config - listed)}"
