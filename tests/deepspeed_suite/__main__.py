@@ -10,6 +10,7 @@ CHECKOUT is a clone of DeepSpeed's repository, which is not changed; the tests r
 """
 
 import argparse
+import collections
 import json
 import os
 import signal
@@ -24,36 +25,23 @@ import pytest
 from tests.launcher import ROOT, operators_folder
 
 INSIDE = Path(__file__).parent / "inside"
-FILES = [
-    "runtime/zero/test_ignore_unused_parameters.py",
-    "runtime/zero/test_unwrap_model.py",
-    "runtime/zero/test_zero_config.py",
-    "runtime/zero/test_zero_dynamic_class.py",
+FILES = [  # the others of these folders make no engine of stage 1 with Adam(W) on a CPU, or need CUDA or NVMe
     "runtime/zero/test_zero_grad_clip.py",
-    "runtime/zero/test_zero_autocast_mixed_dtype.py",
     "runtime/zero/test_zero_tensor_fragment.py",
-    "checkpoint/test_latest_checkpoint.py",
+    "checkpoint/test_zero_optimizer.py",
+    "checkpoint/test_universal_checkpoint.py",
     "checkpoint/test_lr_scheduler.py",
     "checkpoint/test_other_optimizer.py",
-    "checkpoint/test_reshape_checkpoint.py",
-    "checkpoint/test_shared_weights.py",
-    "checkpoint/test_sparse.py",
-    "checkpoint/test_tag_validation.py",
-    "checkpoint/test_universal_checkpoint.py",
-    "checkpoint/test_zero_optimizer.py",
     "v1/zero/test_zero.py",
+    "v1/zero/test_zero_user_backward.py",
     "v1/zero/test_zero_autocast.py",
     "v1/zero/test_zero_coalesce_grad_reduction.py",
-    "v1/zero/test_zero_hook_count_regression.py",
     "v1/zero/test_zero_torch_func.py",
-    "v1/zero/test_zero_user_backward.py",
     "v1/half_precision/test_bf16.py",
-    "v1/half_precision/test_mixed_precision_dtype.py",
-    "runtime/half_precision/test_fp16.py",
     "runtime/half_precision/test_zero_optim_overflow.py",
-    "runtime/test_ds_initialize.py",
-    "runtime/test_multiple_models.py",
+    "runtime/half_precision/test_fp16.py",
     "runtime/test_no_sync_ctxt.py",
+    "runtime/test_multiple_models.py",
 ]
 BUILD = """
 from deepspeed.accelerator import get_accelerator
@@ -186,12 +174,12 @@ def made_acco(result: dict) -> bool:
 def summary(results: dict[str, dict[str, dict]]) -> str:
     """A table of the files and a list of what did not pass."""
     schedules = list(results)
-    files = sorted({name.split("::")[0] for tests in results.values() for name in tests})
+    files = sorted({name.split("::")[0].removeprefix("unit/") for tests in results.values() for name in tests})
     lines = ["| file | tests with stage 1 and Adam(W) | " + " | ".join(f"{s} passed" for s in schedules) + " |"]
     lines.append("|---|" + "---|" * (1 + len(schedules)))
     for file in files:
         counted = {
-            schedule: [r for name, r in tests.items() if name.split("::")[0] == file and was_asked(r)]
+            schedule: [r for name, r in tests.items() if name.startswith(f"unit/{file}::") and was_asked(r)]
             for schedule, tests in results.items()
         }
         if any(counted.values()):
@@ -199,17 +187,17 @@ def summary(results: dict[str, dict[str, dict]]) -> str:
             lines.append(f"| {file} | {len(counted[schedules[0]])} | " + " | ".join(passed) + " |")
     for schedule, tests in results.items():
         asked = {name: r for name, r in tests.items() if was_asked(r)}
-        outcomes = [r["outcome"] for r in tests.values()]
         made = sum(made_acco(r) for r in asked.values())
-        lines.append(
-            f"\n{schedule}: {len(asked)} counted, in {made} of them an ACCO engine was made; "
-            + ", ".join(f"{outcomes.count(o)} {o}" for o in sorted(set(outcomes)))
-            + " of all"
-        )
-        for name, r in asked.items():
-            if r["outcome"] != "passed":
-                reason = (r["reason"].splitlines() or [""])[0]
-                lines.append(f"  {r['outcome']} {name}\n      {reason[:300]}")
+        lines.append(f"\n{schedule}: {len(asked)} counted, an ACCO engine was made in {made} of them")
+        failures = collections.defaultdict(list)
+        for name, result in asked.items():
+            if result["outcome"] != "passed":
+                reason = (result["reason"].splitlines() or [""])[0]
+                failures[name.split("[")[0].removeprefix("unit/"), result["outcome"], reason[:300]].append(name)
+        for (test, outcome, reason), names in failures.items():
+            lines.append(f"  {len(names)} {outcome}: {test}\n      {reason}")
+        others = collections.Counter(r["outcome"] for name, r in tests.items() if name not in asked)
+        lines.append(f"  not counted: {', '.join(f'{n} {outcome}' for outcome, n in sorted(others.items())) or 'none'}")
     return "\n".join(lines)
 
 
@@ -237,7 +225,7 @@ def main() -> None:
                 results.setdefault(schedule, {}).update(suite.results)
                 args.json.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
                 print(f"{schedule} {file} {time.time() - began:.0f} s", flush=True)
-    print(summary(results))
+    print(summary(results), flush=True)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,29 @@ def _prepare_forks() -> None:
     cpuinfo.get_cpu_info()
 
 
+def _stand_in_for_a_gpu() -> None:
+    """Lets tests run on a CPU that only ask for what it has under another name: also with ``stock``."""
+    import torch
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from deepspeed.git_version_info import torch_info
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    CPU_Accelerator.current_device = CPU_Accelerator.current_device_name  # the tests take it for a device
+    CPU_Accelerator.is_fp16_supported = lambda self: True  # which DeepSpeed denies, and torch computes
+    CPU_Accelerator.supported_dtypes = lambda self: [torch.float, torch.half, torch.bfloat16]
+    torch_info.update(version="2.13", cuda_version="12.0", nccl_version="2.20", bf16_support=True)
+    parallel = torch.nn.parallel.DistributedDataParallel
+    make_parallel = parallel.__init__
+
+    @functools.wraps(make_parallel)
+    def init(self, module, device_ids=None, output_device=None, **kwargs):
+        make_parallel(self, module, **kwargs)
+
+    parallel.__init__ = init
+    if not hasattr(DeepSpeedEngine, "sparse_tensor_module_names"):  # newer than the tests: there are none any more
+        DeepSpeedEngine.sparse_tensor_module_names = frozenset()
+
+
 def install() -> None:
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfig
@@ -103,6 +126,7 @@ def install() -> None:
     from torch.optim import Optimizer
 
     _prepare_forks()
+    _stand_in_for_a_gpu()
     replaces = SCHEDULE != "stock"
     if replaces:
         import deepspeed_acco  # noqa: F401
