@@ -207,8 +207,9 @@ def main() -> None:
     parser.add_argument("--schedules", nargs="+", default=["stock", "sync"], choices="stock sync acco dpu wp".split())
     parser.add_argument("--json", type=Path, required=True, help="results; those of other runs in it are kept")
     parser.add_argument("--files", nargs="+", default=FILES, help="relative to the checkout's tests/unit")
-    parser.add_argument("pytest_args", nargs="*", help="after --: for pytest")
-    args = parser.parse_args()
+    parser.epilog = "What comes after -- goes to pytest."
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args = parser.parse_args(sys.argv[1:end])
     results = json.loads(args.json.read_text()) if args.json.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         for schedule in args.schedules:
@@ -217,7 +218,7 @@ def main() -> None:
                 if "stock" not in results:
                     parser.error(f"--schedules {schedule} needs the results of stock in {args.json}: run stock first")
                 only = {name for name, result in results["stock"].items() if was_asked(result)}
-            suite = Suite(args.checkout.resolve(), schedule, Path(folder), only, args.pytest_args)
+            suite = Suite(args.checkout.resolve(), schedule, Path(folder), only, sys.argv[end + 1 :])
             suite.build_operators()
             for file in args.files:
                 began = time.time()

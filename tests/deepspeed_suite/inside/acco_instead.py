@@ -115,6 +115,15 @@ def _stand_in_for_a_gpu() -> None:
         make_parallel(self, module, **kwargs)
 
     parallel.__init__ = init
+    gather = torch.distributed.all_gather_into_tensor
+
+    @functools.wraps(gather)
+    def gather_scalars(output_tensor, input_tensor, *args, **kwargs):
+        return gather(
+            output_tensor, input_tensor.reshape(-1) if input_tensor.dim() == 0 else input_tensor, *args, **kwargs
+        )
+
+    torch.distributed.all_gather_into_tensor = gather_scalars  # NCCL takes scalars, gloo does not
     if not hasattr(DeepSpeedEngine, "sparse_tensor_module_names"):  # newer than the tests: there are none any more
         DeepSpeedEngine.sparse_tensor_module_names = frozenset()
 
