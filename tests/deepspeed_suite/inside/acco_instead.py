@@ -106,7 +106,7 @@ def _stand_in_for_a_gpu() -> None:
     CPU_Accelerator.current_device = CPU_Accelerator.current_device_name  # the tests take it for a device
     CPU_Accelerator.is_fp16_supported = lambda self: True  # which DeepSpeed denies, and torch computes
     CPU_Accelerator.supported_dtypes = lambda self: [torch.float, torch.half, torch.bfloat16]
-    torch_info.update(version="2.13", cuda_version="12.0", nccl_version="2.20", bf16_support=True)
+    torch_info.update(cuda_version="12.0", nccl_version="2.20", bf16_support=True)
     parallel = torch.nn.parallel.DistributedDataParallel
     make_parallel = parallel.__init__
 
