@@ -205,6 +205,13 @@ def _log_start(engine, wrapper: AccoZeroOptimizer) -> None:
     if given:
         reasons = "; ".join(f"{key} ({_NO_EFFECT[key]})" for key in given)
         logger().info(f"ACCO: accepted without effect in zero_optimization: {reasons}")
+    raw = engine._config._param_dict
+    bf16 = raw.get("bf16", raw.get("bfloat16"))
+    if isinstance(bf16, dict) and bf16.get("enabled") and not bf16.get("check_grad_overflow", True):
+        logger().warning(
+            "ACCO: accepted without effect: bf16.check_grad_overflow = false; a step with a non-finite gradient is "
+            "always skipped, and engine.skipped_steps counts it"
+        )
     if engine.wall_clock_breakdown():
         logger().warning("ACCO: wall_clock_breakdown waits for the device at every timer and costs overlap")
 

@@ -257,3 +257,10 @@ def test_ranks_that_differ_are_told():
             assert "differ from rank" in message and "estimate_fraction=0." in message
     finally:
         pool.close()
+
+
+def test_a_switched_off_overflow_check_is_told(ranks):
+    config = training.ds_config(2) | {"bf16": {"enabled": True, "check_grad_overflow": False}}
+    (lines, _), (second, _) = ranks(2).run(_log_of_start, config=config)
+    assert any("accepted without effect: bf16.check_grad_overflow = false" in line for line in lines)
+    assert not second
