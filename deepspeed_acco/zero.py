@@ -471,6 +471,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             return
         if state_dict_list is None:
             standing, reason = None, "a universal checkpoint holds no others"
+            self._link_all_hp_params()  # DeepSpeed 0.16.9 leaves the masters' links pointing at a moment
         else:
             state = state_dict_list[self._driver.comm.rank].get(checkpoint.KEY)
             standing, reason = checkpoint.from_state(state, self._settings.schedule, self.shard_numels())
@@ -478,6 +479,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
                 self._position = Position(window=state["window"])
         if standing is not None:
             self._driver.stand_on(standing)
+            self._driver.show_true()  # until training goes on, as after saving
         elif self._engine().global_rank == 0:
             logger().info(f"ACCO: training goes on at the loaded true weights: {reason}")
 

@@ -79,6 +79,7 @@ def _bytes_moved(numel):
     for name in ("ours", "gloo"):
         dist.barrier()
         begin = _loopback_bytes()
+        dist.barrier()  # no rank sends before all have read the counter
         for _ in range(3):
             if name == "ours":
                 comm.reduce_scatter_sum(whole, shard)
@@ -87,6 +88,7 @@ def _bytes_moved(numel):
                 scatter(shard[0], whole[0], group=gloo)
         dist.barrier()
         moved[name] = _loopback_bytes() - begin
+        dist.barrier()
     comm.destroy()
     return moved
 
@@ -98,7 +100,7 @@ def test_half_the_bytes_of_gloos_own_reduce_scatter(ranks, world_size, capsys):
     with capsys.disabled():
         print(f"\n{world_size} ranks, bytes on the loopback interface: {moved}")
     needed = 3 * 4 * numel * (world_size - 1)  # every rank sends each other its shard
-    assert needed < moved["ours"] < 1.05 * needed
+    assert needed < moved["ours"] < 1.1 * needed  # acknowledgements vary
     assert moved["ours"] < 0.55 * moved["gloo"]
 
 
