@@ -2,7 +2,9 @@
 
 import itertools
 
+import deepspeed
 import pytest
+from packaging.version import Version
 
 from deepspeed_acco.settings import phase_a_micro_batches
 from tests import oracle, training
@@ -103,7 +105,20 @@ def test_learning_rate_of_the_window(ranks, schedule):
     check_equal(records, reference, 12, delay=0 if schedule == "sync" else 1)
 
 
-@pytest.mark.parametrize("style", ["torch", "no_sync", "boundary", "unmanaged"])
+def _since(version, style, reason):
+    is_older = Version(deepspeed.__version__) < Version(version)
+    return pytest.param(style, marks=pytest.mark.skipif(is_older, reason=f"before DeepSpeed {version} {reason}"))
+
+
+STYLES = [
+    _since("0.18.9", "torch", "there is no engine.scale"),
+    _since("0.18.9", "no_sync", "no_sync does not divide the loss by n"),
+    "boundary",
+    _since("0.19", "unmanaged", "there is no managed_gradient_accumulation"),
+]
+
+
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("schedule", ["acco", "wp"])
 def test_styles_of_accumulation(ranks, schedule, style):
     config = training.ds_config(4, 2.0, schedule=schedule)
