@@ -179,7 +179,8 @@ def run_windows(
                 look(engine, window, micro_batch)
             if is_last or style in ("engine", "torch", "boundary"):
                 engine.step()
-        record["norms"].append(float(engine.get_global_grad_norm()))
+        norm = engine.get_global_grad_norm()
+        record["norms"].append(None if norm is None else float(norm))  # None: stock stage 0 in fp32
         record["skipped"].append(engine.skipped_steps)
         record["lr"].append(engine.get_lr()[0])
         record["scale"].append(getattr(engine.optimizer, "cur_scale", 1.0))

@@ -635,7 +635,8 @@ def test_options_that_newer_deepspeeds_removed(ranks, option):
         return
     if option == "eigenvalue":
         pytest.skip("compute_eigenvalue() is only reached with quantize_training, which needs CUDA kernels")
-    stock = {**changed, "optimizer": STOCK}
+    # Stage 0: the stage 1 of these versions fails by itself with newer versions of torch.
+    stock = {**changed, "optimizer": STOCK, "zero_optimization": {"stage": 0}}
     theirs, mine, plain = (
         ranks(2).run(_dropping, config=config, windows=8)[0] for config in (stock, changed, _config("sync"))
     )
