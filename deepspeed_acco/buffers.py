@@ -74,7 +74,11 @@ class FlatBuffers:
 
     def own_bytes(self) -> int:
         """Bytes of A, X and the reduced shards: what this library adds to weights and optimizer state."""
-        return self._comm.nbytes + sum(tensor.nbytes for tensor in (*self.grads, *self.reduced))
+        return sum(tensor.nbytes for tensor in (self._comm, *self.grads, *self.reduced))
+
+    def tensors(self) -> list[Tensor]:
+        """P, A, X and the reduced shards, each once."""
+        return [self._comm, *self.live, *self.grads, *self.reduced]
 
 
 def _allocate_comm(live: list[Tensor], comm_dtype: torch.dtype) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:

@@ -18,6 +18,7 @@ from .buffers import FlatBuffers
 from .comm import Communicator
 from .lanes import HostValue, InlineLane
 from .ops import AdamWShard, adamw_commit, adamw_estimate, sum_of_squares
+from .pages import use_huge_pages
 from .rounds import COMMIT, ESTIMATE, PREDICT, Place, Round
 from .settings import AdamWHyper
 from .update import sums_of_error_and_step
@@ -83,6 +84,13 @@ class RoundDriver:
         self._rounds_started = 0
         self._is_showing_true = False
         self._kept_predictions: list[Tensor] | None = None
+        self.lay_out_pages()
+
+    def lay_out_pages(self) -> None:
+        """Large pages for everything that a round walks through; again whenever a tensor of the shards was replaced."""
+        for shard in self.shards:
+            use_huge_pages((shard.master, shard.exp_avg, shard.exp_avg_sq))
+        use_huge_pages(self.buffers.tensors())
 
     # ---- boundaries
 

@@ -3,6 +3,7 @@
 """``ds_acco kernels``: what the two rounds cost per parameter, beside other AdamW implementations and a plain copy.
 
 Every candidate runs once per turn, in an order that changes from turn to turn; the figures are medians over the turns.
+The rounds' operands lie in the pages that training gives them (pages.py), other optimizers' in those that they get.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from . import ops, update
+from .pages import use_huge_pages
 from .settings import AdamWHyper
 
 _HYPER = AdamWHyper(lr=1e-4)
@@ -57,6 +59,7 @@ class _Operands:
         self.scale = torch.ones((), device=device)
         self.is_finite = torch.ones((), dtype=torch.bool, device=device)
         self.out = torch.empty(numel, dtype=weight_dtype, device=device)
+        self.huge_page_bytes = use_huge_pages((*self.state(), self.grad, self.out))
 
     def state(self):
         return self.shard.master, self.shard.exp_avg, self.shard.exp_avg_sq
@@ -75,12 +78,14 @@ class _Operands:
         overload = getattr(torch.ops.deepspeed_acco, name)
         return lambda: overload(*self.state(), self.grad, self.out)
 
-    def optimizer(self, make) -> torch.optim.Optimizer:
+    def optimizer(self, make, in_huge_pages: bool = False) -> torch.optim.Optimizer:
         """One that trains a copy of the master in place, with an fp32 gradient as such optimizers want it."""
         param = torch.nn.Parameter(self.shard.master.clone())
         param.grad = self.grad.float()
         optimizer = make([param])
         optimizer.step()  # makes its state
+        if in_huge_pages:
+            use_huge_pages((param.data, param.grad, *filter(torch.is_tensor, optimizer.state[param].values())))
         return optimizer
 
 
@@ -129,6 +134,8 @@ def candidates(numel: int, device: torch.device, max_blocks: int) -> tuple[list[
         remarks.append(f"no native kernels on {device.type}: {ops.kernels_reason(device)}")
     low = _Operands(numel, device, bf16, bf16)
     full = _Operands(numel, device, fp32, fp32)
+    if low.huge_page_bytes:
+        remarks.append("the rounds' operands lie in 2 MiB pages, as in training; other optimizers make their own")
 
     def add(name, operands, state_bytes, run):
         grad_dtype, weight_dtype = operands.grad.dtype, operands.out.dtype
@@ -150,6 +157,9 @@ def candidates(numel: int, device: torch.device, max_blocks: int) -> tuple[list[
     fused = full.optimizer(lambda params: torch.optim.AdamW(params, lr=_HYPER.lr, fused=True))
     foreach = full.optimizer(lambda params: torch.optim.AdamW(params, lr=_HYPER.lr, foreach=True))
     found.append(_Candidate("torch AdamW, fused", fp32, fp32, step_bytes, fused.step))
+    if full.huge_page_bytes:
+        moved = full.optimizer(lambda params: torch.optim.AdamW(params, lr=_HYPER.lr, fused=True), in_huge_pages=True)
+        found.append(_Candidate("torch AdamW, fused, in 2 MiB pages", fp32, fp32, step_bytes, moved.step))
     found.append(_Candidate("torch AdamW, foreach", fp32, fp32, step_bytes, foreach.step))
     name, make, why_not = _deepspeed_candidate(device)
     if make is None:

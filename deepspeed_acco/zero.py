@@ -528,6 +528,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             state = self.optimizer.state[master]
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=master.device).reshape(())
             shard.exp_avg, shard.exp_avg_sq, shard.step = state["exp_avg"], state["exp_avg_sq"], state["step"]
+        driver.lay_out_pages()
         for group in self.optimizer.param_groups:
             for key, value in FUSED_ADAM_KEYS.items():  # the loaded groups may be another optimizer's
                 group.setdefault(key, value)

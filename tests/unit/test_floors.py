@@ -13,6 +13,7 @@ FLOORS = {
     "ops": 1,
     "update": 1,
     "reference": 1,
+    "pages": 1,
     "comm": 2,
     "lanes": 2,
     "buffers": 2,
