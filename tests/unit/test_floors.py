@@ -10,6 +10,7 @@ FLOORS = {
     "rounds": 0,
     "layout": 0,
     "settings": 0,
+    "plan": 0,
     "ops": 1,
     "update": 1,
     "reference": 1,
@@ -26,6 +27,7 @@ FLOORS = {
     "plugin": 4,
     "op_builder": 4,
     "kernel_bench": 4,
+    "planning": 4,
     "cli": 4,
     "__init__": 5,
 }

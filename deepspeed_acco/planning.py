@@ -1,0 +1,454 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""``ds_acco plan``: asks plan.py for a model, a cluster and a step that the user describes or has measured, and prints
+what it says. Everything printed is labelled as prediction."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+import textwrap
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from . import plan
+from .plan import Cluster, Model, Work, seconds
+
+_DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# Seconds of AdamW per parameter: 28 bytes at 2.8 TB/s (an H100's memory); README's CPU kernel, rounded up.
+_UPDATE_S = {"nccl": 1e-11, "gloo": 1e-9}
+# NCCL's own figure for a step of a ring on a network (src/graph/tuning.cc: 9.6 us); an assumption for TCP.
+_LATENCY_S = {"nccl": 10e-6, "gloo": 50e-6}
+_RATE_UNITS = {"bit": 1 / 8, "kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8, "tbit": 1e12 / 8}
+_BYTE_RATE_UNITS = {"B/s": 1.0, "kB/s": 1e3, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12}
+_TIME_UNITS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+_SIZE_UNITS = {"MB": 1e6, "GB": 1e9, "MiB": 2.0**20, "GiB": 2.0**30}
+_MEASURED_BY_RESULTS = (
+    *("params", "model", "ranks", "micro_batch_ms", "micro_batch_size", "n", "round_ms", "backend"),
+    *("dtype", "comm_dtype", "accumulation_dtype"),
+)
+_SWEEP_UP_TO = 4096
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a plan is made of; ``micro_batch_size`` is in samples, 1 where it is not known."""
+
+    model: Model
+    cluster: Cluster
+    work: Work
+    micro_batch_size: int = 1
+
+
+def from_measurement(
+    header: Mapping[str, Any],
+    compute_s: float,
+    round_s: float,
+    *,
+    latency_s: float = 0.0,
+    hosts: int | None = None,
+    update_s_per_parameter: float | None = None,
+) -> Inputs:
+    """The inputs of a plan from a short measured run: its network is the one that makes a round as long as measured.
+
+    Args:
+        header: the first line of a rank's record: ``world_size``, ``numel``, ``weight_bytes``, ``comm_bytes``, ``n``,
+            ``micro_batch`` (samples) and ``device``; ``a``, if there and not None, becomes ``estimate_fraction``.
+        compute_s: C, the computation of one whole step.
+        round_s: R, one round with nothing beside it.
+        latency_s: the part of R that does not depend on the bytes, per message; 0: all of R scales with its bytes.
+        update_s_per_parameter: None: that of the device (module constants).
+
+    Raises:
+        ValueError: for a header without one of these keys, and for what :func:`plan.calibrated` refuses.
+    """
+    keys = ("world_size", "numel", "weight_bytes", "comm_bytes", "n", "micro_batch", "device")
+    missing = [key for key in keys if key not in header]
+    if missing:
+        raise ValueError(
+            f"plan: the record's header has no {', '.join(missing)}. Record the run again with this version"
+        )
+    if header["device"] not in ("cpu", "cuda"):
+        raise ValueError(f"plan: device = {header['device']!r} is not allowed; allowed: cpu, cuda")
+    backend = "nccl" if header["device"] == "cuda" else "gloo"
+    update_s = _UPDATE_S[backend] if update_s_per_parameter is None else update_s_per_parameter
+    n, a = header["n"], header.get("a")
+    model = Model(header["numel"], header["weight_bytes"], header["comm_bytes"], header["weight_bytes"])
+    work = Work(compute_s / n, n, update_s, 0.5 if a is None else a / n)
+    anywhere = Cluster(header["world_size"], 1.0, latency_s, backend, hosts)
+    return Inputs(model, plan.calibrated(model, anywhere, work, round_s), work, header["micro_batch"])
+
+
+def from_results(path: str | Path, **options) -> Inputs:
+    """The same from the ``results.json`` that ``ds_acco compare`` wrote; ``options`` as in :func:`from_measurement`.
+
+    Raises:
+        ValueError: when the file is not one.
+    """
+    try:
+        results = json.loads(Path(path).read_text())
+        reference, n, ranks = results["reference"], results["n"], results["world_size"]
+        header = {key: results[key] for key in ("world_size", "n", "device")} | dict(results["model"])
+        header["micro_batch"] = results["samples_per_step"] // (n * ranks)
+        compute_s, round_s = reference["compute_s"], reference["round_s"]
+    except (OSError, json.JSONDecodeError) as cause:
+        raise ValueError(f"plan: --results {path} cannot be read: {cause}") from cause
+    except (KeyError, TypeError) as cause:
+        raise ValueError(f"plan: --results {path} is no results.json of ds_acco compare: it lacks {cause}") from cause
+    return from_measurement(header, compute_s, round_s, **options)
+
+
+def count_parameters(name: str) -> int:
+    """Trainable parameters of a transformers model, built on the meta device, so without its weights.
+
+    Args:
+        name: a name on the hub, a folder with a config.json, or such a file.
+
+    Raises:
+        ValueError: when there is no such config, or transformers is not installed.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as cause:
+        raise ValueError(f"plan: --model needs transformers ({cause}). Install it, or give --params") from cause
+    try:
+        if Path(name).is_file():
+            config = transformers.AutoConfig.for_model(**json.loads(Path(name).read_text()))
+        else:
+            config = transformers.AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            try:
+                model = transformers.AutoModelForCausalLM.from_config(config)
+            except ValueError:  # not a causal language model
+                model = transformers.AutoModel.from_config(config)
+    except (OSError, ValueError, KeyError, TypeError) as cause:
+        raise ValueError(
+            f"plan: --model {name!r} gives no model: {textwrap.shorten(str(cause), 200)}. Allowed: a name on the hub, "
+            "a folder with config.json, such a file with its model_type; or give --params"
+        ) from cause
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+# ---- arguments
+
+
+def _quantity(text: str, units: Mapping[str, float], example: str) -> float:
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/]+)\s*", text)
+    if match and match[2] in units:
+        try:
+            value = float(match[1]) * units[match[2]]
+        except ValueError:
+            value = 0.0
+        if value > 0:
+            return value
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not allowed; allowed: a number > 0 with one of {', '.join(units)}, for example {example}"
+    )
+
+
+def bandwidth(text: str) -> float:
+    """Bytes/s of ``300mbit``, ``100Gbit``, ``12.5GB/s``."""
+    lowered = text.lower()
+    if lowered.rstrip().endswith("bit"):
+        return _quantity(lowered, _RATE_UNITS, "25gbit")
+    return _quantity(text, _BYTE_RATE_UNITS | _RATE_UNITS, "25gbit")
+
+
+def duration(text: str) -> float:
+    """Seconds of ``10us``; ``0`` is allowed."""
+    return 0.0 if text.strip() == "0" else _quantity(text, _TIME_UNITS, "10us")
+
+
+def size(text: str) -> float:
+    """Bytes of ``80GiB``."""
+    return _quantity(text, _SIZE_UNITS, "80GiB")
+
+
+def count(text: str) -> int:
+    """A whole number >= 1, also as ``7e9``."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not math.isfinite(value) or value < 1 or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number >= 1, for example 8 or 7e9")
+    return int(value)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not math.isfinite(value) or value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a number > 0")
+    return value
+
+
+def add_command(commands) -> None:
+    """Adds ``plan`` to the subcommands of ``ds_acco`` (the object of ``add_subparsers``)."""
+    parser = commands.add_parser(
+        "plan",
+        help="predicts time and memory of a step under each ZeRO stage and ACCO schedule, and says what to set",
+        description="Predicts time and memory of a step under each ZeRO stage and ACCO schedule. The terms and their "
+        "sources are in the docstring of deepspeed_acco/plan.py.",
+    )
+    add = parser.add_argument
+    add("--params", type=count, help="trainable parameters, for example 7e9")
+    add("--model", metavar="CONFIG", help="instead: a transformers config (name, folder or .json), built and counted")
+    add("--results", metavar="FILE", help="instead of all of it: results.json of ds_acco compare")
+    add("--ranks", type=count, help="data-parallel ranks")
+    add("--hosts", type=count, help="they share the ranks equally (default: one rank in each)")
+    add("--bandwidth", type=bandwidth, help="of one host in one direction: 300mbit, 100gbit, 12.5GB/s")
+    add("--latency", type=duration, help="of one message (default: 10us with nccl, 50us with gloo)")
+    add(
+        "--efficiency",
+        type=_positive,
+        help="part of the bandwidth that carries payload (default: 0.9 nccl, 0.956 gloo)",
+    )
+    add("--micro-batch-ms", type=_positive, help="forward and backward of one micro-batch")
+    add("--micro-batch-size", type=count, help="its samples: lets the advice cut it")
+    add("--n", type=count, help="gradient_accumulation_steps")
+    add("--round-ms", type=_positive, help="a measured round; the network is then what makes it so long")
+    add("--estimate-fraction", type=_positive, help="ACCO's key (default: 0.5)")
+    add("--dtype", choices=_DTYPE_BYTES, help="of the weights (default: bf16)")
+    add("--comm-dtype", choices=_DTYPE_BYTES, help="of the gradients sent (default: that of the weights)")
+    add("--accumulation-dtype", choices=_DTYPE_BYTES, help="of the gradients summed (default: that of the weights)")
+    add("--backend", choices=plan.BACKENDS, help="default: nccl")
+    add("--update-ns", type=_positive, help="AdamW per parameter in ns (default: 0.01 with nccl, 1 with gloo)")
+    add("--device-memory", type=size, help="of one rank, for model states: stages that do not fit are not compared")
+    add(
+        "--sweep-ranks",
+        type=count,
+        nargs="*",
+        metavar="N",
+        help=f"also a table over ranks (default: to {_SWEEP_UP_TO})",
+    )
+    add("--json", metavar="FILE", help="also write the figures there")
+    parser.set_defaults(run=run)
+
+
+def _require_options(options: argparse.Namespace, names: list[str], reason: str) -> None:
+    for name in names:
+        if getattr(options, name) is None:
+            raise ValueError(f"plan: --{name.replace('_', '-')} is missing; {reason}")
+
+
+def inputs_of(options: argparse.Namespace) -> Inputs:
+    """What the parsed arguments describe.
+
+    Raises:
+        ValueError: for arguments that are missing, contradict one another, or that plan.py refuses.
+    """
+    if options.results is not None:
+        inputs = _inputs_of_results(options)
+    else:
+        inputs = _inputs_of_arguments(options)
+    if options.estimate_fraction is not None:
+        inputs = replace(inputs, work=replace(inputs.work, estimate_fraction=options.estimate_fraction))
+    if options.device_memory is not None:
+        inputs = replace(inputs, cluster=replace(inputs.cluster, memory_bytes=options.device_memory))
+    return inputs
+
+
+def _update_s(options: argparse.Namespace) -> float | None:
+    return None if options.update_ns is None else options.update_ns * 1e-9
+
+
+def _inputs_of_results(options: argparse.Namespace) -> Inputs:
+    for name in _MEASURED_BY_RESULTS:
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"plan: --{name.replace('_', '-')} cannot be given with --results, which has it. Remove one"
+            )
+    return from_results(
+        options.results,
+        latency_s=options.latency or 0.0,
+        hosts=options.hosts,
+        update_s_per_parameter=_update_s(options),
+    )
+
+
+def _inputs_of_arguments(options: argparse.Namespace) -> Inputs:
+    if (options.params is None) == (options.model is None):
+        raise ValueError("plan: give one of --params, --model and --results")
+    _require_options(options, ["ranks", "micro_batch_ms", "n"], "or give --results with a measured run")
+    if options.round_ms is None:
+        _require_options(options, ["bandwidth"], "or give a measured --round-ms")
+    backend = options.backend or "nccl"
+    dtype = options.dtype or "bf16"
+    model = Model(
+        options.params or count_parameters(options.model),
+        _DTYPE_BYTES[dtype],
+        _DTYPE_BYTES[options.comm_dtype or dtype],
+        _DTYPE_BYTES[options.accumulation_dtype or dtype],
+    )
+    update_s = _update_s(options)
+    work = Work(options.micro_batch_ms * 1e-3, options.n, _UPDATE_S[backend] if update_s is None else update_s)
+    measured = options.round_ms is not None
+    latency = options.latency if options.latency is not None else (0.0 if measured else _LATENCY_S[backend])
+    cluster = Cluster(
+        options.ranks, options.bandwidth or 1.0, latency, backend, options.hosts, efficiency=options.efficiency
+    )
+    if measured:
+        cluster = plan.calibrated(model, cluster, work, options.round_ms * 1e-3)
+    return Inputs(model, cluster, work, options.micro_batch_size or 1)
+
+
+# ---- what is printed
+
+
+def _describe(inputs: Inputs, is_measured: bool) -> str:
+    model, cluster, work = inputs.model, inputs.cluster, inputs.work
+    rate = f"{cluster.payload_rate * 8 / 1e9:.3g} Gbit/s of payload"
+    hosts = f" on {cluster.host_count} hosts" if cluster.host_count != cluster.ranks else ""
+    return (
+        f"PREDICTION, not a measurement ({'network from a measured round' if is_measured else 'from formulas alone'}; "
+        "terms and sources: deepspeed_acco/plan.py)\n"
+        f"{model.numel:,} parameters of {model.weight_bytes} bytes, {cluster.ranks} ranks{hosts}, {cluster.backend}, "
+        f"{rate}, {seconds(cluster.latency_s) if cluster.latency_s else 'no'} latency, "
+        f"{work.n} micro-batches of {seconds(work.micro_batch_s)}"
+    )
+
+
+def _columns(rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    )
+
+
+def table(inputs: Inputs) -> str:
+    """One line per stage and schedule."""
+    baseline = plan.best_stage(inputs.model, inputs.cluster, inputs.work)
+    rows = [["", "s/step", "samples/s", "exposed s", "sent GB", "GiB/rank"]]
+    for row in plan.predict_all(inputs.model, inputs.cluster, inputs.work):
+        relative = f"{baseline.step_s / row.step_s:.2f}" if baseline else "-"
+        fits = "" if row.memory_bytes <= inputs.cluster.memory_bytes else " too much"
+        figures = [f"{row.step_s:.4g}", relative, f"{row.exposed_s:.3g}", f"{row.wire_bytes / 1e9:.4g}"]
+        rows.append([row.name, *figures, f"{row.memory_bytes / 2**30:.3g}{fits}"])
+    notes = [
+        f"samples/s: 1 is {baseline.name}, the fastest stage that fits" if baseline else "no stage fits",
+        "exposed: communication and update that nothing hides. GiB/rank: model states, without activations",
+        "zero1, zero2: with overlap_comm; -reduce: with use_multi_rank_bucket_allreduce false",
+    ]
+    return _columns(rows) + "\n" + "\n".join(notes)
+
+
+def words(advice: plan.Advice) -> str:
+    """The advice: what to set, then why."""
+    if advice.name is None:
+        setting = "Nothing fits."
+    elif advice.estimate_fraction is None:
+        setting = f"Use DeepSpeed's {advice.name}; ACCO does not pay here."
+    else:
+        fraction = f', "estimate_fraction": {advice.estimate_fraction:.4g}' if advice.name == "acco" else ""
+        setting = (
+            f'Use ACCO: {{"schedule": "{advice.name}"{fraction}}}, "gradient_accumulation_steps": {advice.n}; '
+            f"{advice.speedup:.2f}x the speed of {advice.baseline}."
+        )
+    wrap = textwrap.TextWrapper(width=116, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join([setting, *(wrap.fill(sentence) for sentence in advice.sentences)])
+
+
+def sweep(inputs: Inputs, ranks: list[int]) -> list[dict[str, Any]]:
+    """The step at other numbers of ranks, with the same micro-batches on each (so the batch grows with them)."""
+    rows = []
+    in_host = inputs.cluster.ranks // inputs.cluster.host_count
+    if not ranks:
+        powers = (in_host * 2**power for power in range(1, _SWEEP_UP_TO.bit_length()))
+        ranks = [number for number in powers if number <= max(_SWEEP_UP_TO, inputs.cluster.ranks)]
+    names = [name for name in ("acco", "wp", "dpu", "sync") if name != "acco" or inputs.work.n > 1]
+    for number in ranks:
+        cluster = inputs.cluster.with_ranks(number)
+        commit = plan.round_s(inputs.model, cluster, inputs.work)
+        stage = plan.best_stage(inputs.model, cluster, inputs.work)
+        row: dict[str, Any] = {"ranks": number, "round_s": commit, "ratio": commit / inputs.work.compute_s}
+        row |= {"stage": stage and stage.name, "stage_s": stage and stage.step_s}
+        row |= {name: plan.predict(name, inputs.model, cluster, inputs.work).step_s for name in names}
+        row["acco_memory_bytes"] = plan.memory_bytes("acco", inputs.model, number)
+        rows.append(row)
+    return rows
+
+
+def sweep_table(rows: list[dict[str, Any]], has_latency: bool) -> str:
+    """Of what :func:`sweep` gave."""
+    names = [name for name in ("acco", "wp", "dpu", "sync") if name in rows[0]]
+    lines = [["ranks", "R s", "R/C", "best stage", "s/step", *names, "ACCO GiB/rank"]]
+    for row in rows:
+        stage = [row["stage"], f"{row['stage_s']:.4g}"] if row["stage"] else ["none fits", "-"]
+        figures = [f"{row[name]:.4g}" for name in names]
+        memory = f"{row['acco_memory_bytes'] / 2**30:.3g}"
+        lines.append([str(row["ranks"]), f"{row['round_s']:.4g}", f"{row['ratio']:.3g}", *stage, *figures, memory])
+    said = "PREDICTION over ranks: the same micro-batches on each, so the batch grows with them"
+    if not has_latency:
+        said += "; WITHOUT latency, give --latency"
+    return said + "\n" + _columns(lines)
+
+
+def _bandwidth_alone(options: argparse.Namespace, inputs: Inputs) -> str:
+    """How far a round computed from the bandwidth is off the measured one."""
+    latency = _LATENCY_S[inputs.cluster.backend] if options.latency is None else options.latency
+    nominal = replace(inputs.cluster, bandwidth=options.bandwidth, latency_s=latency, efficiency=options.efficiency)
+    computed = plan.round_s(inputs.model, nominal, inputs.work)
+    measured = plan.round_s(inputs.model, inputs.cluster, inputs.work)
+    return (
+        f"From the bandwidth alone a round would take {seconds(computed)}, {100 * (computed / measured - 1):+.0f} % "
+        "against the measured one."
+    )
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(inside) for key, inside in value.items()}
+    return None if isinstance(value, float) and math.isinf(value) else value
+
+
+def _report(inputs: Inputs, advice: plan.Advice, sweep_rows: list[dict[str, Any]] | None) -> dict[str, Any]:
+    model, cluster, work = inputs.model, inputs.cluster, inputs.work
+    return {
+        "prediction": True,
+        "model": asdict(model),
+        "cluster": _finite(asdict(cluster)),
+        "work": asdict(work),
+        "compute_s": work.compute_s,
+        "round_s": plan.round_s(model, cluster, work),
+        "rows": [asdict(row) for row in plan.predict_all(model, cluster, work)],
+        "stops_paying": None if work.n == 1 else _finite(plan.stops_paying(model, cluster, work)),
+        "advice": asdict(advice),
+        "sweep": sweep_rows,
+    }
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the plan; returns the exit status: 2 for arguments that cannot be used."""
+    try:
+        inputs = inputs_of(options)
+        advice = plan.advise(inputs.model, inputs.cluster, inputs.work, inputs.micro_batch_size)
+        rows = None if options.sweep_ranks is None else sweep(inputs, options.sweep_ranks)
+    except ValueError as error:
+        print(f"ds_acco {error}", file=sys.stderr)
+        return 2
+    is_measured = options.results is not None or options.round_ms is not None
+    print(_describe(inputs, is_measured), table(inputs), words(advice), sep="\n\n")
+    if is_measured and options.bandwidth is not None:
+        print(_bandwidth_alone(options, inputs))
+    if rows is not None:
+        print("\n" + sweep_table(rows, inputs.cluster.latency_s > 0))
+    if options.json:
+        try:
+            Path(options.json).write_text(json.dumps(_report(inputs, advice, rows), indent=2) + "\n")
+        except OSError as error:
+            print(f"ds_acco plan: --json {options.json} cannot be written: {error}", file=sys.stderr)
+            return 2
+    return 0

@@ -1,0 +1,542 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""The plan's formulas against simulations of the rings, hand-made sums, published and measured figures."""
+
+import json
+import math
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deepspeed_acco import plan, planning
+from deepspeed_acco.cli import main
+from deepspeed_acco.plan import Cluster, Model, Work, predict
+from deepspeed_acco.rounds import COMMIT, ESTIMATE, PREDICT
+from deepspeed_acco.settings import phase_a_micro_batches
+
+ROOT = Path(__file__).parents[2]
+
+# 1000 parameters, V = 2000 bytes; with 4 ranks at 1000 bytes/s a reduce-scatter or an all-gather takes 1.5 s.
+SMALL = Model(1000)
+WORK = Work(micro_batch_s=2.0, n=4, update_s_per_parameter=0.0)
+NORM_S = 2 * 16 * 3 / 4 / 1000
+
+
+def slow(ranks=4, **changes):
+    return Cluster(ranks, 1000.0, backend="gloo", efficiency=1.0, **changes)
+
+
+# ---- collectives
+
+
+def simulate_ring(ranks, whole_bytes, rate, latency_s, rounds):
+    """Every step each rank passes one chunk on and waits for the one that arrives; (bytes sent by a rank, seconds)."""
+    chunk = whole_bytes / ranks
+    now, sent = [0.0] * ranks, [0.0] * ranks
+    for _ in range(rounds * (ranks - 1)):
+        leaves = list(now)
+        for rank in range(ranks):
+            sent[rank] += chunk
+            now[rank] = max(leaves[rank], leaves[rank - 1]) + latency_s + chunk / rate
+    assert len(set(sent)) == 1
+    return sent[0], max(now)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8, 17])
+def test_rings(ranks):
+    cluster = slow(ranks, latency_s=0.25)
+    for collective, rounds in ((plan.all_gather, 1), (plan.all_reduce, 2), (plan.reduce_scatter, 2)):
+        cost = collective(cluster, 5000.0)
+        assert (cost.wire_bytes, cost.seconds) == pytest.approx(simulate_ring(ranks, 5000.0, 1000.0, 0.25, rounds))
+    nccl = replace(cluster, backend="nccl")
+    fast = replace(nccl, latency_s=0.0)  # no latency: the ring, whose rate is the higher
+    assert plan.reduce_scatter(fast, 5000.0).seconds == pytest.approx(5000 * (ranks - 1) / ranks / 1000)
+    assert plan.reduce_scatter(nccl, 5000.0).seconds <= simulate_ring(ranks, 5000.0, 1000.0, 0.25, 1)[1] + 1e-9
+
+
+def test_tree_where_it_is_cheaper():
+    cluster = Cluster(4096, 1e10, 10e-6, efficiency=1.0)
+    assert plan.all_gather(cluster, 0).seconds == pytest.approx(12 * 10e-6)
+    assert plan.all_reduce(cluster, 0).seconds == pytest.approx(24 * 10e-6)
+    assert plan.all_reduce(cluster, 1e12).seconds == pytest.approx(2e12 * 4095 / 4096 / 1e10 + 2 * 4095 * 10e-6)
+    packed = replace(cluster, hosts=512)  # 8 ranks a host: no tree for an all-gather; 7 steps inside, 9 between hosts
+    assert plan.all_gather(packed, 0).seconds == pytest.approx((511 + 3584 * 3.4 / 9.6) * 10e-6)
+    assert plan.all_reduce(packed, 0).seconds == pytest.approx(2 * (7 * 3.4 / 9.6 + 9) * 10e-6)
+    assert plan.all_gather(replace(cluster, backend="gloo"), 0).seconds == pytest.approx(4095 * 10e-6)
+
+
+@pytest.mark.parametrize(("ranks", "hosts"), [(2, 2), (6, 2), (6, 3), (6, 6), (8, 2)])
+def test_direct_exchange_counts_what_crosses_a_hosts_link(ranks, hosts):
+    part = 1200.0 / ranks
+    host = [rank * hosts // ranks for rank in range(ranks)]
+    crossing = sum(part for a in range(ranks) for b in range(ranks) if host[a] == 0 and host[b] != 0)
+    cost = plan.acco_reduce_scatter(slow(ranks, hosts=hosts), 1200.0)
+    assert cost.seconds == pytest.approx(crossing / 1000)
+    assert cost.wire_bytes == pytest.approx((ranks - 1) * part)
+
+
+def test_reduce_to_each_rank():
+    # gloo, 4 ranks, V = 4000: each of four reduces of 1000 bytes sends 3 x 250 round the ring, then 250 to the root,
+    # whose link receives 3 x 250; a rank is the root once and sends it 3 times.
+    cost = plan.reduce_to_each(slow(4, latency_s=0.0), 4000.0)
+    assert cost.wire_bytes == pytest.approx(4 * 750 + 3 * 250)
+    assert cost.seconds == pytest.approx(4 * (0.75 + 0.75))
+    chain = plan.reduce_to_each(Cluster(4, 1000.0, 0.5, efficiency=1.0), 4000.0)
+    assert chain.wire_bytes == 3 * 1000
+    assert chain.seconds == pytest.approx(4 * (1.0 + 4 * 0.5))
+    assert plan.reduce_to_each(slow(1), 4000.0) == plan.NOTHING
+
+
+# ---- steps
+
+
+@pytest.mark.parametrize(
+    ("name", "exposed_s"),
+    [
+        ("zero0", 3.0),  # one all-reduce
+        ("zero1", 3.0 + 1.5),
+        ("zero1-reduce", 3.0 + 1.5),  # gloo's reduce: as long as an all-reduce
+        ("zero2", 4 * 3.0 + 1.5),  # at every micro-batch
+        ("zero2-reduce", 4 * 3.0 + 1.5),
+        ("zero3", 4 * (1.5 + 1.5 + 3.0)),  # gloo's reduce-scatter: as an all-reduce
+        ("sync", 3.0),
+        ("acco", 0.0),  # A = B = 4 s, R = 3 s
+        ("wp", 0.0),
+        ("dpu", 0.0),
+    ],
+)
+def test_steps_by_hand(name, exposed_s):
+    row = predict(name, SMALL, slow(), WORK)
+    norm = 0.0 if exposed_s == 0 else NORM_S
+    assert row.exposed_s == pytest.approx(exposed_s + norm)
+    assert row.step_s == pytest.approx(8.0 + exposed_s + norm)
+    assert row.bound_s == (None if name.startswith("zero") else row.step_s)
+
+
+def test_bytes_on_the_wire():
+    sent = {name: predict(name, SMALL, slow(), WORK).wire_bytes for name in plan.NAMES}
+    norm = 2 * 16 * 3 / 4
+    assert sent["dpu"] == sent["wp"] == sent["sync"] == 3000 + norm  # RS + AG
+    assert sent["acco"] == 2 * sent["dpu"]
+    assert sent["zero0"] == 3000 + norm
+    assert sent["zero1"] == 4500 + norm
+    assert sent["zero2"] == 4 * 3000 + 1500 + norm
+    assert sent["zero3"] == 4 * (1500 + 1500 + 3000) + norm
+    on_nccl = replace(slow(), backend="nccl")
+    assert predict("zero3", SMALL, on_nccl, WORK).wire_bytes == 4 * 3 * 1500 + norm
+    assert predict("zero1-reduce", SMALL, on_nccl, WORK).wire_bytes == 3000 + norm
+    mixed = Model(1000, weight_bytes=2, comm_bytes=4, accumulation_bytes=4)
+    assert predict("dpu", mixed, slow(), WORK).wire_bytes == 3000 + 1500 + norm
+
+
+def test_acco_takes_the_longer_of_phase_and_round():
+    work = Work(1.0, 5, 0.0, estimate_fraction=0.8)
+    rounds = 3.0 + NORM_S
+    assert predict("acco", SMALL, slow(), work).step_s == pytest.approx(4.0 + rounds)  # A = 4 > R, B = 1 < R
+    assert predict("wp", SMALL, slow(), work).step_s == 5.0
+    assert plan.bound_s("acco", 4.0, 1.0, 5.0, 0.5) == 6.0
+    assert plan.bound_s("dpu", 4.0, 1.0, 6.0) == 6.0
+    assert plan.bound_s("sync", 4.0, 1.0, 6.0) == 11.0
+
+
+def test_updates():
+    work = replace(WORK, update_s_per_parameter=0.028)
+    base = 3.0 + NORM_S
+    assert plan.round_s(SMALL, slow(), work, COMMIT) == pytest.approx(base + 250 * 0.028)
+    assert plan.round_s(SMALL, slow(), work, ESTIMATE) == pytest.approx(base + 250 * 0.016)
+    assert plan.round_s(SMALL, slow(), work, PREDICT) == pytest.approx(base + 250 * 0.044)
+    assert predict("zero0", SMALL, slow(), work).exposed_s == pytest.approx(3.0 + NORM_S + 1000 * 0.028)
+    assert predict("zero1", SMALL, slow(), work).exposed_s == pytest.approx(4.5 + NORM_S + 250 * 0.028)
+
+
+@pytest.mark.parametrize("backend", plan.BACKENDS)
+def test_one_rank_and_an_infinite_network_take_the_computation(backend):
+    alone = Cluster(1, 1.0, 1.0, backend)
+    perfect = Cluster(64, 1e30, 0.0, backend)
+    for cluster in (alone, perfect):
+        for row in plan.predict_all(SMALL, cluster, WORK):
+            assert row.step_s == pytest.approx(8.0), row.name
+            assert row.exposed_s == pytest.approx(0.0, abs=1e-9)
+    assert all(row.wire_bytes == 0 for row in plan.predict_all(SMALL, alone, WORK))
+
+
+def simulate_buckets(backward_s, reduction_s, buckets):
+    """The backward fills a bucket, waits for the reduction before, starts this one's; seconds until all is reduced."""
+    now, reduced = 0.0, 0.0
+    for _ in range(buckets):
+        now = max(now + backward_s / buckets, reduced)
+        reduced = now + reduction_s / buckets
+    return reduced
+
+
+@pytest.mark.parametrize("reduction_s", [0.0, 0.3, 2.0])
+@pytest.mark.parametrize("numel", [400_000_000, 5_000_000_000])
+def test_overlap_comm_hides_all_buckets_but_the_last(numel, reduction_s):
+    model, buckets = Model(numel), math.ceil(numel / 500_000_000)
+    rate = 2 * 2 * numel * 3 / 4 / reduction_s if reduction_s else 1e30
+    cluster = Cluster(4, rate, efficiency=1.0)
+    work = Work(1.5, 2, 0.0)  # a backward of 1 s
+    expected = simulate_buckets(1.0, reduction_s, buckets) - 1.0
+    gather = reduction_s / 2
+    assert predict("zero1", model, cluster, work).exposed_s == pytest.approx(expected + gather, abs=1e-6)
+    assert predict("zero2", model, cluster, work).exposed_s == pytest.approx(2 * expected + gather, abs=1e-6)
+    without = replace(cluster, overlaps_stock=False)
+    assert predict("zero1", model, without, work).exposed_s == pytest.approx(reduction_s + gather, abs=1e-6)
+
+
+def test_zero3_hides_behind_forward_and_backward():
+    # A forward of 0.5 s beside 0.6 s of gathering, a backward of 1 s beside 0.6 + 0.6 s.
+    cluster = Cluster(4, 2 * 1000 * 3 / 4 / 0.6, efficiency=1.0)
+    row = predict("zero3", SMALL, cluster, Work(1.5, 2, 0.0))
+    assert row.exposed_s == pytest.approx(2 * (0.1 + 0.2), rel=0.02)  # and the norm's 16 bytes
+
+
+def test_memory_is_that_of_the_zero_paper():
+    # ZeRO, figure 1: 7.5B parameters, 64 ranks. Ours has DeepSpeed's fp32 gradient of the shard on top.
+    model, extra = Model(7_500_000_000), 4 * 7.5e9 / 64
+    for name, gigabytes in (("zero1", 31.4), ("zero2", 16.6), ("zero3", 1.9)):
+        assert (plan.memory_bytes(name, model, 64) - extra) / 1e9 == pytest.approx(gigabytes, abs=0.05)
+    assert (plan.memory_bytes("zero0", model, 64) - 4 * 7.5e9) / 1e9 == pytest.approx(120, abs=0.05)
+    assert plan.memory_bytes("zero0", Model(10, 4, 4, 4), 2) == 160  # torch's AdamW: weight, gradient, two states
+    assert plan.memory_bytes("zero3", Model(10), 4) == 20 * 3  # shards are rounded up
+
+
+def test_memory_above_zero1_is_the_measured_one():
+    measured = json.loads((ROOT / "benchmarks/results/memory.json").read_text())
+    model, ranks = Model(measured["numel"]), measured["ranks"]
+    above = (plan.memory_bytes("acco", model, ranks) - plan.memory_bytes("zero1", model, ranks)) / model.numel
+    assert above == pytest.approx(measured["above_zero1_bytes_per_param"]["acco"], rel=0.05)
+
+
+# ---- the committed measurement
+
+
+def _two_hosts():
+    measured = json.loads((ROOT / "benchmarks/results/two_hosts_300mbit.json").read_text())
+    work = Work(measured["micro_batch_s"], measured["n"], update_s_per_parameter=1e-9)
+    return measured, Model(measured["numel"]), Cluster(2, 300e6 / 8, backend="gloo"), work
+
+
+def test_the_measured_steps_within_ten_percent():
+    measured, model, cluster, work = _two_hosts()
+    cluster = plan.calibrated(model, cluster, work, measured["round_alone_s"])
+    assert plan.round_s(model, cluster, work) == pytest.approx(measured["round_alone_s"], rel=1e-9)
+    for row in measured["rows"]:
+        assert predict(row["config"], model, cluster, work).step_s == pytest.approx(row["step_s"], rel=0.10), row
+
+
+def test_the_bandwidth_alone_makes_the_round_thirteen_percent_too_short():
+    measured, model, cluster, work = _two_hosts()
+    alone = plan.round_s(model, cluster, work)
+    assert alone == pytest.approx(2e7 / (300e6 / 8) * 1514 / 1448 + 0.005, rel=1e-3)  # two times V/2, and the update
+    assert alone / measured["round_alone_s"] == pytest.approx(0.868, abs=0.005)
+    for row in measured["rows"]:  # nearly all of it is computation
+        assert predict(row["config"], model, cluster, work).step_s == pytest.approx(row["step_s"], rel=0.10), row
+
+
+def test_a_calibrated_network_scales_by_bytes():
+    work = replace(WORK, update_s_per_parameter=0.01)
+    cluster = plan.calibrated(SMALL, slow(), work, 3.0 + 2.5)  # 2.5 s of it are the update
+    exposed = predict("zero1", SMALL, cluster, work).exposed_s - 2.5
+    assert exposed == pytest.approx(3.0 * (4500 + 24) / (3000 + 24))
+    latent = plan.calibrated(SMALL, Cluster(4, 1.0, 0.1), work, 5.5)
+    assert plan.round_s(SMALL, latent, work) == pytest.approx(5.5)
+    with pytest.raises(ValueError, match="update and the latencies alone take 2.5"):
+        plan.calibrated(SMALL, slow(), work, 2.4)
+    with pytest.raises(ValueError, match="one rank communicates nothing"):
+        plan.calibrated(SMALL, slow(1), work, 3.0)
+
+
+# ---- advice
+
+
+def _work_at(ratio, n=8, cluster=None, **changes):
+    """Of SMALL: such that R/C is ``ratio``."""
+    return Work((3.0 + NORM_S) / ratio / n, n, 0.0, **changes)
+
+
+def test_where_acco_stops_paying():
+    work, cluster = _work_at(0.3), slow()
+    norm = NORM_S
+    assert plan.stops_paying(SMALL, cluster, work, ["sync"]) == pytest.approx(1.0)  # 2R = C + R
+    assert plan.stops_paying(SMALL, cluster, work, ["zero0"]) == pytest.approx(1.0)
+    expected = (3.0 + norm) / (2 * (3.0 + norm) - (4.5 + norm))  # 2R = C + 1.5 R: about 2
+    assert plan.stops_paying(SMALL, cluster, work, ["zero1"]) == pytest.approx(expected)
+    assert expected == pytest.approx(2.0, rel=0.02)
+    assert plan.stops_paying(SMALL, cluster, work, ["wp"]) is None
+    assert plan.stops_paying(SMALL, cluster, work, ["zero3"]) == math.inf
+    assert plan.stops_paying(SMALL, cluster, work) == pytest.approx(1.0)
+    assert plan.stops_paying(SMALL, slow(1), work) is None
+
+
+@pytest.mark.parametrize(
+    ("ratio", "name", "speedup", "says"),
+    [
+        (0.01, "zero0", 1.0, "Nothing to win: communication and update make a step of zero0 only 1 % longer"),
+        (0.3, "acco", 1.3, "Everything is hidden"),
+        (0.5, "acco", 1.5, "Everything is hidden"),
+        (0.8, "acco", 1.8 / 1.6, "A part is hidden"),
+        (1.5, "wp", 2.5 / 1.5, "The network is slower than the computation"),
+    ],
+)
+def test_advice_over_the_regimes(ratio, name, speedup, says):
+    advice = plan.advise(SMALL, slow(), _work_at(ratio))
+    assert (advice.name, advice.baseline) == (name, "zero0")
+    assert advice.speedup == pytest.approx(speedup, rel=1e-3)
+    text = " ".join(advice.sentences)
+    assert says in text
+    assert ("at a price" in text) == (ratio > 0.6)
+    assert ("If the batch may grow: n =" in text) == (ratio > 0.6)
+
+
+def test_the_larger_batch_hides_everything():
+    work = _work_at(0.8)
+    sentence = next(said for said in plan.advise(SMALL, slow(), work).sentences if "If the batch may grow" in said)
+    assert "n = 14 " in sentence  # 2 x 0.8 x 8 = 12.8
+    larger = replace(work, n=14)
+    assert predict("acco", SMALL, slow(), larger).step_s == pytest.approx(larger.compute_s)
+    fewer = replace(work, n=12)
+    assert predict("acco", SMALL, slow(), fewer).step_s > 1.01 * fewer.compute_s
+
+
+def test_window_and_fraction_at_the_same_batch():
+    odd = _work_at(0.45, n=3)
+    cut = plan.best_window(SMALL, slow(), odd, micro_batch_size=2)
+    assert (cut.n, cut.estimate_fraction, cut.compute_s) == (6, 0.5, pytest.approx(odd.compute_s))
+    assert plan.best_window(SMALL, slow(), odd, micro_batch_size=1).n == 3
+    assert "An even n has equal phases" in " ".join(plan.advise(SMALL, slow(), odd).sentences)
+    one = _work_at(0.3, n=1)
+    assert plan.best_window(SMALL, slow(), one, 1) is None
+    assert plan.best_window(SMALL, slow(), one, 4).n == 2
+    assert "n = 1 has no second phase" in " ".join(plan.advise(SMALL, slow(), one).sentences)
+    assert plan.advise(SMALL, slow(), one, 4).n == 2
+    assert "acco" not in [row.name for row in plan.predict_all(SMALL, slow(), one)]
+    # Where a COMMIT is longer than an ESTIMATE, phase A is: R_commit = 3 + 7, R_estimate = 3 + 4 s, C = 17.1 s.
+    uneven = Work(1.71, 10, 0.028)
+    assert plan.best_split(SMALL, slow(), uneven).estimate_fraction == 0.6
+    for n in range(2, 40):
+        assert all(phase_a_micro_batches(n, a / n) == a for a in range(1, n))
+
+
+def test_advice_with_one_rank_and_with_little_memory():
+    assert "One rank communicates nothing" in " ".join(plan.advise(SMALL, slow(1), WORK).sentences)
+    work = _work_at(0.3)
+    need = {name: plan.memory_bytes(name, SMALL, 4) for name in plan.NAMES}
+    without_zero0 = plan.advise(SMALL, slow(memory_bytes=need["acco"]), work)
+    assert (without_zero0.name, without_zero0.baseline) == ("acco", "zero1")
+    without_acco = plan.advise(SMALL, slow(memory_bytes=need["zero1"]), work)
+    assert (without_acco.name, without_acco.baseline) == ("zero1", "zero1")
+    assert "ACCO's model states do not fit" in without_acco.sentences[-1]
+    nothing = plan.advise(SMALL, slow(memory_bytes=10.0), work)
+    assert (nothing.name, nothing.baseline, nothing.speedup) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Model(0), "numel = 0 is not allowed; allowed: a whole number"),
+        (lambda: Model(7e9), "numel = 7000000000.0 is not allowed"),
+        (lambda: Model(5, weight_bytes=1), "weight_bytes = 1"),
+        (lambda: Cluster(0, 1.0), "ranks = 0"),
+        (lambda: Cluster(2, 0), "bandwidth = 0"),
+        (lambda: Cluster(2, 1.0, -1.0), "latency_s = -1.0"),
+        (lambda: Cluster(2, 1.0, backend="mpi"), "backend = 'mpi' is not allowed; allowed: nccl or gloo"),
+        (lambda: Cluster(6, 1.0, hosts=4), "hosts = 4 .* divides the 6 ranks"),
+        (lambda: Cluster(2, 1.0, efficiency=1.1), "efficiency = 1.1"),
+        (lambda: Cluster(2, 1.0, memory_bytes=0), "memory_bytes = 0"),
+        (lambda: Work(0.0, 2), "micro_batch_s = 0.0"),
+        (lambda: Work(1.0, 0), "n = 0"),
+        (lambda: Work(1.0, 2, -1.0), "update_s_per_parameter = -1.0"),
+        (lambda: Work(1.0, 2, estimate_fraction=1.0), "estimate_fraction = 1.0"),
+        (lambda: predict("zero4", SMALL, slow(), WORK), "name = 'zero4' .* zero0, zero1,"),
+        (lambda: predict("acco", SMALL, slow(), replace(WORK, n=1)), "gradient_accumulation_steps = 1"),
+        (lambda: slow(8, hosts=2).with_ranks(12 + 1), "ranks = 13 .* multiples of the 4 ranks of a host, from 8 on"),
+        (lambda: slow(8, hosts=2).with_ranks(4), "from 8 on"),
+    ],
+)
+def test_what_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# ---- the command
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("300mbit", 37.5e6),
+        ("25Gbit", 3.125e9),
+        ("12.5GB/s", 12.5e9),
+        ("8 bit", 1.0),
+        ("1e3kbit", 125e3),
+        ("2kB/s", 2e3),
+    ],
+)
+def test_bandwidths(text, value):
+    assert planning.bandwidth(text) == pytest.approx(value)
+
+
+def test_durations_sizes_and_counts():
+    assert [planning.duration(text) for text in ("10us", "1.5ms", "2s", "0")] == pytest.approx([1e-5, 1.5e-3, 2.0, 0.0])
+    assert planning.size("80GiB") == 80 * 2**30
+    assert [planning.count(text) for text in ("8", "7e9")] == [8, 7_000_000_000]
+
+
+@pytest.mark.parametrize(
+    ("parse", "text"),
+    [
+        (planning.bandwidth, "300"),
+        (planning.bandwidth, "300mbps"),
+        (planning.bandwidth, "-3mbit"),
+        (planning.bandwidth, "0mbit"),
+        (planning.bandwidth, "1.2.3mbit"),
+        (planning.bandwidth, "10gb/s"),
+        (planning.duration, "10"),
+        (planning.duration, "10min"),
+        (planning.size, "80"),
+        (planning.count, "1.5"),
+        (planning.count, "0"),
+        (planning.count, "nan"),
+        (planning.count, "inf"),
+        (planning._positive, "nan"),
+        (planning._positive, "x"),
+    ],
+)
+def test_quantities_that_are_refused(parse, text):
+    with pytest.raises(planning.argparse.ArgumentTypeError, match="is not allowed; allowed:"):
+        parse(text)
+
+
+ARGUMENTS = ["plan", "--params", "1e7", "--ranks", "2", "--micro-batch-ms", "265", "--n", "8", "--backend", "gloo"]
+
+
+def test_the_command(tmp_path, capsys):
+    report = tmp_path / "plan.json"
+    assert main([*ARGUMENTS, "--round-ms", "648", "--bandwidth", "300mbit", "--json", str(report)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("PREDICTION, not a measurement")
+    assert (
+        'Use ACCO: {"schedule": "acco", "estimate_fraction": 0.5}, "gradient_accumulation_steps": 8; 1.31x' in printed
+    )
+    assert "From the bandwidth alone a round would take 563 ms, -13 % against the measured one." in printed
+    written = json.loads(report.read_text())
+    assert [row["name"] for row in written["rows"]] == list(plan.NAMES)
+    assert written["round_s"] == pytest.approx(0.648)
+    assert written["cluster"]["memory_bytes"] is None
+
+
+def test_sweep_over_ranks(tmp_path, capsys):
+    report = tmp_path / "plan.json"
+    arguments = ["plan", "--params", "7e9", "--ranks", "16", "--hosts", "2", "--bandwidth", "100gbit", "--n", "8"]
+    assert main([*arguments, "--micro-batch-ms", "700", "--sweep-ranks", "--json", str(report)]) == 0
+    assert "PREDICTION over ranks" in capsys.readouterr().out
+    rows = json.loads(report.read_text())["sweep"]
+    assert [row["ranks"] for row in rows] == [16 * 2**power for power in range(9)]
+    assert all(low["round_s"] < high["round_s"] for low, high in zip(rows, rows[1:]))
+    alone = Cluster(4096, 100e9 / 8, 10e-6, hosts=512)
+    assert rows[-1]["acco"] == pytest.approx(predict("acco", Model(7_000_000_000), alone, Work(0.7, 8)).step_s)
+    assert main([*arguments, "--micro-batch-ms", "700", "--sweep-ranks", "24", "20"]) == 2
+    assert "ranks = 20 is not allowed; allowed: multiples of the 8 ranks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "--ranks", "2"], "give one of --params, --model and --results"),
+        (ARGUMENTS, "--bandwidth is missing; or give a measured --round-ms"),
+        ([*ARGUMENTS, "--model", "x", "--bandwidth", "1gbit"], "give one of --params, --model"),
+        ([*ARGUMENTS, "--bandwidth", "1gbit", "--hosts", "3"], "hosts = 3 is not allowed"),
+        ([*ARGUMENTS, "--bandwidth", "1gbit", "--estimate-fraction", "1.5"], "estimate_fraction = 1.5"),
+        ([*ARGUMENTS, "--round-ms", "1"], "update and the latencies alone"),
+        (["plan", "--results", "no/such.json"], "--results no/such.json cannot be read"),
+        (["plan", "--results", "x.json", "--n", "4"], "--n cannot be given with --results"),
+        (["plan", "--results", "x.json", "--dtype", "bf16"], "--dtype cannot be given with --results"),
+        (
+            [*ARGUMENTS, "--bandwidth", "1gbit", "--json", "no/such/plan.json"],
+            "--json no/such/plan.json cannot be written",
+        ),
+        (["plan", "--params", "5", "--ranks", "2", "--n", "2", "--bandwidth", "1gbit"], "--micro-batch-ms is missing"),
+    ],
+)
+def test_arguments_that_are_refused(arguments, message, capsys):
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("ds_acco plan: ") and message in said
+
+
+HEADER = {
+    "rank": 0,
+    "world_size": 2,
+    "optimizer": "ACCO",
+    "schedule": "sync",
+    "stage": 1,
+    "numel": 10_000_000,
+    "weight_bytes": 2,
+    "comm_bytes": 4,
+    "n": 8,
+    "a": None,
+    "micro_batch": 3,
+    "samples_per_step": 48,
+    "device": "cpu",
+}
+
+
+def test_inputs_from_a_measurement():
+    inputs = planning.from_measurement(HEADER, compute_s=2.0, round_s=0.7)
+    assert inputs.model == Model(10_000_000, 2, 4, 2)
+    assert (inputs.work.n, inputs.work.micro_batch_s, inputs.work.estimate_fraction) == (8, 0.25, 0.5)
+    assert (inputs.cluster.ranks, inputs.cluster.backend, inputs.micro_batch_size) == (2, "gloo", 3)
+    assert plan.round_s(inputs.model, inputs.cluster, inputs.work) == pytest.approx(0.7)
+    # What is not the update moves 2 + 4 bytes for half of the parameters.
+    assert inputs.cluster.payload_rate == pytest.approx((6 / 2 * 1e7 + 16) / (0.7 - 1e-9 * 5e6))
+    on_gpu = planning.from_measurement({**HEADER, "device": "cuda", "a": 6}, 2.0, 0.7)
+    assert (on_gpu.cluster.backend, on_gpu.work.estimate_fraction) == ("nccl", 0.75)
+    with pytest.raises(ValueError, match="header has no numel, device"):
+        planning.from_measurement({k: v for k, v in HEADER.items() if k not in ("numel", "device")}, 2.0, 0.7)
+    with pytest.raises(ValueError, match="device = 'xpu'"):
+        planning.from_measurement({**HEADER, "device": "xpu"}, 2.0, 0.7)
+
+
+def test_inputs_from_results(tmp_path, capsys):
+    results = {
+        "version": 1,
+        "world_size": 2,
+        "device": "cpu",
+        "n": 8,
+        "samples_per_step": 48,
+        "model": {"numel": 10_000_000, "weight_bytes": 2, "comm_bytes": 4},
+        "reference": {"compute_s": 2.0, "round_s": 0.7, "micro_batch_s": 0.25},
+    }
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    assert planning.from_results(path) == planning.from_measurement(HEADER, 2.0, 0.7)
+    assert main(["plan", "--results", str(path), "--estimate-fraction", "0.25", "--device-memory", "1GiB"]) == 0
+    assert "network from a measured round" in capsys.readouterr().out
+    del results["reference"]
+    path.write_text(json.dumps(results))
+    assert main(["plan", "--results", str(path)]) == 2
+    assert "no results.json of ds_acco compare: it lacks 'reference'" in capsys.readouterr().err
+
+
+def test_counting_a_transformers_config(tmp_path):
+    config = {"model_type": "gpt2", "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": 50}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    block = 2 * 16 + (8 * 24 + 24) + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8)
+    expected = 50 * 8 + 16 * 8 + 2 * block + 16  # the head is tied to the embedding
+    assert planning.count_parameters(str(tmp_path)) == expected
+    assert planning.count_parameters(str(tmp_path / "config.json")) == expected
+    (tmp_path / "config.json").write_text('{"model_type": "nonesuch"}')
+    with pytest.raises(ValueError, match="gives no model: .*nonesuch.* or give --params"):
+        planning.count_parameters(str(tmp_path / "config.json"))
+
+
+def test_the_readme_prints_what_the_command_prints(capsys):
+    section = (ROOT / "README.md").read_text().split("\n## Plan\n")[1].split("\n## ")[0]
+    command = section.split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
+    printed = section.split("```text\n")[1].split("```")[0]
+    program, *arguments = shlex.split(command)
+    assert program == "ds_acco" and main(arguments) == 0
+    assert capsys.readouterr().out == printed
