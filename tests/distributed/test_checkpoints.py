@@ -559,7 +559,8 @@ def _run_with_kills(folder, config, dice):
     return launch(script, folder, json.dumps(config), STEPS), kill_at
 
 
-@pytest.mark.parametrize("schedule", ["acco", pytest.param("wp", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("schedule", ["acco", "wp"])
 def test_killed_again_and_again(schedule, tmp_path):
     """The launched run, killed twice and resumed from its last checkpoint: every step's losses, also of the steps
     that were trained twice, and the last weights are those of the run that nobody killed."""

@@ -183,8 +183,10 @@ print("reached the end", flush=True)
 """
 
 
-LEAVING = [("exit mid", "acco"), ("exit", "wp"), ("destroy mid", "acco"), ("group mid", "dpu")]
+LEAVING = [("exit mid", "acco"), ("group mid", "dpu")]
 LEAVING_OTHERWISE = [
+    ("exit", "wp"),
+    ("destroy mid", "acco"),
     ("exit", "acco"),
     ("destroy", "wp"),
     ("group", "acco"),
