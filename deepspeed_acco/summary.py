@@ -372,6 +372,11 @@ def _beside(config, best, summary, is_emulated) -> list[str]:
             f"{best['idle_share']:.0%} with {best['name']}; {config['hidden_share']:.0%} of {name}'s communication "
             "is hidden"
         )
+        if config["of_bound"] < 1 - LITTLE:
+            sentences.append(
+                f"{name} took less than its bound of {config['bound_s']:.3g} s: the machine was not equally fast "
+                "in all runs, so repeat this with nothing else running"
+            )
         reasons = _reasons(config, best, summary, is_emulated)
         if reasons and (ratio["verdict"] != "faster" or config["of_bound"] > 1 + LITTLE):
             sentences.append(f"Why {name} is not faster: {'; '.join(reasons)}")
