@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +31,7 @@ LOG = "log.txt"
 POLL_S = 0.1
 TIMED_OUT = 124  # as timeout(1) says it
 REMOTE_END_S = 30.0  # for the launcher to end what it started on other machines
+INTERRUPT_S = 2.0
 KILL_S = 30.0
 
 
@@ -188,11 +190,18 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 
 
 def end_processes(folder: Path) -> None:
-    """Kills every process of the run in ``folder``.
+    """Ends every process of the run in ``folder``. The ranks are interrupted first: one that is building an operator
+    then takes back its lock, for which later runs would wait for ever. What is left after that is killed.
 
     Raises:
         RuntimeError: when one is still there after half a minute.
     """
+    left = processes_of(folder)
+    ranks = [process for process in left if _is_rank(process)]
+    for process in ranks:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(signal.SIGINT)
+    psutil.wait_procs(ranks, timeout=INTERRUPT_S)
     deadline = time.monotonic() + KILL_S
     while left := processes_of(folder):
         if time.monotonic() > deadline:
@@ -201,6 +210,12 @@ def end_processes(folder: Path) -> None:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(left, timeout=1)
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error, OSError):
+        return "LOCAL_RANK" in process.environ()
+    return False
 
 
 def _remove_shared_memory(port: int) -> None:

@@ -210,20 +210,25 @@ def _port(log: Path) -> str:
 
 SLEEP = """
 import os, signal, subprocess, sys, time
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+if os.environ["RANK"] == "0":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(900)"], start_new_session=True)
 place = os.environ["DEEPSPEED_ACCO_RECORD"] + "/pids" + os.environ["RANK"]
 with open(place + ".part", "w") as file:
     file.write(f"{os.getpid()} {os.getppid()} {child.pid}")
 os.rename(place + ".part", place)
-time.sleep(900)
+try:
+    time.sleep(900)
+finally:
+    open(place + ".released", "w").close()
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
 def test_an_interrupt_ends_every_process(tmp_path, number):
-    """Ranks that ignore it, and grandchildren in sessions of their own, are ended, too."""
+    """Ranks that ignore it, and grandchildren in sessions of their own, are ended, too; one that holds a lock can give
+    it back."""
     script = tmp_path / "sleep.py"
     script.write_text(SLEEP)
     out = tmp_path / "out"
@@ -248,6 +253,7 @@ def test_an_interrupt_ends_every_process(tmp_path, number):
     assert process.returncode == 130, errors
     assert "interrupted; the same command goes on from here" in errors and "Traceback" not in errors
     assert not _processes_with(str(folder))
+    assert (folder / "pids1.released").exists() and not (folder / "pids0.released").exists()
     assert not (folder / "done.json").exists() and not (out / "results.json").exists()
 
 
