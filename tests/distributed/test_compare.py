@@ -208,6 +208,39 @@ def _port(log: Path) -> str:
     return log.read_text().split("--master_port=")[1].split()[0]
 
 
+# Stands for a network of machines: each command runs here, with only the environment that a remote shell would have.
+PDSH = """#!{python}
+import os, subprocess, sys
+words = sys.argv[1:]
+hosts = words[words.index("-w") + 1].split(",")
+command = " ".join(words[words.index("-w") + 2 :])
+bare = {{key: os.environ[key] for key in ("HOME", "PATH", "TORCH_EXTENSIONS_DIR")}}
+started = [subprocess.Popen(["bash", "-c", command.replace("%n", str(i))], env=bare) for i in range(len(hosts))]
+sys.exit(max(process.wait() for process in started))
+"""
+
+
+@pytest.mark.full
+def test_a_hostfile(no_report, tmp_path, monkeypatch):
+    script, tools = tmp_path / "train.py", tmp_path / "tools"
+    script.write_text(TRAIN)
+    tools.mkdir()
+    (tools / "pdsh").write_text(PDSH.format(python=sys.executable))
+    (tools / "ssh").write_text("#!/bin/sh\necho 127.0.0.1\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("# two machines\nfirst slots=1\nsecond slots=1\n")
+    out = tmp_path / "out"
+    arguments = ["compare", _write_config(tmp_path, "mine", schedule="sync"), "--script", str(script)]
+    arguments += ["--hostfile", str(hostfile), "--passes", "1", "--out", str(out), "--", "--out", "{out}"]
+    assert cli.main(arguments) == 0, (out / "runs" / "mine" / "1" / "log.txt").read_text()
+    results = json.loads((out / "results.json").read_text())
+    assert results["world_size"] == 2 and results["network"] == f"hostfile {hostfile}, 2 hosts"
+    assert len(results["configs"][0]["peak_bytes"]) == 2
+
+
 SLEEP = """
 import os, signal, subprocess, sys, time
 if os.environ["RANK"] == "0":
