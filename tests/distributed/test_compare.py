@@ -5,6 +5,7 @@
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -97,9 +98,10 @@ def test_recording_changes_no_bit_and_tells_the_truth(ranks, tmp_path, name):
         assert [line["step"] for line in steps] == list(range(1, 9))
         assert [line["step"] for line in steps if line["looked"]] == [5, 7]
         assert steps[0]["step_s"] is None
-        for line, before, end in zip(steps[1:], mine["ends"], mine["ends"][1:]):
-            assert line["step_s"] == pytest.approx(end - before, abs=0.02)
-            assert 0 < line["inside_s"] < line["step_s"]
+        assert all(0 < line["inside_s"] < line["step_s"] for line in steps[1:])
+        errors = [line["step_s"] - (b - a) for line, a, b in zip(steps[1:], mine["ends"], mine["ends"][1:])]
+        inside_s = statistics.median(line["inside_s"] for line in steps)
+        assert abs(statistics.median(errors)) < min(1e-3, inside_s / 4)
         assert all(line["peak_bytes"] > 50e6 for line in steps) and all(line["loss"] is None for line in steps)
         if schedule is None:
             assert all(line["rounds"] is line["round_s"] is line["exposed_s"] is None for line in steps)
