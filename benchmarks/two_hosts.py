@@ -3,7 +3,8 @@
 """Step time on two hosts with a slow link: ACCO's schedules and DeepSpeed's stages beside the bound.
 
 Two network namespaces on this machine, joined by a bridge and shaped with tc, stand for the hosts (Linux, root and
-iproute2 needed); DeepSpeed's launcher starts one rank in each. The accelerator is emulated (emulated.py).
+iproute2 needed); DeepSpeed's launcher starts one rank in each. The accelerator is emulated. ``ds_acco compare --hosts 2
+--emulate-compute 250`` measures the same with a process for every run; here one process has all of them.
 
     python benchmarks/two_hosts.py --rate 300mbit --out benchmarks/results/two_hosts.json
 
@@ -16,74 +17,14 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).resolve()
-SUBNET = "10.77.0."
+sys.path.insert(0, str(HERE.parents[1]))
 CONFIGS = ("acco", "wp", "dpu", "sync", "zero0", "zero1", "zero2", "zero3")
-
-
-def shell(command: str, check: bool = True) -> None:
-    subprocess.run(command, shell=True, check=check, capture_output=not check)
-
-
-class TwoHosts:
-    """Context manager: namespaces accohost0 and accohost1, each with eth0 shaped to ``rate``."""
-
-    def __init__(self, rate: str):
-        self.rate = rate
-
-    def __enter__(self):
-        self.__exit__()
-        shell("ip link add accobr0 type bridge && ip link set accobr0 up")
-        for host in (0, 1):
-            name = f"accohost{host}"
-            shell(f"ip netns add {name}")
-            shell(f"ip link add accoveth{host} type veth peer name eth0 netns {name}")
-            shell(f"ip link set accoveth{host} master accobr0 && ip link set accoveth{host} up")
-            shell(f"ip netns exec {name} ip addr add {SUBNET}{host + 1}/24 dev eth0")
-            shell(f"ip netns exec {name} ip link set eth0 up && ip netns exec {name} ip link set lo up")
-            shell(f"ip netns exec {name} tc qdisc add dev eth0 root tbf rate {self.rate} burst 256kb latency 100ms")
-        return self
-
-    def __exit__(self, *_):
-        for host in (0, 1):
-            shell(f"ip netns del accohost{host}", check=False)
-            shell(f"ip link del accoveth{host}", check=False)
-        shell("ip link del accobr0", check=False)
-
-    def launch(self, folder: Path, arguments: list[str], timeout_s: float) -> str:
-        """Runs this script as a worker on both hosts through DeepSpeed's launcher; returns what host 0 printed."""
-        hostfile = folder / "hostfile"
-        hostfile.write_text(f"{SUBNET}1 slots=1\n{SUBNET}2 slots=1\n")
-        environment = {
-            **os.environ,
-            "DS_ACCELERATOR": "cpu",
-            "GLOO_SOCKET_IFNAME": "eth0",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(HERE.parents[1]),
-        }
-        processes = []
-        for host in (0, 1):
-            command = ["ip", "netns", "exec", f"accohost{host}", sys.executable, "-m", "deepspeed.launcher.runner"]
-            command += ["--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(host)]
-            command += ["--master_addr", f"{SUBNET}1", "--master_port", "29511", str(HERE), "--worker", *arguments]
-            output = subprocess.PIPE if host == 0 else subprocess.DEVNULL
-            processes.append(
-                subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True)
-            )
-        try:
-            printed, _ = processes[0].communicate(timeout=timeout_s)
-            if processes[1].wait(60) or processes[0].returncode:
-                raise RuntimeError(f"a worker failed:\n{printed[-4000:]}")
-            return printed
-        finally:
-            for process in processes:
-                process.kill()
 
 
 # ---- the worker, one rank on each host
@@ -142,7 +83,7 @@ def worker(arguments) -> None:
     import deepspeed
     import torch
 
-    from benchmarks.emulated import EmulatedAccelerator
+    from deepspeed_acco.emulated import EmulatedAccelerator
 
     torch.set_num_threads(1)
     deepspeed.init_distributed()
@@ -234,12 +175,19 @@ def main() -> None:
         return
     import tempfile
 
-    with tempfile.TemporaryDirectory() as folder, TwoHosts(arguments.rate) as hosts:
+    from deepspeed_acco import launches
+    from deepspeed_acco.hosts import ShapedHosts
+
+    with tempfile.TemporaryDirectory() as folder, ShapedHosts(2, arguments.rate) as hosts:
         results = Path(folder) / "results.json"
         steps = arguments.passes * (arguments.windows + 2)
         estimate_s = 120 + steps * len(arguments.configs) * arguments.n * arguments.micro_batch_ms / 1e3 * 4
         print(f"two hosts at {arguments.rate}: at most {estimate_s:.0f} s", file=sys.stderr, flush=True)
-        hosts.launch(Path(folder), [*sys.argv[1:], "--results", str(results)], timeout_s=estimate_s)
+        place = launches.Place(world_size=2, hosts=hosts, is_cpu=True)
+        script_arguments = ["--worker", *sys.argv[1:], "--results", str(results)]
+        if launches.run([str(HERE)], script_arguments, Path(folder), place, limit_s=estimate_s):
+            printed = (Path(folder) / launches.LOG).read_text(errors="replace")
+            raise RuntimeError(f"a worker failed or took too long:\n{printed[-4000:]}")
         summary = summarise(json.loads(results.read_text()), arguments)
     print(json.dumps(summary, indent=2))
     if arguments.out:

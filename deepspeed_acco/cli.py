@@ -14,7 +14,7 @@ import torch
 
 from deepspeed_acco import __version__
 
-from . import op_builder, ops, planning
+from . import compare, op_builder, ops, planning
 
 _CPU_NUMEL = 2**24
 _CUDA_NUMEL = 2**26
@@ -34,9 +34,20 @@ def main(arguments: list[str] | None = None) -> int:
     kernels.add_argument("--max-blocks", type=_positive, default=0, help="cap on the thread blocks of the CUDA kernels")
     kernels.add_argument("--json", metavar="FILE", help="also write the figures there")
     kernels.set_defaults(run=_kernels)
+    compare.add_command(commands)
     planning.add_command(commands)
-    options = parser.parse_args(arguments)
+    own, script_arguments = _split(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(own)
+    if script_arguments and not getattr(options, "takes_script_arguments", False):
+        parser.error(f"{options.command} takes nothing behind --: {' '.join(script_arguments)}")
+    options.script_arguments = script_arguments
     return options.run(options)
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What is ours, and what follows the first ``--``: a training script's."""
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:place], arguments[place + 1 :]
 
 
 def _positive(text: str) -> int:

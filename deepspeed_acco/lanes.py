@@ -47,6 +47,31 @@ class HostValue:
         return self._value.item()
 
 
+class Instant:
+    """Now, as the training thread sees it, and on CUDA its stream: read later, without ever waiting for the device."""
+
+    def __init__(self, device: torch.device):
+        self._host_s = time.perf_counter()
+        self._passed = None
+        if device.type == "cuda":
+            stream = torch.cuda.current_stream(device)
+            self._passed = stream.record_event(torch.cuda.Event(enable_timing=True))
+
+    def is_known(self) -> bool:
+        return self._passed is None or self._passed.query()
+
+    def wait(self) -> None:
+        """Blocks the host until the device has come to it."""
+        if self._passed is not None:
+            self._passed.synchronize()
+
+    def seconds_since(self, earlier: Instant) -> float:
+        """Only when both :meth:`is_known`."""
+        if self._passed is None:
+            return self._host_s - earlier._host_s
+        return earlier._passed.elapsed_time(self._passed) / 1e3
+
+
 @dataclass
 class LaneTimes:
     """Sums since the lane was made, in seconds (on CUDA of the rounds whose events have completed)."""

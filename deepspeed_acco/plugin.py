@@ -19,7 +19,7 @@ from deepspeed.runtime.zero import utils as ds_zero_utils
 from packaging.version import Version
 from torch.optim import Optimizer
 
-from . import op_builder, ops
+from . import op_builder, ops, recorder
 from .checkpoint import LoadOptions
 from .driver import describe_bytes
 from .log import logger
@@ -39,7 +39,7 @@ TOUCH_POINTS = (
     "deepspeed.runtime.engine.DeepSpeedEngine._configure_optimizer",  # errors before anything else looks at the config
     "deepspeed.runtime.engine.DeepSpeedEngine._do_optimizer_sanity_check",  # else bf16 with fp32 sums trains AdamW
     "deepspeed.runtime.engine.DeepSpeedEngine._configure_zero_optimizer",  # chooses the wrapper class
-    "deepspeed.runtime.engine.DeepSpeedEngine._take_model_step",  # monitor events belong behind the engine's counting
+    "deepspeed.runtime.engine.DeepSpeedEngine._take_model_step",  # monitor events after its counting; recorder.py
     "deepspeed.runtime.engine.DeepSpeedEngine.set_train_batch_size",  # the same ValueError for n = 1 in mid-training
     "deepspeed.runtime.engine.DeepSpeedZeroOptimizer",  # rebound only while the call above runs
     "deepspeed.runtime.engine.DeepSpeedEngine.load_checkpoint",  # all files are checked before one is loaded
@@ -166,9 +166,10 @@ def _wrap_load_checkpoint(original):
 def _wrap_take_model_step(original):
     @functools.wraps(original)
     def take_model_step(engine, *args, **kwargs):
-        original(engine, *args, **kwargs)
-        if isinstance(engine.optimizer, AccoZeroOptimizer):
-            engine.optimizer.after_engine_step()
+        with recorder.of_step(engine):
+            original(engine, *args, **kwargs)
+            if isinstance(engine.optimizer, AccoZeroOptimizer):
+                engine.optimizer.after_engine_step()
 
     return take_model_step
 

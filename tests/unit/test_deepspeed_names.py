@@ -26,7 +26,8 @@ BUILDER = "deepspeed.ops.op_builder.builder:CUDAOpBuilder"
 
 # modules, classes and what is found in them: "module:name" or "module:class"
 EXISTING = {
-    "deepspeed": "__version__ initialize",
+    "deepspeed": "__version__ add_config_arguments init_distributed initialize",
+    "deepspeed.accelerator": "get_accelerator",
     "deepspeed.constants": "default_pg_timeout",
     "deepspeed.ops.adam": "DeepSpeedCPUAdam FusedAdam",
     "deepspeed.ops.op_builder.builder": "CUDAOpBuilder",
@@ -41,7 +42,8 @@ EXISTING = {
     ENGINE: "_configure_optimizer _configure_zero_optimizer _do_optimizer_sanity_check _take_model_step "
     "_get_ckpt_name _get_zero_ckpt_name load_checkpoint load_universal_checkpoint set_train_batch_size "
     "gradient_accumulation_steps is_gradient_accumulation_boundary optimizer_name optimizer_params "
-    "train_micro_batch_size_per_gpu wall_clock_breakdown",
+    "train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown zero_optimization_stage "
+    "communication_data_type",
     # overridden by AccoZeroOptimizer or called by it
     ZERO: "_lazy_init_hp_params_optimizer_state _link_all_hp_params _restore_from_bit16_weights _update_scale "
     "backward_epilogue destroy load_state_dict loss_scale offload_states@0.17.6 process_gradients "
@@ -53,7 +55,7 @@ EXISTING = {
 
 # instance attributes: the class or one of its bases assigns them (or a property of that name exists)
 ASSIGNED = {
-    ENGINE: "_config checkpoint_engine device dp_world_size global_rank global_samples has_moe_layers "
+    ENGINE: "_config basic_optimizer checkpoint_engine device dp_world_size global_rank global_samples has_moe_layers "
     "inside_no_sync_ctxt lr_scheduler module monitor mpu optimizer pipeline_parallelism seq_dp_world_size "
     "skipped_steps tput_timer",
     ZERO: "_global_grad_norm _hp_optimizer_states_linked bit16_groups bit16_groups_flat clip_grad "
@@ -247,7 +249,7 @@ def test_what_our_subclasses_use_or_override_is_listed(module, name, where):
 
 def test_what_we_use_of_the_engine_is_listed():
     used = set()
-    for module in ("zero", "plugin", "checkpoint", "monitor"):
+    for module in ("zero", "plugin", "checkpoint", "monitor", "recorder"):
         tree = ast.parse((PACKAGE / f"{module}.py").read_text())
         used |= _used_of(tree, "engine", "engine_class", "self._engine()")
     assert used <= _listed(ENGINE), f"not listed: {sorted(used - _listed(ENGINE))}"

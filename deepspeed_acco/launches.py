@@ -1,0 +1,244 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""One run of a training script through DeepSpeed's launcher: on this machine, on a hostfile's, or on shaped hosts.
+
+Every process of a run has $DEEPSPEED_ACCO_RECORD, the run's folder, in its environment. By that they are found when the
+run is to end, whatever became of their parents: the launcher's children outlive a launcher that is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from .hosts import INTERFACE, ShapedHosts
+from .recorder import RECORD_FOLDER
+
+LOG = "log.txt"
+POLL_S = 0.1
+TIMED_OUT = 124  # as timeout(1) says it
+REMOTE_END_S = 30.0  # for the launcher to end what it started on other machines
+INTERRUPT_S = 2.0
+KILL_S = 30.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the ranks run.
+
+    Attributes:
+        world_size: number of ranks, all hosts together.
+        slots: ranks of one host; None: all its accelerators.
+        hostfile: DeepSpeed's hostfile of real machines, reached by the launcher's ssh; they share the run's folder.
+        hosts: shaped hosts, already entered.
+        is_cpu: whether DeepSpeed is told to use CPUs.
+    """
+
+    world_size: int
+    slots: int | None = None
+    hostfile: Path | None = None
+    hosts: ShapedHosts | None = None
+    is_cpu: bool = False
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one rank wrote: see recorder.py."""
+
+    header: dict[str, Any]
+    steps: list[dict[str, Any]]
+
+
+def run(
+    script: Sequence[str], arguments: Sequence[str], folder: Path, place: Place, limit_s: float | None = None
+) -> int:
+    """Runs the script to its end, its output in ``folder/log.txt``; no process of it is left on return or exception.
+
+    Args:
+        script: a path, or ``--module`` and a module's name.
+        folder: where the ranks' records go; it exists.
+        limit_s: a run that takes longer is ended.
+
+    Returns:
+        The launcher's exit code, 0 when all went well; 124 at the limit.
+    """
+    folder = folder.resolve()
+    port = _free_port()
+    launchers: list[subprocess.Popen] = []
+    try:
+        with open(folder / LOG, "w") as log:
+            for command, environment in _commands(script, arguments, folder, place, port):
+                # In a session of its own: Ctrl-C in the terminal reaches this process alone, which ends the others.
+                launchers.append(
+                    subprocess.Popen(
+                        command,
+                        env=environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                )
+        return _wait(launchers, limit_s)
+    finally:
+        if place.hostfile is not None:
+            _let_end(launchers)
+        end_processes(folder)
+        for launcher in launchers:
+            launcher.wait()
+        _remove_shared_memory(port)
+
+
+def _wait(launchers: list[subprocess.Popen], limit_s: float | None) -> int:
+    """0 once all have ended well, else the code of the first that has not."""
+    begin = time.monotonic()
+    while limit_s is None or time.monotonic() - begin < limit_s:
+        codes = [launcher.poll() for launcher in launchers]
+        failed = [code for code in codes if code]
+        if failed or None not in codes:
+            return failed[0] if failed else 0
+        time.sleep(POLL_S)
+    return TIMED_OUT
+
+
+def _commands(script, arguments, folder: Path, place: Place, port: int):
+    """(command, environment) of each launcher to start: one, or one in each shaped host."""
+    environment = {**os.environ, RECORD_FOLDER: str(folder), "PYTHONPATH": _search_path()}
+    if place.is_cpu:
+        environment["DS_ACCELERATOR"] = "cpu"
+    # As a module, so that it is this interpreter's; the command "deepspeed" calls nothing else.
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    options = ["--master_port", str(port)]
+    if place.hosts is not None:
+        hosts = place.hosts
+        hostfile = folder / "hostfile"
+        hostfile.write_text("".join(f"{hosts.address(i)} slots={place.slots or 1}\n" for i in range(hosts.count)))
+        environment["GLOO_SOCKET_IFNAME"] = INTERFACE
+        # A host cannot know that it shares the cores with the others.
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // place.world_size))
+        options += ["--hostfile", str(hostfile), "--no_ssh", "--master_addr", hosts.address(0)]
+        for i in range(hosts.count):
+            command = [*hosts.enter(i), *launcher, *options, "--node_rank", str(i), *script, *arguments]
+            yield command, environment
+        return
+    if place.slots is not None:
+        options += ["--num_accelerators", str(place.slots)]
+    if place.hostfile is not None:
+        options += ["--hostfile", str(place.hostfile.resolve())]
+        environment["DS_ENV_FILE"] = str(_environment_file(folder, environment))
+    yield [*launcher, *options, *script, *arguments], environment
+
+
+def _search_path() -> str:
+    """PYTHONPATH with this package in front, where it is not an installed one."""
+    root = Path(__file__).resolve().parents[1]
+    own = [] if root == Path(sysconfig.get_paths()["purelib"]).resolve() else [str(root)]
+    return os.pathsep.join([*own, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _environment_file(folder: Path, environment: dict[str, str]) -> Path:
+    """What the launcher is to set on other machines: it passes no other variables on. The user's own file is kept."""
+    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    lines = []
+    for place in (Path.home(), Path()):
+        if (place / name).is_file():
+            lines += (place / name).read_text().splitlines()
+    lines += [f"{key}={environment[key]}" for key in (RECORD_FOLDER, "DS_ACCELERATOR") if key in environment]
+    path = folder / "environment"
+    path.write_text("".join(f"{line}\n" for line in lines if line.strip()))
+    return path
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _let_end(launchers: list[subprocess.Popen]) -> None:
+    """Asks the launchers to end and gives them time to do so elsewhere, too."""
+    for launcher in launchers:
+        if launcher.poll() is None:
+            launcher.terminate()
+    deadline = time.monotonic() + REMOTE_END_S
+    for launcher in launchers:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            launcher.wait(max(0.0, deadline - time.monotonic()))
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """The living processes of this machine that belong to the run in ``folder``."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(RECORD_FOLDER) == str(folder):
+                found.append(process)
+    return found
+
+
+def end_processes(folder: Path) -> None:
+    """Ends every process of the run in ``folder``. The ranks are interrupted first: one that is building an operator
+    then takes back its lock, for which later runs would wait for ever. What is left after that is killed.
+
+    Raises:
+        RuntimeError: when one is still there after half a minute.
+    """
+    left = processes_of(folder)
+    ranks = [process for process in left if _is_rank(process)]
+    for process in ranks:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(signal.SIGINT)
+    psutil.wait_procs(ranks, timeout=INTERRUPT_S)
+    deadline = time.monotonic() + KILL_S
+    while left := processes_of(folder):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"processes {[process.pid for process in left]} of {folder} cannot be killed")
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=1)
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error, OSError):
+        return "LOCAL_RANK" in process.environ()
+    return False
+
+
+def _remove_shared_memory(port: int) -> None:
+    """DeepSpeed leaves 66 MiB for each rank of a job in shared memory, named by the port."""
+    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        with contextlib.suppress(OSError):
+            left.unlink()
+
+
+def read(folder: Path, world_size: int) -> list[Record]:
+    """The records of all ranks of a finished run.
+
+    Raises:
+        ValueError: when one is missing, with what the script lacks.
+    """
+    records = []
+    for rank in range(world_size):
+        path = folder / f"rank{rank}.jsonl"
+        if not path.is_file():
+            raise ValueError(
+                f"{path} was not written: the script must import deepspeed_acco and train with the engine that "
+                f"deepspeed.initialize returns, in {world_size} ranks"
+            )
+        header, *steps = (json.loads(line) for line in path.read_text().splitlines())
+        records.append(Record(header, steps))
+    return records

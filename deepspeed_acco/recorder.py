@@ -1,0 +1,178 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""What ``ds_acco compare`` reads: with $DEEPSPEED_ACCO_RECORD naming a folder each rank writes ``rank{R}.jsonl`` there.
+
+The first line describes the run (``_header``), every further one an optimizer step (``Recorder.step``), of whatever
+optimizer. Nothing of training changes, and nothing waits for the device: on CUDA a step is written once it has passed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .lanes import Instant, LaneTimes
+from .settings import phase_a_micro_batches
+
+RECORD_FOLDER = "DEEPSPEED_ACCO_RECORD"
+WARM_UP_STEPS = 2  # they load, build and fill: the peak of memory counts after them
+
+_recorders: list[Recorder] = []  # at most one: of the first engine that steps
+
+
+def of_step(engine):
+    """The context to run one ``DeepSpeedEngine._take_model_step`` in; empty without $DEEPSPEED_ACCO_RECORD, and for
+    every engine of the process but the first that steps."""
+    folder = os.environ.get(RECORD_FOLDER)
+    if folder and not _recorders:
+        _recorders.append(Recorder(engine, Path(folder)))
+    if _recorders and _recorders[0].engine() is engine:
+        return _recorders[0].step()
+    return nullcontext()
+
+
+class Recorder:
+    """Writes one engine's steps.
+
+    Args:
+        folder: where ``rank{R}.jsonl`` goes; it is made if absent.
+
+    Attributes:
+        engine: a weak reference to the engine.
+    """
+
+    def __init__(self, engine, folder: Path):
+        self.engine = weakref.ref(engine)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(folder / f"rank{engine.global_rank}.jsonl", "w", buffering=1, encoding="utf-8")
+        self._seen = _lane_times(engine)
+        self._steps = 0
+        self._last_end: Instant | None = None
+        self._looked: list[bool] = []  # one entry for each look since the last step
+        self._pending: list[tuple[dict[str, Any], Instant | None, Instant, Instant]] = []
+        self._hook(engine.module)
+        self._write(_header(engine))
+        atexit.register(self._close)
+
+    def _hook(self, module) -> None:
+        # Functions and not bound methods: a deepcopy of the module would copy this object and its file.
+        looked, owner = self._looked, weakref.ref(module)
+
+        def before_forward(module, args):
+            if module is owner() and not module.training:
+                looked.append(True)
+
+        def before_state_dict(module, prefix, keep_vars):
+            if module is owner():
+                looked.append(True)
+
+        module.register_forward_pre_hook(torch.compiler.disable(before_forward))
+        module.register_state_dict_pre_hook(before_state_dict)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Measures what runs inside, the engine's step, and the time since the previous one's end."""
+        device = self.engine().device
+        begin = Instant(device)
+        yield
+        end = Instant(device)
+        self._steps += 1
+        line = {"step": self._steps, "step_s": None, "inside_s": None, **self._rounds()}
+        line.update(peak_bytes=_peak_bytes(device), looked=bool(self._looked), loss=None)
+        self._looked.clear()
+        self._pending.append((line, self._last_end, begin, end))
+        self._last_end = end
+        if self._steps == WARM_UP_STEPS:
+            _reset_peak(device)
+        while self._pending and self._pending[0][3].is_known():
+            self._write_first_pending()
+
+    def _rounds(self) -> dict[str, Any]:
+        """The rounds that finished since the previous line: seconds, seconds waited for them, number."""
+        times = _lane_times(self.engine())
+        if times is None:
+            return {"round_s": None, "exposed_s": None, "rounds": None}
+        spent, self._seen = times.since(self._seen), times
+        return {"round_s": spent.round_s, "exposed_s": spent.exposed_s, "rounds": spent.rounds}
+
+    def _write_first_pending(self) -> None:
+        line, last_end, begin, end = self._pending.pop(0)
+        line["inside_s"] = end.seconds_since(begin)
+        if last_end is not None:
+            line["step_s"] = end.seconds_since(last_end)
+        self._write(line)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        print(json.dumps(line), file=self._file)
+
+    def _close(self) -> None:
+        while self._pending:
+            self._pending[0][3].wait()
+            self._write_first_pending()
+        self._file.close()
+
+
+def _lane_times(engine) -> LaneTimes | None:
+    """A copy of ACCO's sums; None with another optimizer."""
+    return replace(engine.optimizer.lane_times()) if hasattr(engine.optimizer, "lane_times") else None
+
+
+def _header(engine) -> dict[str, Any]:
+    settings = getattr(engine.optimizer, "settings", None)
+    n = engine.gradient_accumulation_steps()
+    parameters = list(engine.module.parameters())
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    return {
+        "rank": engine.global_rank,
+        "world_size": engine.dp_world_size,
+        "optimizer": type(engine.basic_optimizer).__name__,
+        "schedule": settings.schedule if settings else None,
+        "stage": engine.zero_optimization_stage(),
+        "numel": sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable),  # ZeRO-3: the whole
+        "weight_bytes": trainable[0].element_size(),
+        "comm_bytes": torch.empty((), dtype=engine.communication_data_type).element_size(),
+        "n": n,
+        "a": phase_a_micro_batches(n, settings.estimate_fraction) if settings and settings.schedule == "acco" else None,
+        "micro_batch": engine.train_micro_batch_size_per_gpu(),
+        "samples_per_step": engine.train_batch_size(),
+        "device": engine.device.type,
+        "torch": torch.__version__,
+        "deepspeed": _deepspeed_version(),
+    }
+
+
+def _deepspeed_version() -> str:
+    from deepspeed import __version__
+
+    return __version__
+
+
+def _peak_bytes(device: torch.device) -> int | None:
+    """On CUDA the peak of allocated device memory, else the process's peak of resident memory; None where the kernel
+    does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # not Linux, or not allowed here: the peak then includes building the model

@@ -1,0 +1,455 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""``ds_acco compare`` without a process: its figures against hand-made truths, its order, resuming, and its errors."""
+
+import json
+import math
+import os
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import numpy
+import pytest
+
+import deepspeed_acco
+from deepspeed_acco import cli, compare, hosts, launches, summary
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "ds_configs"
+
+
+# ---- statistics
+
+
+def test_the_interval_of_one_pass_is_that_of_a_median():
+    values = numpy.random.default_rng(3).normal(10.0, 1.0, 900)
+    found = summary.median_of_passes([values])
+    assert found["median"] == numpy.median(values)
+    # The median of m normal values has a standard error of sqrt(pi / 2) sigma / sqrt(m).
+    expected = 2 * 1.96 * math.sqrt(math.pi / 2) / math.sqrt(900)
+    assert found["high"] - found["low"] == pytest.approx(expected, rel=0.2)
+    assert found["low"] < found["median"] < found["high"]
+    assert summary.median_of_passes([values]) == found, "seeded"
+
+
+def test_the_interval_of_passes_without_noise_is_their_range():
+    found = summary.median_of_passes([numpy.full(9, value) for value in (1.0, 7.0, 2.0)])
+    assert found == {"median": 2.0, "low": 1.0, "high": 7.0}  # 7 of 27 draws have a median of 1, as many of 7
+
+
+def test_a_drift_from_pass_to_pass_cancels_in_the_ratio():
+    random = numpy.random.default_rng(4)
+    drift = (1.0, 3.0, 10.0)
+    slow = [factor * random.normal(1.3, 0.001, 50) for factor in drift]
+    fast = [factor * random.normal(1.0, 0.001, 50) for factor in drift]
+    found = summary.ratio_of_passes(slow, fast)
+    assert found["median"] == pytest.approx(1.3, abs=1e-3)
+    assert found["high"] - found["low"] < 3e-3
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.0, "no difference shown"), (1.2, "faster"), (0.8, "slower")])
+def test_verdicts_over_many_comparisons(factor, expected):
+    random = numpy.random.default_rng(5)
+    found = []
+    for _ in range(60):
+        passes = random.normal(1.0, 0.02, (2, 6, 1))  # what a run has of its own
+        slow, fast = passes + random.normal(0.0, 0.05, (2, 6, 20))
+        found.append(summary.verdict_of(summary.ratio_of_passes(list(factor * slow), list(fast))))
+    assert found.count(expected) >= 54
+
+
+@pytest.mark.parametrize(
+    ("schedule", "round_s", "a", "expected"),
+    [
+        ("acco", 0.5, 2, 2.0),  # A = 0.5, B = 1.5
+        ("acco", 0.8, 2, 2.3),
+        ("acco", 2.5, 4, 5.0),
+        ("wp", 0.8, None, 2.0),
+        ("dpu", 2.5, None, 2.5),
+        ("sync", 0.8, None, 2.8),
+        (None, 0.8, None, None),
+    ],
+)
+def test_bounds(schedule, round_s, a, expected):
+    assert summary.bound_s(schedule, 2.0, round_s, 8, a) == (expected and pytest.approx(expected))
+
+
+# ---- from records to figures
+
+
+def header(schedule, rank=0, **other):
+    return {
+        "rank": rank,
+        "world_size": 2,
+        "optimizer": "ACCO" if schedule else "AdamW",
+        "schedule": schedule,
+        "stage": 1,
+        "numel": 100,
+        "weight_bytes": 2,
+        "comm_bytes": 2,
+        "n": 4,
+        "a": 2 if schedule == "acco" else None,
+        "micro_batch": 8,
+        "samples_per_step": 64,
+        "device": "cpu",
+        "torch": "2",
+        "deepspeed": "0.19",
+        **other,
+    }
+
+
+def step(number, step_s, inside_s, round_s=None, exposed_s=None, peak_bytes=1000, looked=False):
+    line = {"step": number, "step_s": None if number == 1 else step_s, "inside_s": inside_s}
+    line.update(round_s=round_s, exposed_s=exposed_s, rounds=round_s and 1)
+    return {**line, "peak_bytes": peak_bytes, "looked": looked, "loss": None}
+
+
+def test_a_run_from_its_records():
+    first = [step(1, 0, 1, 1, 1, 9999), step(2, 50, 1, 1, 1, 9999), step(3, 4.0, 1.0, 0.5, 0.1)]
+    first += [step(4, 99, 1, 1, 1, looked=True), step(5, 6.0, 1.0, 0.7, 0.3, 1500), step(6, 5.0, 1, 1, 1)]
+    second = [step(1, 0, 1, 1, 1), step(2, 50, 1, 1, 1), step(3, 5.0, 1.5, 0.9, 0.3)]
+    second += [step(4, 99, 1, 1, 1), step(5, 7.0, 1.5, 1.1, 0.5, 1200), step(6, 5.0, 1, 1, 1, looked=True)]
+    records = [launches.Record(header("sync", rank), steps) for rank, steps in enumerate((first, second))]
+    run = summary.summarise_run(2, "runs/x/2", records, [])
+    assert run.steps == 6 and run.step_s.tolist() == [4.5, 6.5]  # steps 3 and 5
+    assert run.exposed_s.tolist() == pytest.approx([0.2, 0.4]) and run.round_s.tolist() == pytest.approx([0.7, 0.9])
+    assert run.compute_s == pytest.approx(4.5)  # the second rank's: 3.5 and 5.5
+    assert run.fastest_round_s == pytest.approx(0.6)  # the first rank's: 0.5 and 0.7
+    assert run.peak_bytes == [1500, 1200]
+
+
+def test_too_few_steps_are_explained():
+    records = [launches.Record(header(None), [step(1, 1, 1), step(2, 1, 1), step(3, 1, 1, looked=True)])]
+    with pytest.raises(ValueError, match="none of the 3 steps can be timed.*Train for more steps"):
+        summary.summarise_run(1, "", records, [])
+
+
+# C = 2 s, R = 0.5 s
+TIMES = {"sync": (2.5, 0.5, 0.5), "acco": (2.02, 0.02, 0.015), "dpu": (2.02, 0.01, 0.005), None: (2.5, 0.5, None)}
+
+
+def made_run(schedule, number, scale=1.0, curve=(), **other):
+    step_s, inside_s, exposed_s = TIMES[schedule]
+    round_s = None if schedule is None else 0.5
+    steps = [step(i, scale * (step_s + 1e-3 * (i % 3)), inside_s, round_s, exposed_s) for i in range(1, 12)]
+    records = [launches.Record(header(schedule, rank, **other), steps) for rank in (0, 1)]
+    return summary.summarise_run(number, f"runs/{schedule}/{number}", records, list(curve))
+
+
+def made_summary(acco_scale=1.0, is_emulated=False, failed=None):
+    curve = [{"step": 11, "samples": 704, "seconds": 20.0, "val_loss": 2.0, "loss": 2.1}]
+    runs = {
+        "acco": [made_run("acco", 1, acco_scale, curve), made_run("acco", 2, acco_scale, curve)],
+        "zero1": [made_run(None, 1, 1.0, curve), made_run(None, 2, 1.0, curve)],
+    }
+    reference = [made_run("sync", 1), made_run("sync", 2)]
+    return summary.summarise({"acco": "a.json", "zero1": "z.json"}, runs, reference, failed or {}, is_emulated)
+
+
+def test_the_summary_of_known_times():
+    found = made_summary()
+    assert found["reference"]["compute_s"] == pytest.approx(2.0, abs=2e-3)
+    assert found["reference"]["round_s"] == 0.5
+    assert found["reference"]["micro_batch_s"] == pytest.approx(0.5, abs=1e-3)
+    acco, zero1 = found["configs"]
+    assert acco["bound_s"] == pytest.approx(2.0, abs=2e-3) and zero1["bound_s"] is None
+    assert acco["of_bound"] == pytest.approx(1.01, abs=2e-3)
+    assert acco["split"]["exposed_s"] == 0.015 and acco["split"]["overhead_s"] == pytest.approx(0.005, abs=2e-3)
+    assert zero1["split"]["exposed_s"] == pytest.approx(0.5, abs=2e-3) and zero1["split"]["note"]
+    assert acco["hidden_share"] == pytest.approx(0.97) and zero1["hidden_share"] is None
+    assert zero1["idle_share"] == pytest.approx(0.2, abs=1e-3)
+    assert acco["peak_bytes"] == [1000, 1000]
+    assert acco["final_val_loss"] == {"median": 2.0, "low": 2.0, "high": 2.0}
+    (ratio,), (manager,) = found["ratios"], found["manager"]
+    assert ratio["verdict"] == "faster" and ratio["speedup"]["median"] == pytest.approx(2.5 / 2.02, abs=1e-3)
+    assert manager["saved_share"] == pytest.approx(1 - 2.02 / 2.5, abs=1e-3)
+    assert manager["saved_hours_per_1000_accelerator_hours"] == pytest.approx(192, abs=1)
+    text = " ".join(found["verdict"])
+    for words in (
+        "R = 0.25 C",
+        "acco is faster than zero1",
+        "saves 19% of the time: 192 of every 1000",
+        "97% of acco's",
+    ):
+        assert words in text
+    assert "Why" not in text and "2 passes" in text
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_verdict_says_when_acco_loses_and_why():
+    found = made_summary(acco_scale=1.5)
+    assert found["ratios"][0]["verdict"] == "slower"
+    text = " ".join(found["verdict"])
+    assert "acco is slower than zero1" in text and "Why acco is not faster" in text
+    assert "shares the cores with the computation" in text and "saves" not in text
+    assert "shares the cores" not in " ".join(made_summary(1.5, is_emulated=True)["verdict"])
+
+
+def test_the_verdict_says_when_communication_is_too_long_for_acco():
+    runs = {"acco": [made_run("acco", 1, 3.0)], "zero1": [made_run(None, 1)]}
+    reference = [made_run("sync", 1)]
+    reference = [summary.Run(**{**vars(reference[0]), "fastest_round_s": 2.5})]
+    found = summary.summarise({"acco": "", "zero1": ""}, runs, reference, {}, True)
+    text = " ".join(found["verdict"])
+    assert "Communication takes longer than computation" in text
+    assert "even its bound of 5 s is no shorter than a step of zero1" in text
+    assert "losses are not" in text
+
+
+def test_a_failed_configuration_and_a_failed_reference_are_said():
+    found = made_summary(failed={"acco": "it broke", "reference": "no sync"})
+    assert found["configs"][0]["failed"] == "it broke" and found["configs"][0]["step_s"] is None
+    assert not found["ratios"] and not found["manager"]
+    assert found["configs"][1]["step_s"] and found["configs"][1]["split"] is None
+    text = " ".join(found["verdict"])
+    assert "acco failed: it broke." in text and "reference (schedule sync) failed: no sync." in text
+    json.dumps(found, allow_nan=False)
+
+
+# ---- order and JSONs
+
+
+def test_the_order_turns_round():
+    assert compare.order("abc", 3) == [*zip((1, 1, 1), "abc"), *zip((2, 2, 2), "cba"), *zip((3, 3, 3), "abc")]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4}, (4, 4)),
+        ({"train_batch_size": 32, "gradient_accumulation_steps": 8}, (2, 8)),
+        ({"train_batch_size": 32}, (16, 1)),
+        ({"train_micro_batch_size_per_gpu": 3}, (3, 1)),
+        ({"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 5}, (3, 5)),
+        ({"train_batch_size": "auto", "gradient_accumulation_steps": 2}, (None, 2)),
+    ],
+)
+def test_the_batch_by_deepspeeds_rules(config, expected):
+    assert compare.batch_of(config, 2) == expected
+
+
+@pytest.mark.parametrize("name", ["acco", "zero3", "acco_bf16"])
+def test_the_reference_is_the_first_configs_training_by_sync(name):
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    derived = compare.reference_of(name, config)
+    expected = json.loads((CONFIGS / "sync.json").read_text())
+    if "bf16" in config:
+        expected["bf16"] = config["bf16"]
+    assert derived == expected and compare.is_sync(derived) and not compare.is_sync(config)
+
+
+# ---- the command, with runs that are only written
+
+
+class FakeRuns:
+    """Stands in for launches.run: writes what the ranks would have written."""
+
+    def __init__(self):
+        self.seen = []
+        self.stop_at = None
+
+    def __call__(self, script, arguments, folder, place):
+        if len(self.seen) == self.stop_at:
+            (folder / "rank0.jsonl").write_text("half")
+            raise KeyboardInterrupt
+        self.seen.append(f"{folder.parent.name}/{folder.name}")
+        config = json.loads(Path(arguments[arguments.index("--deepspeed_config") + 1]).read_text())
+        (folder / launches.LOG).write_text("many lines\nValueError: no such thing\n")
+        if config.get("broken"):
+            return 3
+        schedule = config["optimizer"]["params"].get("schedule")
+        step_s, inside_s, exposed_s = TIMES[schedule]
+        for rank in (0, 1):
+            lines = [header(schedule, rank)]
+            lines += [step(i, step_s, inside_s, schedule and 0.5, exposed_s) for i in range(1, 6)]
+            (folder / f"rank{rank}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return 0
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """The runs, with a report that is only a name."""
+    report = types.ModuleType("deepspeed_acco.report")
+    report.write = lambda path: Path(path).with_name("report.html")
+    monkeypatch.setitem(sys.modules, "deepspeed_acco.report", report)
+    monkeypatch.setattr(deepspeed_acco, "report", report, raising=False)
+    runs = FakeRuns()
+    monkeypatch.setattr(launches, "run", runs)
+    return runs
+
+
+def command(out, *configs, passes=2, **other):
+    options = [f"--{key}={value}" for key, value in other.items()]
+    return ["compare", *map(str, configs), "--num_accelerators=2", f"--passes={passes}", f"--out={out}", *options]
+
+
+BOTH = (CONFIGS / "acco.json", CONFIGS / "zero1.json")
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(fake, tmp_path, capsys):
+    out = tmp_path / "out"
+    fake.stop_at = 2
+    assert cli.main(command(out, *BOTH)) == 130
+    assert "goes on" in capsys.readouterr().err and not (out / "results.json").exists()
+    assert fake.seen == ["reference/1", "acco/1"]
+    fake.stop_at = None
+    assert cli.main(command(out, *BOTH)) == 0
+    assert fake.seen == ["reference/1", "acco/1", "zero1/1", "zero1/2", "acco/2", "reference/2"]
+    printed = capsys.readouterr()
+    assert "acco is faster than zero1" in printed.out and str(out / "report.html") in printed.out
+    assert "[6/6] pass 2 reference" in printed.err and "to go" in printed.err
+    results = json.loads((out / "results.json").read_text())
+    assert [config["name"] for config in results["configs"]] == ["acco", "zero1"]
+    assert results["version"] == 1 and results["passes"] == 2 and results["network"] == "this machine"
+    assert results["tokens_per_sample"] == 128 and results["world_size"] == 2 and results["emulated_ms"] is None
+    assert [run["pass"] for run in results["configs"][0]["runs"]] == [1, 2]
+    assert cli.main(command(out, *BOTH)) == 0 and len(fake.seen) == 6, "all was finished"
+
+
+def test_another_command_for_the_same_folder_names_the_difference(fake, tmp_path, capsys):
+    out = tmp_path / "out"
+    mine = tmp_path / "acco.json"
+    shutil.copy(CONFIGS / "acco.json", mine)
+    assert cli.main(command(out, mine, passes=1)) == 0
+    count = len(fake.seen)
+    changed = json.loads(mine.read_text())
+    changed["optimizer"]["params"]["lr"] = 0.5
+    for arguments, named in (
+        (command(out, mine, passes=2), "passes was 1 and is 2"),
+        (command(out, mine, passes=1, seed=4), "arguments was"),
+        (command(out, mine, CONFIGS / "wp.json", passes=1), "files.wp was None and is"),
+        ("rewrite", "configs.acco.optimizer.params.lr was 0.003 and is 0.5"),
+    ):
+        if arguments == "rewrite":
+            mine.write_text(json.dumps(changed))
+            arguments = command(out, mine, passes=1)
+        assert cli.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert named in error and "Give another --out" in error
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    assert cli.main(command(tmp_path / "full", mine)) == 2 and "holds no comparison" in capsys.readouterr().err
+    assert len(fake.seen) == count
+
+
+def test_a_listed_sync_is_the_reference(fake, tmp_path):
+    out = tmp_path / "out"
+    assert cli.main(command(out, CONFIGS / "sync.json", CONFIGS / "zero1.json", passes=1)) == 0
+    assert fake.seen == ["sync/1", "zero1/1"]
+    results = json.loads((out / "results.json").read_text())
+    assert results["reference"]["round_s"] == 0.5 and results["configs"][0]["name"] == "sync"
+
+
+def test_a_failing_configuration_does_not_stop_the_others(fake, tmp_path, capsys):
+    broken = tmp_path / "broken.json"
+    broken.write_text(json.dumps({**json.loads((CONFIGS / "wp.json").read_text()), "broken": True}))
+    out = tmp_path / "out"
+    assert cli.main(command(out, BOTH[0], broken, BOTH[1])) == 1
+    assert fake.seen.count("broken/1") == 1 and "broken/2" not in fake.seen and "zero1/2" in fake.seen
+    results = json.loads((out / "results.json").read_text())
+    failed = results["configs"][1]["failed"]
+    assert "exit code 3" in failed and "log.txt" in failed and "ValueError: no such thing" in failed
+    assert results["ratios"][0]["verdict"] == "faster" and "broken failed" in capsys.readouterr().out
+    assert cli.main(command(out, BOTH[0], broken, BOTH[1])) == 1
+    assert fake.seen.count("broken/1") == 2, "a failed run is tried again"
+
+
+def test_the_scripts_arguments_are_filled_in(monkeypatch, tmp_path, fake):
+    script = tmp_path / "mine.py"
+    script.write_text("")
+    seen = []
+
+    def run(script, arguments, folder, place):
+        seen.append((script, arguments))
+        return fake(script, ["--deepspeed_config", arguments[1], *arguments], folder, place)
+
+    monkeypatch.setattr(launches, "run", run)
+    given = ["--", "--deepspeed", "{config}", "--logs={out}/logs"]
+    assert cli.main([*command(tmp_path / "out", CONFIGS / "sync.json", passes=1), f"--script={script}", *given]) == 0
+    config, folder = tmp_path / "out" / "configs" / "sync.json", tmp_path / "out" / "runs" / "sync" / "1"
+    assert seen == [([str(script)], ["--deepspeed", str(config), f"--logs={folder}/logs"])]
+
+
+def test_the_default_length_is_the_examples(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import argparse
+
+    import text_data
+
+    parser = argparse.ArgumentParser()
+    text_data.add_text_arguments(parser)
+    assert parser.parse_args([]).seq_len == compare.EXAMPLE_SEQ_LEN
+
+
+def changed(tmp_path, **keys):
+    path = tmp_path / "_".join(keys) / "other.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({**json.loads((CONFIGS / "zero1.json").read_text()), **keys}))
+    return path
+
+
+def test_errors_of_the_user_are_explained(fake, monkeypatch, tmp_path, capsys):
+    acco = CONFIGS / "acco.json"
+    script = tmp_path / "mine.py"
+    script.write_text("")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    twice = tmp_path / "acco.json"
+    shutil.copy(acco, twice)
+    bare = tmp_path / "bare.json"
+    bare.write_text("{}")
+    (tmp_path / "text.json").write_text("no JSON")
+    out = tmp_path / "out"
+    for arguments, message in (
+        (command(out, tmp_path / "no.json"), "no.json is not a file"),
+        (command(out, acco, twice), "have the same name, 'acco'"),
+        (command(out, tmp_path / "text.json"), "is not JSON"),
+        (command(out, bare), "has no optimizer, and the reference"),
+        (command(out, acco, changed(tmp_path, gradient_clipping=2.0)), "gradient_clipping is 1.0 in acco and 2.0 in"),
+        (command(out, acco, changed(tmp_path, bf16={"enabled": True})), "precision (bf16, fp16) is 'fp32' in acco"),
+        (command(out, acco, changed(tmp_path, gradient_accumulation_steps=8)), "is 4 in acco and 8 in other"),
+        (command(out, acco, changed(tmp_path, train_micro_batch_size_per_gpu=1)), "is 32 in acco and 1 in other"),
+        (command(out, acco, hosts=2), "--hosts and --rate belong together"),
+        (command(out, acco, rate="1gbit"), "--hosts and --rate belong together"),
+        (command(out, acco, hosts=2, rate="fast"), "--rate 'fast' is not allowed; allowed: a rate as tc spells it"),
+        (command(out, acco, hosts=1, rate="1gbit"), "--hosts 1 is not allowed; allowed: 2 to 99"),
+        (command(out, acco, hosts=2, rate="1gbit"), "need root"),
+        (command(out, acco, hostfile=tmp_path / "none"), "is not a file; give DeepSpeed's hostfile"),
+        (command(out, acco, numel=5), "--numel is the size of the emulated model"),
+        (command(out, acco, script=tmp_path / "none.py"), "none.py is not a file"),
+        (command(out, acco, script=script, steps=4), "--steps and --seed are the example's"),
+        ([*command(out, acco, emulate_compute=5), "--", "--preset", "tiny"], "trains a model of its own"),
+    ):
+        arguments = [argument.replace("emulate_compute", "emulate-compute") for argument in arguments]
+        assert cli.main(arguments) == 2, message
+        assert message in capsys.readouterr().err
+    for arguments, message in (
+        (command(out, acco, passes=0), "argument --passes: '0' is not allowed; allowed: a whole number >= 1"),
+        (["compare"], "required: CONFIG"),
+        (["compare", str(acco), "--emulate-compute", "soon"], "'soon' is not allowed"),
+        (["env", "--", "--fast"], "env takes nothing behind --: --fast"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not fake.seen and not out.exists()
+
+
+def test_without_a_checkout_the_script_is_asked_for(fake, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(compare, "EXAMPLE", Path("nowhere.py"))
+    assert cli.main(command(tmp_path / "out", *BOTH)) == 2
+    assert "--script is missing" in capsys.readouterr().err
+
+
+def test_what_shaped_hosts_lack_is_said(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "tc" else name)
+    assert hosts.why_not().startswith("tc not found. Install iproute2")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert "need Linux" in hosts.why_not()
+
+
+@pytest.mark.parametrize("rate", ["300mbit", "1gbit", "2.5gbit", "10mbps", "512Kibit"])
+def test_rates(rate):
+    assert hosts.check_rate(rate) == rate
