@@ -14,7 +14,7 @@ import torch
 
 from deepspeed_acco import __version__
 
-from . import op_builder, ops
+from . import op_builder, ops, report
 
 _CPU_NUMEL = 2**24
 _CUDA_NUMEL = 2**26
@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     kernels.add_argument("--max-blocks", type=_positive, default=0, help="cap on the thread blocks of the CUDA kernels")
     kernels.add_argument("--json", metavar="FILE", help="also write the figures there")
     kernels.set_defaults(run=_kernels)
+    report.add_command(commands)
     options = parser.parse_args(arguments)
     return options.run(options)
 

@@ -25,6 +25,9 @@ FLOORS = {
     "plugin": 4,
     "op_builder": 4,
     "kernel_bench": 4,
+    "pictures": 4,
+    "report_data": 4,
+    "report": 4,
     "cli": 4,
     "__init__": 5,
 }
