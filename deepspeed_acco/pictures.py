@@ -18,6 +18,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#2
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 _WIDTH = 10.0
 _LONGEST_LABEL = 34
+_LEGEND_LETTERS, _HANDLE_LETTERS = 115, 9  # that fit beside each other, and that a line and its gaps take
 _FEW_POINTS = 40
 _SETTINGS = {
     "font.family": "sans-serif",
@@ -97,11 +98,12 @@ def require_matplotlib() -> None:
         ) from error
 
 
-def draw_lines(panels: Sequence[Panel], stacked: bool = False, height: float = 4.2):
+def draw_lines(panels: Sequence[Panel], stacked: bool = False, height: float = 4.2, legend: bool = True):
     """A matplotlib Figure with the panels side by side, sharing y, or ``stacked``, sharing x; one legend below.
 
     Args:
         height: in inches, of the whole picture without the legend.
+        legend: False leaves it out, as one line does.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -109,7 +111,9 @@ def draw_lines(panels: Sequence[Panel], stacked: bool = False, height: float = 4
 
     with matplotlib.rc_context(_SETTINGS):
         labels = list(dict.fromkeys((line.label, line.index) for panel in panels for line in panel.lines))
-        legend_rows = -(-len(labels) // 4)
+        longest = max(len(_visible(label)) for label, _ in labels)
+        columns = min(len(labels), 4, int(_LEGEND_LETTERS / (longest + _HANDLE_LETTERS)))
+        legend_rows = -(-len(labels) // columns) if legend else 0
         figure = Figure(figsize=(_WIDTH, height + 0.26 * legend_rows), layout="constrained")
         shape = {"nrows": len(panels), "sharex": True} if stacked else {"ncols": len(panels), "sharey": True}
         grid = figure.subplots(squeeze=False, **shape).flatten()
@@ -127,7 +131,8 @@ def draw_lines(panels: Sequence[Panel], stacked: bool = False, height: float = 4
             if panel.from_zero:
                 axes.set_ylim(bottom=0)
             if panel.top is not None:
-                axes.set_ylim(top=panel.top)
+                lowest = min(min(line.y) for line in panel.lines)
+                axes.set_ylim(lowest - 0.05 * (panel.top - lowest), panel.top)
             axes.set_ylabel(panel.y_label)
             axes.grid(color="#e4e4e4", linewidth=0.8)
             axes.set_axisbelow(True)
@@ -138,13 +143,13 @@ def draw_lines(panels: Sequence[Panel], stacked: bool = False, height: float = 4
         if not stacked:
             for axes in grid[1:]:
                 axes.set_ylabel("")
-        if len(labels) == 1:
-            return figure  # the axis names the only line
+        if not legend or len(labels) == 1:
+            return figure
         figure.legend(
             [handles[label] for label in labels],
             [_visible(label) for label, _ in labels],
             loc="outside lower center",
-            ncols=min(4, len(labels)),
+            ncols=columns,
             frameon=False,
             handlelength=3.2,
         )
@@ -192,8 +197,9 @@ def draw_bars(
             dots = {"color": "white", "markeredgecolor": "#222222", "markersize": 5}
             axes.plot(bar.dots, [row] * len(bar.dots), "o", **dots)
             axes.text(1.015, row, bar.remark, transform=axes.get_yaxis_transform(), va="center")
-            chip = {"color": colour(bar.index), "markersize": 8, "clip_on": False}
-            axes.plot([-0.013], [row], "s", transform=axes.get_yaxis_transform(), **chip)
+            if len({bar.index for bar in bars}) > 1:
+                chip = {"color": colour(bar.index), "markersize": 8, "clip_on": False}
+                axes.plot([-0.013], [row], "s", transform=axes.get_yaxis_transform(), **chip)
         if interval_name and any(bar.low is not None for bar in bars):
             handles.append(Line2D([], [], color="#222222", linewidth=1.2, marker="|", label=interval_name))
         if bound_name and any(bar.bound is not None for bar in bars):
@@ -216,7 +222,8 @@ def draw_bars(
 
 def _visible(label: str) -> str:
     """Short enough for a picture; matplotlib takes a legend's label that begins with "_" for a secret."""
-    short = label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "…"
+    half = _LONGEST_LABEL // 2
+    short = label if len(label) <= _LONGEST_LABEL else f"{label[: half - 1]}…{label[-half:]}"
     return "\u200b" + short if short.startswith("_") else short
 
 

@@ -22,7 +22,9 @@ from .report_data import Run, read_results, read_run
 
 _PART_NAMES = ("computation", "exposed communication", "overhead", "step time, not split")
 _PART_COLOURS = ("#4C5B73", "#D55E00", "#C9CDD3", "#9AA3B0")
-_BOUND_NAME = "bound (acco: max(A, R) + max(B, R))"
+_BOUND_WORDS = (
+    "The bound is what a step takes at best: max(A, R) + max(B, R) for acco, max(C, R) for wp and dpu, C + R for sync."
+)
 _PER_STEP = {"s": "seconds per optimizer step", "ms": "milliseconds per optimizer step"}
 _MOST_POINTS = 400
 _MOST_RANKS = 32
@@ -215,10 +217,13 @@ def _html(value: object) -> str:
     return value if isinstance(value, _Html) else html.escape(str(value))
 
 
+def _sentence(text: object) -> str:
+    """With `code` in backticks as in this sentence."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", _html(text))
+
+
 def _paragraphs(sentences: Sequence[object]) -> str:
-    """One paragraph each, with `code` in backticks as in this sentence."""
-    texts = (re.sub("`([^`]+)`", r"<code>\1</code>", _html(sentence)) for sentence in sentences)
-    return "".join(f"<p>{text}</p>\n" for text in texts)
+    return "".join(f"<p>{_sentence(text)}</p>\n" for text in sentences)
 
 
 def _chip(index: int, name: str) -> _Html:
@@ -243,7 +248,7 @@ def _table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
 
 
 def _picture(figure, words: str, caption: str = "") -> str:
-    below = f"<figcaption>{_html(caption)}</figcaption>" if caption else ""
+    below = f"<figcaption>{_sentence(caption)}</figcaption>" if caption else ""
     return f'<figure><img src="{pictures.data_uri(figure)}" alt="{html.escape(words)}">{below}</figure>\n'
 
 
@@ -281,7 +286,7 @@ th:first-child, td:first-child { text-align: left; padding-left: 2px; }
 td { white-space: nowrap; }
 thead th { vertical-align: bottom; font-weight: 600; color: #57606a; border-bottom: 1.5px solid #8c959f; }
 tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 110px; }
-tbody th small { white-space: nowrap; }
+th small { white-space: nowrap; }
 small { display: block; font-size: 12px; color: #57606a; font-weight: 400; }
 .chip { display: inline-block; width: 10px; height: 10px; margin-right: 8px; border-radius: 2px;
   print-color-adjust: exact; -webkit-print-color-adjust: exact; }
@@ -367,6 +372,8 @@ def _step_picture(results: dict) -> str:
         bound = "" if bar.bound is None else f", bound {bar.bound:.4g}"
         words.append(f"{bar.label}: {sum(bar.parts):.4g} ({', '.join(parts)}{bound}).")
     caption = ["Medians; shorter is better."]
+    if any(bar.bound is not None for bar in bars):
+        caption.append(_BOUND_WORDS)
     notes = dict.fromkeys(
         config["split"]["note"] for _, config in measured(results) if config["split"] and config["split"]["note"]
     )
@@ -374,7 +381,7 @@ def _step_picture(results: dict) -> str:
     if any(config["split"] and min(_split_parts(config)) < 0 for _, config in measured(results)):
         caption.append("A part that is negative in the table is drawn as nothing.")
     figure = pictures.draw_bars(
-        bars, _PART_NAMES, _PART_COLOURS, _PER_STEP[unit[1]], interval_name="95 % interval", bound_name=_BOUND_NAME
+        bars, _PART_NAMES, _PART_COLOURS, _PER_STEP[unit[1]], interval_name="95 % interval", bound_name="bound"
     )
     return _picture(figure, " ".join(words), " ".join(caption))
 
@@ -410,10 +417,10 @@ def _loss_picture(results: dict) -> str:
     caption += [missing] if missing else []
     if not close:
         return _picture(pictures.draw_lines(panels), " ".join(words), " ".join(caption))
-    whole = _picture(pictures.draw_lines(panels, height=3.6), " ".join(words))
+    whole = _picture(pictures.draw_lines(panels, height=3.6, legend=False), " ".join(words))
+    caption.insert(0, "Above the whole curves, below their lower end.")
     words = ["The same lines, only the lower end of the losses."]
-    caption.append("Below: the same lines near the end.")
-    return whole + _picture(pictures.draw_lines(close, height=3.6), words[0], " ".join(caption))
+    return whole + _picture(pictures.draw_lines(close, height=3.8), words[0], " ".join(caption))
 
 
 def _close_up(panels: Sequence[Panel]) -> list[Panel]:
