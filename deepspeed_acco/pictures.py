@@ -221,7 +221,7 @@ def draw_bars(
 
 
 def _visible(label: str) -> str:
-    """Short enough for a picture; matplotlib takes a legend's label that begins with "_" for a secret."""
+    """Short enough for a picture; matplotlib before 3.10 leaves a label that begins with "_" out of a legend."""
     half = _LONGEST_LABEL // 2
     short = label if len(label) <= _LONGEST_LABEL else f"{label[: half - 1]}…{label[-half:]}"
     return "\u200b" + short if short.startswith("_") else short

@@ -26,6 +26,7 @@ _BOUND_WORDS = (
     "The bound is what a step takes at best: max(A, R) + max(B, R) for acco, max(C, R) for wp and dpu, C + R for sync."
 )
 _PER_STEP = {"s": "seconds per optimizer step", "ms": "milliseconds per optimizer step"}
+_WARM_UP_STEPS = 2
 _MOST_POINTS = 400
 _MOST_RANKS = 32
 
@@ -227,12 +228,17 @@ def _paragraphs(sentences: Sequence[object]) -> str:
 
 
 def _chip(index: int, name: str) -> _Html:
-    return _Html(f'<i class="chip" style="background:{pictures.colour(index)}"></i>{html.escape(name)}')
+    square = f'<i class="chip" style="background:{pictures.colour(index)}"></i>'
+    return _Html(f'<span class="name">{square}{html.escape(name)}</span>')
+
+
+def _name(name: str) -> _Html:
+    return _Html(f'<span class="name">{html.escape(name)}</span>')
 
 
 def _with_interval(interval: dict | None, shown) -> _Html:
     """The median, its interval in small print below."""
-    if interval is None:
+    if interval is None or interval["median"] is None:
         return _Html("–")
     ends = "" if interval["low"] is None else f"{shown(interval['low'])} to {shown(interval['high'])}"
     return _Html(f"{html.escape(shown(interval['median']))}<small>{html.escape(ends)}</small>")
@@ -288,7 +294,9 @@ thead th { vertical-align: bottom; font-weight: 600; color: #57606a; border-bott
 tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 110px; }
 th small { white-space: nowrap; }
 small { display: block; font-size: 12px; color: #57606a; font-weight: 400; }
-.chip { display: inline-block; width: 10px; height: 10px; margin-right: 8px; border-radius: 2px;
+.name { display: inline-flex; align-items: baseline; min-width: 90px; white-space: normal; overflow-wrap: anywhere; }
+td .name, thead .name { justify-content: flex-end; }
+.chip { flex: none; width: 10px; height: 10px; margin-right: 8px; border-radius: 2px;
   print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 dl { display: grid; grid-template-columns: 190px 1fr; gap: 6px 16px; margin: 0; font-size: 15px; }
 dt { color: #57606a; }
@@ -332,8 +340,7 @@ def _page(title: str, what: str, *sections: str) -> str:
 
 def comparison_page(results: dict) -> str:
     """The HTML of what :func:`~deepspeed_acco.report_data.read_results` returned."""
-    ranks = f"{results['world_size']} rank{'s' if results['world_size'] != 1 else ''}"
-    what = [Path(results["script"]).name, f"{ranks} on {results['device']}", results["network"], results["date"]]
+    what = [Path(results["script"]).name, _ranks_words(results), results["network"], results["date"]]
     if results["emulated_ms"] is not None:
         what.append(f"emulated computation, {results['emulated_ms']:g} ms per micro-batch")
     return _page(
@@ -350,6 +357,13 @@ def comparison_page(results: dict) -> str:
         _section("What was run", _pairs(_what_was_run(results))),
         _section("How to read this", _pairs(_TERMS)),
     )
+
+
+def _ranks_words(results: dict) -> str:
+    if results["world_size"] is None:
+        return "number of ranks not known"
+    words = f"{results['world_size']} rank{'s' if results['world_size'] != 1 else ''}"
+    return words if results["device"] is None else f"{words} on {results['device']}"
 
 
 def _failures(results: dict) -> str:
@@ -405,7 +419,9 @@ def _loss_picture(results: dict) -> str:
         for index, config in enumerate(results["configs"])
         if not config["failed"] and not any(line.index == index for panel in panels for line in panel.lines)
     ]
-    missing = f"No curve of {_listed(without)}: the runs wrote no validation loss to metrics.jsonl." if without else ""
+    missing = (
+        f"No curve of {_listed(without)}: the runs wrote no finite validation loss to metrics.jsonl." if without else ""
+    )
     if not panels:
         return _paragraphs([missing or "No configuration has a curve, so there is nothing to draw."])
     close = _close_up(panels)
@@ -509,7 +525,10 @@ def _speedup_table(results: dict) -> str:
             cells.append(_Html(cell + f"<small>{html.escape(ratio['verdict'])}</small>") if ratio else cell)
         rows.append([_chip(places.get(name, 0), name), *cells])
     note = "Step time of the configuration on top divided by that of the row, pass by pass: above 1 the row is faster."
-    return _table(["", *(f"over {baseline}" for baseline in baselines)], rows) + f'<p class="note">{note}</p>\n'
+    return (
+        _table(["", *(_Html(f"over<br>{_name(baseline)}") for baseline in baselines)], rows)
+        + f'<p class="note">{note}</p>\n'
+    )
 
 
 def _manager_table(results: dict) -> str:
@@ -523,7 +542,7 @@ def _manager_table(results: dict) -> str:
         rows.append(
             [
                 _chip(index, line["config"]),
-                line["baseline"],
+                _name(line["baseline"]),
                 _share(line["idle_share"]),
                 _share(baseline["idle_share"] if baseline else None),
                 _share(line["hidden_share"]),
@@ -547,7 +566,7 @@ def _what_was_run(results: dict) -> list[tuple[object, object]]:
         ("date", results["date"]),
         ("machine", results["machine"]),
         ("network", results["network"]),
-        ("ranks", f"{results['world_size']} on {results['device']}"),
+        ("ranks", _ranks_words(results)),
     ]
     if results["emulated_ms"] is not None:
         emulated = f"emulated: each micro-batch waits {results['emulated_ms']:g} ms; the rest is real"
@@ -559,7 +578,8 @@ def _what_was_run(results: dict) -> list[tuple[object, object]]:
     pairs.append(("batch", ", ".join(batch) or "not known"))
     pairs.append(("passes", f"{results['passes']}, the configurations in alternation"))
     if compute is None or round_ is None:
-        pairs.append(("C and R", "not measured"))
+        failure = reference.get("failed")
+        pairs.append(("C and R", f"not measured: {failure}" if failure else "not measured"))
     else:
         words = f"C = {_time(compute, unit)} {unit[1]}, R = {_time(round_, unit)} {unit[1]}, "
         words += f"R/C = {_figure(round_ / compute) if compute > 0 else '–'}"
@@ -629,8 +649,12 @@ def windows(run: Run) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def timed_steps(run: Run) -> list[list[dict]]:
-    """Per rank, the steps whose time counts: not the first, and none that an evaluation or a checkpoint fell into."""
-    return [[step for step in steps if step["step_s"] is not None and not step["looked"]] for steps in run.steps]
+    """Per rank, the steps whose time counts: not the first two, which load and build, and none that an evaluation or a
+    checkpoint fell into."""
+    return [
+        [step for step in steps[_WARM_UP_STEPS:] if step["step_s"] is not None and not step["looked"]]
+        for steps in run.steps
+    ]
 
 
 def run_step_bars(run: Run, unit: tuple[float, str]) -> list[Bar]:
@@ -807,7 +831,7 @@ def _error_picture(series: dict) -> str:
 def _run_memory_picture(run: Run) -> str:
     peaks = []
     for header, steps in zip(run.headers, run.steps):
-        known = [step["peak_bytes"] for step in steps if step["peak_bytes"] is not None]
+        known = [step["peak_bytes"] for step in steps[_WARM_UP_STEPS:] if step["peak_bytes"] is not None]
         if known:
             peaks.append((header["rank"], max(known)))
     if not peaks:

@@ -17,7 +17,7 @@ _DEEPEST = 2  # csv_monitor writes to output_path/job_name
 
 
 class _Maybe:
-    """What may be null or missing."""
+    """What may be null or missing, or NaN, which scripts write that diverge."""
 
     def __init__(self, kind):
         self.kind = kind
@@ -25,6 +25,7 @@ class _Maybe:
 
 _NUMBER, _WHOLE, _TEXT = "a number", "a whole number", "a text"
 _INTERVAL = {"median": _NUMBER, "low": _Maybe(_NUMBER), "high": _Maybe(_NUMBER)}
+_LOSS = {key: _Maybe(_NUMBER) for key in ("median", "low", "high")}
 _POINT = {"step": _Maybe(_WHOLE)} | {key: _Maybe(_NUMBER) for key in ("samples", "seconds", "val_loss", "loss")}
 _CONFIG = {
     "name": _TEXT,
@@ -41,7 +42,7 @@ _CONFIG = {
     "peak_bytes": _Maybe([_Maybe(_NUMBER)]),
     "failed": _Maybe(_TEXT),
     "runs": [{"pass": _Maybe(_WHOLE), "curve": _Maybe([_POINT])}],
-    "final_val_loss": _Maybe(_INTERVAL),
+    "final_val_loss": _Maybe(_LOSS),
 }
 _RATIO = {"config": _TEXT, "baseline": _TEXT, "speedup": _Maybe(_INTERVAL), "verdict": _TEXT}
 _MANAGER = {
@@ -58,17 +59,17 @@ _RESULTS = {
     "machine": _TEXT,
     "script": _TEXT,
     "arguments": [_TEXT],
-    "world_size": _WHOLE,
+    "world_size": _Maybe(_WHOLE),
     "network": _TEXT,
     "emulated_ms": _Maybe(_NUMBER),
-    "device": _TEXT,
+    "device": _Maybe(_TEXT),
     "model": _Maybe({"numel": _Maybe(_WHOLE), "weight_bytes": _Maybe(_WHOLE), "comm_bytes": _Maybe(_WHOLE)}),
     "n": _Maybe(_WHOLE),
     "samples_per_step": _Maybe(_WHOLE),
     "tokens_per_sample": _Maybe(_NUMBER),
     "passes": _WHOLE,
     "reference": _Maybe(
-        {"compute_s": _Maybe(_NUMBER), "round_s": _Maybe(_NUMBER), "micro_batch_s": _Maybe(_NUMBER)},
+        {key: _Maybe(_NUMBER) for key in ("compute_s", "round_s", "micro_batch_s")} | {"failed": _Maybe(_TEXT)},
     ),
     "configs": [_CONFIG],
     "ratios": [_RATIO],
@@ -108,7 +109,8 @@ def _is(value: Any, kind: str) -> bool:
 def _checked(value: Any, kind: Any, place: str) -> Any:
     """``value`` with every key that ``kind`` names (None where a key that may be missing is) and no other."""
     if isinstance(kind, _Maybe):
-        return None if value is None else _checked(value, kind.kind, place)
+        is_known = value is not None and not (isinstance(value, float) and not math.isfinite(value))
+        return _checked(value, kind.kind, place) if is_known else None
     if isinstance(kind, list):
         if not isinstance(value, list):
             raise ValueError(f"{place} is {value!r:.60}; allowed: a list")

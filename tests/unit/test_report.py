@@ -198,6 +198,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
     assert report.write(path).read_bytes() == report.write(path, tmp_path / "again.html").read_bytes()
 
 
+@pytest.mark.filterwarnings("error")
 def test_pictures_of_a_comparison_show_the_data(tmp_path, figures):
     report.write(_written(tmp_path, _results()))
     steps, losses, close, memory = figures
@@ -242,8 +243,10 @@ def test_a_configuration_has_one_colour(tmp_path, figures):
         chips = [line for line in steps.axes[0].get_lines() if line.get_marker() == "s"]
         assert to_hex(chips[row].get_color()) == colour.lower()
         assert page.count(f'background:{colour}"></i>{html.escape(name)}') >= 1
-    legend = [text.get_text().strip("\u200b") for text in figures[2].legends[0].get_texts()]
-    assert legend == [NASTY, "_zero1"]  # "_zero1" is not taken for a secret
+    texts = figures[2].legends[0].get_texts()
+    assert [text.get_text().strip("\u200b") for text in texts] == [NASTY, "_zero1"]  # "_" is not taken for a secret
+    for text in [*texts, *steps.axes[0].get_yticklabels()]:
+        assert not text.get_parse_math()  # nor "$" for a formula
     assert len({pictures.colour(index) for index in range(8)}) == 8
 
 
@@ -259,10 +262,21 @@ def test_samples_where_tokens_are_not_known_and_several_passes(tmp_path, figures
 
 def test_nothing_but_failures(tmp_path, figures):
     failed = [_config("a", failed="no"), _config("b", failed="neither")]
-    results = _results() | {"configs": failed, "ratios": [], "manager": [], "verdict": [], "model": None}
+    reference = {"compute_s": None, "round_s": None, "micro_batch_s": None, "failed": "killed <9>"}
+    results = _results() | {"configs": failed, "ratios": [], "manager": [], "verdict": [], "reference": reference}
+    results |= {"world_size": None, "device": None, "samples_per_step": None, "model": {"numel": None}}
     page = _Page(report.write(_written(tmp_path, results)).read_text())
     assert not figures and "a : no" in page.text and "b : neither" in page.text
+    assert "not measured: killed <9>" in page.text and "None" not in page.text
     assert page.text.count("nothing to draw") == 3 and "holds no verdict" in page.text
+
+
+def test_a_run_that_diverged(tmp_path, figures):
+    results = _results()
+    results["configs"][2]["final_val_loss"] = dict.fromkeys(("median", "low", "high"), float("nan"))
+    results["configs"][2]["runs"][0]["curve"][1]["val_loss"] = float("nan")
+    page = _Page(report.write(_written(tmp_path, results)).read_text())
+    assert _lines(figures[1].axes[0])[1] == ([0.0], [5.5]) and "nan" not in page.text.lower()
 
 
 def test_many_configurations_stay_apart(tmp_path, figures):
@@ -307,8 +321,8 @@ def _broken(change):
             r"configs\[0\].step_s.median is '1'; allowed: a",
         ),
         (
-            _broken(lambda r: r["configs"][0].update(bound_s=float("nan"))),
-            r"configs\[0\].bound_s is nan; allowed: a number",
+            _broken(lambda r: r["configs"][0]["step_s"].update(median=float("nan"))),
+            r"configs\[0\].step_s.median is nan; allowed: a number",
         ),
         (_broken(lambda r: r.update(verdict="fine")), "verdict is 'fine'; allowed: a list"),
         (_broken(lambda r: r.update(passes=True)), "passes is True; allowed: a whole number"),
@@ -349,10 +363,11 @@ def _recorded(folder, rank, schedule="acco"):
     header |= {"samples_per_step": 8, "n": 4, "a": 2, "device": "cpu", "weight_bytes": 2, "comm_bytes": 2}
     keys = ("step", "step_s", "inside_s", "round_s", "exposed_s", "rounds", "peak_bytes", "looked", "loss")
     steps = [
-        [1, None, 0.5, 0.5, 0.125, 2, 2**20, False, None],
-        [2, 2.0, 0.5, 1.0, 0.25, 2, (rank + 5) * 2**20, False, None],
-        [3, 9.0, 0.5, 1.0, 0.25, 2, 2**20, True, None],
-        [4, 3.0, 0.25, 2.0, 1.0, 2, 2**20, False, None],
+        [1, None, 0.5, 0.5, 0.125, 2, 2**30, False, None],  # the first two load and build
+        [2, 50.0, 0.5, 0.5, 0.125, 2, 2**30, False, None],
+        [3, 2.0, 0.5, 1.0, 0.25, 2, (rank + 5) * 2**20, False, None],
+        [4, 9.0, 0.5, 1.0, 0.25, 2, 2**20, True, None],
+        [5, 3.0, 0.25, 2.0, 1.0, 2, 2**20, False, None],
     ]
     if schedule is None:
         steps = [[*step[:3], None, None, None, *step[6:]] for step in steps]
@@ -373,15 +388,16 @@ def test_the_page_of_one_run(tmp_path, figures):
     assert _lines(losses.axes[0]) == [([0.0, 2.5], [5.0, 4.0]), ([2.5], [4.5])]
     assert _lines(losses.axes[1]) == [([0, 16], [5.0, 4.0]), ([16], [4.5])]
     times, hidden = rounds.axes
-    assert _lines(times) == [([8, 16, 24, 32], [500, 1000, 1000, 2000]), ([8, 16, 24, 32], [125, 250, 250, 1000])]
-    assert _lines(hidden) == [([8, 16, 24, 32], [0.75, 0.75, 0.75, 0.5])]
-    # Steps 2 and 4 count: medians 2.5 s with 0.625 s exposed.
+    samples = [8, 16, 24, 32, 40]
+    assert _lines(times) == [(samples, [500, 500, 1000, 1000, 2000]), (samples, [125, 125, 250, 250, 1000])]
+    assert _lines(hidden) == [(samples, [0.75, 0.75, 0.75, 0.75, 0.5])]
+    # Steps 3 and 5 count: medians 2.5 s with 0.625 s exposed.
     widths = [[patch.get_width() for patch in container] for container in steps.axes[0].containers]
     assert widths == [[1.875] * 2, [0.625] * 2, [0.0] * 2, [0.0] * 2]
     assert _lines(error.axes[0])[0] == ([8, 16, 32], [0.9, 0.5, 0.25])
     assert [patch.get_width() for patch in memory.axes[0].containers[0]] == [5.0, 6.0]
     for words in (
-        "63.9 % of the communication was hidden",  # 1 - 1.625 / 4.5
+        "65.0 % of the communication was hidden",  # 1 - 1.75 / 5
         "Last validation loss: 4.0000 after 2 steps.",
         "3 steps were skipped",
         "ACCO, schedule acco · ZeRO stage 1 · 2 ranks · on cpu",
