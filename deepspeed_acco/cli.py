@@ -104,13 +104,13 @@ def _kernels(options: argparse.Namespace) -> int:
         print("ds_acco: --device cuda: PyTorch sees no CUDA device. Use --device cpu", file=sys.stderr)
         return 2
     numel = options.numel or (_CPU_NUMEL if device.type == "cpu" else _CUDA_NUMEL)
-    report = kernel_bench.measure(
+    figures = kernel_bench.measure(
         numel, device, threads=options.threads, turns=options.turns, max_blocks=options.max_blocks
     )
-    print(kernel_bench.table(report))
+    print(kernel_bench.table(figures))
     if options.json:
         with open(options.json, "w") as file:
-            json.dump(report, file, indent=2)
+            json.dump(figures, file, indent=2)
             file.write("\n")
     return 0
 

@@ -172,10 +172,11 @@ def step_bars(results: dict, unit: tuple[float, str]) -> list[Bar]:
         remark = f"{_time(step['median'], unit)} {unit[1]}"
         if config["of_bound"] is not None:
             remark += f"   {config['of_bound']:.3f} × bound"
-        ends = [None if step[end] is None else step[end] * factor for end in ("low", "high")]
-        bound = None if config["bound_s"] is None else config["bound_s"] * factor
+        low, high, bound = (
+            None if value is None else value * factor for value in (step["low"], step["high"], config["bound_s"])
+        )
         parts = [part * factor for part in drawn_parts(config)]
-        bars.append(Bar(config["name"], index, parts, remark, *ends, bound))
+        bars.append(Bar(config["name"], index, parts, remark, low, high, bound))
     return bars
 
 
@@ -189,7 +190,7 @@ def drawn_parts(config: dict) -> list[float]:
     if split is None:
         return [0.0, 0.0, 0.0, config["step_s"]["median"]]
     rest = 0.0
-    parts = []
+    parts: list[float] = []
     for key in ("overhead_s", "exposed_s", "compute_s"):
         parts.insert(0, max(0.0, split[key] + rest))
         rest = min(0.0, split[key] + rest)
@@ -472,7 +473,7 @@ def _figures_table(results: dict) -> str:
     peaks = [peak for config in results["configs"] for peak in config["peak_bytes"] or [] if peak is not None]
     memory = _bytes_unit(peaks)
     bound = _Html(f"bound, {unit[1]}<small>step / bound</small>")
-    head = ["", f"step, {unit[1]}", bound, "compute", "exposed", "overhead", "hidden", "idle"]
+    head: list[object] = ["", f"step, {unit[1]}", bound, "compute", "exposed", "overhead", "hidden", "idle"]
     head += [f"memory, {memory[1]}", "final validation loss"]
     rows = []
     for index, config in enumerate(results["configs"]):
@@ -550,7 +551,7 @@ def _manager_table(results: dict) -> str:
                 _figure(line["saved_hours_per_1000_accelerator_hours"], 0),
             ]
         )
-    head = ["", "instead of", "accelerators idle", "idle before", "communication hidden", "time saved"]
+    head: list[object] = ["", "instead of", "accelerators idle", "idle before", "communication hidden", "time saved"]
     head.append(_Html("accelerator-hours<br>saved of 1000"))
     note = "For the same number of steps. A negative figure is a loss."
     return _table(head, rows) + f'<p class="note">{note}</p>\n'
