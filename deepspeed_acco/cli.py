@@ -14,7 +14,7 @@ import torch
 
 from deepspeed_acco import __version__
 
-from . import compare, op_builder, ops, planning
+from . import compare, op_builder, ops, planning, report
 
 _CPU_NUMEL = 2**24
 _CUDA_NUMEL = 2**26
@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     kernels.set_defaults(run=_kernels)
     compare.add_command(commands)
     planning.add_command(commands)
+    report.add_command(commands)
     own, script_arguments = _split(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(own)
     if script_arguments and not getattr(options, "takes_script_arguments", False):
@@ -115,13 +116,13 @@ def _kernels(options: argparse.Namespace) -> int:
         print("ds_acco: --device cuda: PyTorch sees no CUDA device. Use --device cpu", file=sys.stderr)
         return 2
     numel = options.numel or (_CPU_NUMEL if device.type == "cpu" else _CUDA_NUMEL)
-    report = kernel_bench.measure(
+    figures = kernel_bench.measure(
         numel, device, threads=options.threads, turns=options.turns, max_blocks=options.max_blocks
     )
-    print(kernel_bench.table(report))
+    print(kernel_bench.table(figures))
     if options.json:
         with open(options.json, "w") as file:
-            json.dump(report, file, indent=2)
+            json.dump(figures, file, indent=2)
             file.write("\n")
     return 0
 

@@ -34,6 +34,8 @@ FLOORS = {
     "launches": 4,
     "summary": 4,
     "compare": 4,
+    "pictures": 4,
+    "report_data": 4,
     "report": 4,
     "cli": 4,
     "__init__": 5,
