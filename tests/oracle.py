@@ -53,7 +53,8 @@ def run_reference(
     weights, sums are rounded where the run rounds them, and only the rest is float64.
 
     Args:
-        n, a: one number, or a list with one for each window.
+        n, a: one number, or a list with one for each window (of ``a`` with a number for each rank: adaptive windows).
+        counts: of each window, one number or, with adaptive windows, one for each rank.
         scales: fp16: the loss scale of each window.
         send: replaces the rounding of what is communicated.
         spoil: ``spoil(rank, window, micro_batch)`` multiplies that micro-batch's targets.

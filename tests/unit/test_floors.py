@@ -22,6 +22,7 @@ FLOORS = {
     "optimizer": 3,
     "checkpoint": 3,
     "monitor": 3,
+    "adaptive": 3,
     "zero": 3,
     "plugin": 4,
     "op_builder": 4,
