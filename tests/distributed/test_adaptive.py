@@ -310,7 +310,7 @@ def test_no_data_at_all_is_no_hang(ranks):
 @pytest.mark.parametrize("pause_s", [2, pytest.param(10, marks=pytest.mark.full)])
 def test_a_rank_that_is_paused_goes_on(ranks, pause_s):
     pool = ranks(2)
-    config = training.ds_config(2, accumulation="adaptive", max_window=6)
+    config = training.ds_config(2, accumulation="adaptive", max_window=20)
     pool.run(train, config=config, windows=2, slowness=[1])  # everything is built and loaded
     pool.start(train, config=config, windows=60, slowness=[4])
     time.sleep(1.0)
@@ -320,7 +320,8 @@ def test_a_rank_that_is_paused_goes_on(ranks, pause_s):
     os.kill(pool.processes[1].pid, signal.SIGCONT)
     records = pool.collect(limit_s=60)
     check(records, replay(records[0], "acco", 2, 2, 1))
-    assert any(window.micro_batches[0] == 6 for window in records[0]["windows"]), "the other one went on meanwhile"
+    longest = max(window.micro_batches[0] for window in records[0]["windows"])
+    assert 10 < longest <= 20, "the other rank computed meanwhile, in one of its phases as much as it may"
 
 
 def _train_until_stopped(config, victim, window_of_death):
