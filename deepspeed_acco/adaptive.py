@@ -70,7 +70,7 @@ class AdaptiveWindows:
                 in_a = given.in_phase_a[rank]
                 count = in_a if position.phase is Phase.A else count - in_a
             return Limits(count, count)
-        most = n if schedule.blocks else max_window_micro_batches(n, self._settings.max_window)
+        most = max_window_micro_batches(n, self._settings.max_window)
         if schedule.at_phase_b is None:
             return Limits(n, most)
         least_a = phase_a_micro_batches(n, self._settings.estimate_fraction)
@@ -239,8 +239,8 @@ def train_samples(engine, loader: Iterable, total: int | None = None) -> Iterato
             engine.backward(engine(**batch))
             engine.step()
 
-    Every rank must run this loop. A rank whose data end first takes part in the steps of the others with what it has,
-    so that every micro-batch computed is in exactly one step. Samples are micro-batches times
+    Every rank must run this loop to its end. A rank whose data end first takes part in the steps of the others with
+    what it has, so that every micro-batch computed is in exactly one step. Samples are micro-batches times
     ``train_micro_batch_size_per_gpu``; what a step had is known one step later, so up to two steps more than ``total``
     are trained.
 

@@ -330,6 +330,11 @@ def check_engine(engine, optimizer: ACCO) -> None:
     _refuse(device not in ("cpu", "cuda"), "device", device, "cpu, cuda", "Use the AdamW optimizer there")
     _check_window(engine.gradient_accumulation_steps(), optimizer.settings)
     if optimizer.settings.is_adaptive:
+        # Set by HF's TrainingArguments, by Accelerator and by `accelerate launch`.
+        trainer = os.environ.get("ACCELERATE_USE_DEEPSPEED", "")
+        fix = 'Set optimizer.params.accumulation to "fixed": HF Trainer and Accelerate end the windows themselves'
+        is_trainer = trainer.lower() in ("1", "true", "yes", "on", "y", "t")
+        _refuse(is_trainer, "ACCELERATE_USE_DEEPSPEED", trainer, 'unset with accumulation = "adaptive"', fix)
         unmanaged = not getattr(config, "managed_gradient_accumulation", True)
         fix = 'Set it, or set optimizer.params.accumulation to "fixed"'
         _refuse(unmanaged, "managed_gradient_accumulation", False, 'true with accumulation = "adaptive"', fix)

@@ -21,12 +21,13 @@ prediction[t] over PREDICT t-1, which is COMMIT t-1 followed by a discarded seco
     rounds  | COMMIT t-1 (dpu) |  COMMIT t (dpu)  |          rounds             | COMMIT t |  (sync)
             | PREDICT t-1 (wp) |  PREDICT t (wp)  |
 
-A phase ends after a fixed number of micro-batches, or, with adaptive windows, when its rank has a least number of them
-and the round behind it is finished: every rank decides for itself, none waits, and all run the same rounds in the same
-order. A slow rank with 4 micro-batches a window and a fast one::
+A phase ends after a fixed number of micro-batches or, with adaptive windows, when its rank has a least number of them
+and the round behind it is finished. Every rank decides for itself; all run the same rounds in the same order, and a
+round begins when the last rank has come to it::
 
-    fast compute | A A A A A A A | B B B B B B B B | A A A A A A A ...
-    slow compute |    A      A   |   B       B      |   A   ...        rounds: begun by the last rank to come
+    slow rank |    A        A    |    B        B    |    A        A    |
+    rounds    | COMMIT t-1 |     | ESTIMATE t |     |  COMMIT t  |
+    fast rank   A  A  A  A  A  |  B  B  B  B  B  B |  A  A  A  A  A  A |
 """
 
 from __future__ import annotations

@@ -202,8 +202,8 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
 
     @property
     def is_between_windows(self) -> bool:
-        """Whether nothing of the running window was computed yet."""
-        return self._position == Position(window=self._position.window)
+        """Whether nothing of the running window was computed or sent yet."""
+        return self._position.phase is Phase.A and not self._position.micro_batches
 
     @property
     def lane_name(self) -> str:
@@ -264,6 +264,12 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
                 param.grad = None
 
     def _whole_gradient_view(self, param):
+        if self._adaptive is not None:
+            raise RuntimeError(
+                'ACCO: the full gradient is not known with optimizer.params.accumulation = "adaptive": the ranks end '
+                'their windows at different times. Set accumulation to "fixed" for safe_get_full_grad and '
+                "safe_set_full_grad"
+            )
         if not self._are_gradients_taken or self._are_gradients_clean:
             raise ValueError(
                 "ACCO: the full gradient was asked for or set outside of a window's end; allowed: after the last "

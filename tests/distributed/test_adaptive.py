@@ -7,7 +7,9 @@ import signal
 import time
 from itertools import accumulate
 
+import deepspeed
 import pytest
+from packaging.version import Version
 
 from tests import oracle, training
 from tests.ranks import RankPool
@@ -286,6 +288,14 @@ def test_data_that_end_at_different_times(ranks, schedule, n, lengths, slowness)
     check_the_end(records, schedule, n, max(1, round(n / 2)))
 
 
+def test_an_estimate_that_no_rank_has_data_after_is_not_the_end(ranks):
+    """The last micro-batch of both ranks opens phase B of the second window. The blocking lane has fixed counts."""
+    config = training.ds_config(4, accumulation="adaptive", comm_timeout_s=30, lane="inline")
+    records = ranks(2).run(train_to_the_end, config=config, lengths=[7], slowness=0)
+    assert [window.micro_batches for window in records[0]["windows"]] == [(4, 4), (3, 3)]
+    check_the_end(records, "acco", 4, 2)
+
+
 def test_training_ends_at_the_total_on_all_ranks(ranks):
     config = training.ds_config(2, accumulation="adaptive", comm_timeout_s=30)
     per_rank = [{"lengths": [500], "slowness": 1}, {"lengths": [500], "slowness": 4}, {"lengths": [7], "slowness": 1}]
@@ -393,6 +403,13 @@ def _try_refused(config):
         engine.optimizer.zero_grad()
 
     refused("zero_grad", zero_grad_in_phase_b)
+
+    def full_gradient():
+        from deepspeed.utils import safe_get_full_grad
+
+        safe_get_full_grad(next(engine.module.parameters()))
+
+    refused("full_gradient", full_gradient)
     refused("total", lambda: deepspeed_acco.train_samples(engine, [], 0))
     engine.destroy()
     for name, changes in (
@@ -401,6 +418,9 @@ def _try_refused(config):
         ("max_window", {"gradient_accumulation_steps": 40}),
     ):
         refused(name, lambda changes=changes: training.start_engine({**config, **changes}))
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    refused("trainer", lambda: training.start_engine(config))
+    del os.environ["ACCELERATE_USE_DEEPSPEED"]
     engine = training.start_engine(training.ds_config(2))
     for name in ("on_window", "replay_windows", "train_samples"):
         refused(name, lambda name=name: getattr(deepspeed_acco, name)(engine, []))
@@ -415,7 +435,10 @@ def test_whoever_ends_windows_himself_is_refused(ranks):
             assert "HF Trainer and Accelerate need it" in messages[name], messages
         assert "zero_grad() in phase B is not allowed" in messages["zero_grad"]
         assert "total=0) is not allowed; allowed: a whole number >= 1" in messages["total"]
-        assert "managed_gradient_accumulation = False" in messages["unmanaged"]
+        assert "the full gradient is not known" in messages["full_gradient"]
+        assert "HF Trainer and Accelerate end the windows themselves" in messages["trainer"]
+        if Version(deepspeed.__version__) >= Version("0.19"):  # before there is no such key
+            assert "managed_gradient_accumulation = False" in messages["unmanaged"]
         assert "fp16.enabled = True" in messages["fp16"]
         for name in ("max_window", "train_batch_size"):
             assert "max_window = 20 is not allowed; allowed: >= gradient_accumulation_steps" in messages[name], messages
