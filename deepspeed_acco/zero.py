@@ -293,6 +293,11 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients of the window so far. The engine calls this after each step, when there are none."""
         if not self._are_gradients_clean:
+            if self._adaptive is not None and self._position.phase is Phase.B:
+                raise RuntimeError(
+                    'ACCO: zero_grad() in phase B is not allowed with optimizer.params.accumulation = "adaptive"; '
+                    'allowed: before the estimate was sent. Drop whole windows, or set accumulation to "fixed"'
+                )
             self._driver.buffers.clear_gradients()
             self._are_gradients_clean = True
             if self._position.micro_batches:
@@ -300,11 +305,6 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
 
     def _restart_window(self):
         if self._position.phase is Phase.B:
-            if self._adaptive is not None:
-                raise RuntimeError(
-                    'ACCO: zero_grad() in phase B is not allowed with optimizer.params.accumulation = "adaptive"; '
-                    'allowed: before the estimate was sent. Drop whole windows, or set accumulation to "fixed"'
-                )
             self._driver.settle()  # the estimate was made of gradients that are gone
         self._position = self._position.after_dropped_gradients()
 

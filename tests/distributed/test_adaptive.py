@@ -395,21 +395,27 @@ def _try_refused(config):
     refused("accelerate", lambda: DeepSpeedEngineWrapper(engine).backward(engine(x, y)))
     refused("train_batch_size", lambda: engine.set_train_batch_size(4 * 4 * 2 * 9))
 
-    def zero_grad_in_phase_b():
-        for _ in range(2):
-            engine.backward(engine(x, y))
-            engine.step()
-        engine(x, y)
-        engine.optimizer.zero_grad()
-
-    refused("zero_grad", zero_grad_in_phase_b)
-
     def full_gradient():
         from deepspeed.utils import safe_get_full_grad
 
-        safe_get_full_grad(next(engine.module.parameters()))
+        while True:
+            engine.backward(engine(x, y))
+            if engine.is_gradient_accumulation_boundary():
+                break
+            engine.step()
+        safe_get_full_grad(engine.module.first.weight)
 
     refused("full_gradient", full_gradient)
+    engine.step()
+
+    def zero_grad_in_phase_b():
+        engine.backward(engine(x, y))
+        engine.step()
+        while engine.optimizer._position.phase.name == "A":
+            engine.backward(engine(x, y))
+        engine.optimizer.zero_grad()
+
+    refused("zero_grad", zero_grad_in_phase_b)
     refused("total", lambda: deepspeed_acco.train_samples(engine, [], 0))
     engine.destroy()
     for name, changes in (
