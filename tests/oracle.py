@@ -41,7 +41,7 @@ def run_reference(
     counts=None,
     warmup=0,
     lr_decay=None,
-    lr=None,
+    lrs=None,
     data=batch,
     scales=None,
     send=None,
@@ -57,7 +57,7 @@ def run_reference(
     Args:
         n, a: one number, or a list with one for each window (of ``a`` with a number for each rank: adaptive windows).
         counts: of each window, one number or, with adaptive windows, one for each rank.
-        lr: of each window, for all groups.
+        lrs: the learning rate of each window, for all groups.
         data: ``data(rank, window, micro_batch)`` gives inputs and targets.
         scales: fp16: the loss scale of each window.
         send: replaces the rounding of what is communicated.
@@ -125,8 +125,8 @@ def run_reference(
     for window in range(windows):
         if scales is not None:
             scale[0] = scales[window]
-        for h in hyper if lr is not None else ():
-            h.lr = lr[window]
+        for h in hyper if lrs is not None else ():
+            h.lr = lrs[window]
         n, a = n_of[window], a_of[window]
         report = reference.run_window(gradient, n, a, counts[window] if counts else n, runs_sync=window < warmup)
         norms.append(report.grad_norm)

@@ -131,7 +131,7 @@ def test_the_learning_rate_follows_samples_or_steps(ranks, lr_follows):
     config = training.ds_config(2, accumulation="adaptive", lr_follows=lr_follows)
     speeds = [{"slowness": slowness} for slowness in ([1, 1, 3], [5, 2])]
     records = ranks(2).run(train, per_rank=speeds, config=config, windows=14, lr_decay=0.95)
-    check(records, replay(records[0], "acco", 2, 2, 1, lr=records[0]["lr"]))
+    check(records, replay(records[0], "acco", 2, 2, 1, lrs=records[0]["lr"]))
     batch = 4 * 2 * 2
     known_at_the_start = [0, *records[0]["samples"]][:14]
     steps = [samples // batch for samples in known_at_the_start] if lr_follows == "samples" else range(14)
