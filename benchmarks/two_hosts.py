@@ -24,7 +24,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parents[1]))
-CONFIGS = ("acco", "wp", "dpu", "sync", "zero0", "zero1", "zero2", "zero3")
+CONFIGS = ("acco", "wp", "dpu", "sync", "adaptive", "adaptive_wp", "zero0", "zero1", "zero2", "zero3")
+DEFAULT_CONFIGS = tuple(name for name in CONFIGS if not name.startswith("adaptive"))
 
 
 # ---- the worker, one rank on each host
@@ -44,15 +45,19 @@ def ds_config(name: str, n: int, lane: str = "auto") -> dict:
         config["zero_optimization"] = {"stage": stage, "overlap_comm": True}
         config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.1, "torch_adam": True}}
     else:
+        schedule = {"adaptive": "acco"}.get(name, name.removeprefix("adaptive_"))
         config["optimizer"] = {
             "type": "ACCO",
-            "params": {"lr": 1e-4, "weight_decay": 0.1, "schedule": name, "lane": lane},
+            "params": {"lr": 1e-4, "weight_decay": 0.1, "schedule": schedule, "lane": lane},
         }
+        if name.startswith("adaptive"):
+            config["optimizer"]["params"]["accumulation"] = "adaptive"
     return config
 
 
 def time_steps(name: str, arguments, module, windows: int, lane: str = "auto") -> dict:
-    """Step times in seconds, without the first two; for ACCO what the rounds took and what was waited for."""
+    """Step times in seconds and micro-batches of this rank, without the first two steps; for ACCO what the rounds took
+    and what was waited for. The ranks wait for each other before a step, except where their windows are adaptive."""
     import deepspeed
     import torch
 
@@ -61,22 +66,26 @@ def time_steps(name: str, arguments, module, windows: int, lane: str = "auto") -
     engine, *_ = deepspeed.initialize(
         model=module, model_parameters=list(module.parameters()), config=ds_config(name, arguments.n, lane)
     )
-    steps, rounds, exposed = [], [], []
-    for _ in range(windows + 2):
-        torch.distributed.barrier()
+    steps, micro_batches, rounds, exposed = [], [], [], []
+    for step in range(windows + 2):
+        if not name.startswith("adaptive"):
+            torch.distributed.barrier()
         before = engine.optimizer.lane_times() if hasattr(engine.optimizer, "lane_times") else None
         kept = (before.round_s, before.exposed_s, before.rounds) if before else None
         begin = time.perf_counter()
-        for _ in range(arguments.n):
+        micro_batches.append(0)
+        while engine.global_steps == step:
             engine.backward(engine())
             engine.step()
+            micro_batches[-1] += 1
         steps.append(time.perf_counter() - begin)
         if kept:
             after = engine.optimizer.lane_times()
             rounds.append((after.round_s - kept[0]) / max(1, after.rounds - kept[2]))
             exposed.append(after.exposed_s - kept[1])
     engine.destroy()
-    return {"step_s": steps[2:], "round_s": rounds[2:], "exposed_s": exposed[2:]}
+    measured = {"step_s": steps, "micro_batches": micro_batches, "round_s": rounds, "exposed_s": exposed}
+    return {key: values[2:] for key, values in measured.items()}
 
 
 def worker(arguments) -> None:
@@ -135,9 +144,14 @@ def summarise(results: dict, arguments) -> dict:
     for name in arguments.configs:
         step = median(results[name]["step_s"])
         row = {"config": name, "step_s": round(step, 4), "steps": len(results[name]["step_s"])}
+        alone_s = sum(results[name]["micro_batches"]) * micro  # of the same micro-batches without anything else
+        row["of_compute_only_samples_per_s"] = round(alone_s / sum(results[name]["step_s"]), 4)
         if name in bounds:
             row["bound_s"] = round(bounds[name], 4)
             row["of_bound"] = round(step / bounds[name], 4)
+        if name.startswith("adaptive"):
+            row["micro_batches_by_window"] = results[name]["micro_batches"]
+        if results[name]["exposed_s"]:
             row["exposed_s"] = round(median(results[name]["exposed_s"]), 4)
             row["round_beside_compute_s"] = round(median(results[name]["round_s"]), 4)
         rows.append(row)
@@ -160,11 +174,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", default="300mbit", help="of each host's link, as tc spells it")
     parser.add_argument("--numel", type=int, default=10_000_000, help="parameters")
-    parser.add_argument("--n", type=int, default=8, help="micro-batches of a step")
+    parser.add_argument("--micro_batches", dest="n", type=int, default=8, help="of a step; at least, where adaptive")
     parser.add_argument("--micro_batch_ms", type=float, default=250.0)
     parser.add_argument("--windows", type=int, default=6, help="measured steps of a configuration in one pass")
     parser.add_argument("--passes", type=int, default=2)
-    parser.add_argument("--configs", nargs="+", default=list(CONFIGS), choices=CONFIGS)
+    parser.add_argument("--configs", nargs="+", default=list(DEFAULT_CONFIGS), choices=CONFIGS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--results", help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

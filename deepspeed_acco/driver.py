@@ -32,17 +32,47 @@ class RoundInputs:
     pre_scale: float  # multiplies the gradients before they are summed over the ranks
     grad_scale: float  # multiplies the sum: together they make the mean gradient without loss scale
     clip_grad: float  # largest global norm; 0: no clipping
-    window: int  # number of the window whose gradients it takes, for profilers
+    window: int  # number of the window whose gradients it takes
+    share: AdaptiveShare | None = None  # None: every rank sends as many micro-batches as every other
 
 
 @dataclass(frozen=True)
-class CommitOutcome:
-    """What a COMMIT tells afterwards; tensors on the parameters' device."""
+class AdaptiveShare:
+    """What one rank tells the others in a round of an adaptive window."""
+
+    micro_batches: int  # whose gradients it sends
+    nominal: int  # micro-batches of all ranks for which ``grad_scale`` makes the mean
+    is_data_over: bool  # it has no micro-batch after these
+
+
+@dataclass(frozen=True)
+class ToldCounts:
+    """What all ranks told in one round of an adaptive window."""
+
+    round: Round
+    window: int
+    told: HostValue  # float64, 1-D: ranks without more data, then the micro-batches of each rank
+
+    def ranks_without_data(self) -> int:
+        """Waits on CUDA until the device has passed the round, as :meth:`micro_batches`."""
+        self.told.wait()
+        return int(self.told.value()[0])
+
+    def micro_batches(self) -> list[int]:
+        """Of each data-parallel rank, in their order."""
+        self.told.wait()
+        return [int(count) for count in self.told.value()[1:]]
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """What a round tells afterwards; tensors on the parameters' device."""
 
     grad_norm: Tensor  # global norm of the mean gradient before clipping, fp32, 0-dim
     is_finite: HostValue  # where False the step was skipped
     is_same_round: HostValue  # where False the ranks were in different rounds
     estimate_error: HostValue | None = None  # float64, NaN where there was no step; None: not measured
+    counts: ToldCounts | None = None  # None: not an adaptive window
 
 
 @dataclass(frozen=True)
@@ -62,6 +92,7 @@ class RoundDriver:
         running: the Round in flight or waiting to be installed, None when the live weights are the newest true ones.
         weights_version: changes whenever the live weights do; for the guard against a changed forward.
         last_commit: the newest finished COMMIT, or None.
+        last_counts: what the newest finished round of an adaptive window told, or None.
         measures_estimate: whether the COMMITs behind computation measure how far it stands from what they make. The
             same on all ranks, since it takes a collective.
     """
@@ -75,12 +106,14 @@ class RoundDriver:
         self.weights_version = 0
         self._versions = itertools.count(1)
         self._hidden_version = 0
-        self.last_commit: CommitOutcome | None = None
+        self.last_commit: RoundOutcome | None = None
         self.measures_estimate = False
         self._is_finished = True
-        self._unreported: list[CommitOutcome] = []
+        self._unreported: list[RoundOutcome] = []
         self._estimate_errors: list[HostValue] = []
-        self._unchecked: list[CommitOutcome] = []
+        self.last_counts: ToldCounts | None = None
+        self._untaken_counts: list[ToldCounts] = []
+        self._unchecked: list[RoundOutcome] = []
         self._rounds_started = 0
         self._is_showing_true = False
         self._kept_predictions: list[Tensor] | None = None
@@ -135,6 +168,7 @@ class RoundDriver:
         self.last_commit = None
         self._unreported.clear()
         self._estimate_errors.clear()
+        self._untaken_counts.clear()
         self.weights_version = next(self._versions)
 
     def standing(self) -> Standing:
@@ -156,7 +190,7 @@ class RoundDriver:
         assert self.running is None and not self._is_showing_true, "the live weights are the true ones"
         device = self.comm.device
         norm, true = torch.tensor(standing.grad_norm, device=device), torch.tensor(True, device=device)
-        self.last_commit = CommitOutcome(norm, HostValue(true), HostValue(true))
+        self.last_commit = RoundOutcome(norm, HostValue(true), HostValue(true))
         if not standing.live:
             return
         self._gather(standing.live)
@@ -172,6 +206,10 @@ class RoundDriver:
             target.copy_(shard)
         self.comm.all_gather(self.buffers.comm_weights)
 
+    def is_round_finished(self) -> bool:
+        """Whether :meth:`finish` would return, or raise, without waiting; never waits itself."""
+        return self.running is None or self._is_finished or self.lane.has_failed or self.lane.is_finished()
+
     def finish(self) -> None:
         """Waits for the running round, if any. Its weights stay in the communication buffer.
 
@@ -185,6 +223,9 @@ class RoundDriver:
         self._is_finished = True
         self._unchecked.append(outcome)
         self._check_same_round()
+        if outcome.counts is not None:
+            self.last_counts = outcome.counts
+            self._untaken_counts.append(outcome.counts)
         if self.running.writes_state:
             self.last_commit = outcome
             self._unreported.append(outcome)
@@ -207,6 +248,11 @@ class RoundDriver:
         known = list(itertools.takewhile(HostValue.is_known, self._estimate_errors))
         self._estimate_errors = self._estimate_errors[len(known) :]
         return [error for error in (value.value() for value in known) if math.isfinite(error)]
+
+    def take_counts(self) -> list[ToldCounts]:
+        """What the adaptive windows' rounds told that finished since the last call, oldest first."""
+        taken, self._untaken_counts = self._untaken_counts, []
+        return taken
 
     def _check_same_round(self):
         while self._unchecked and self._unchecked[0].is_same_round.is_known():
@@ -284,16 +330,22 @@ class RoundDriver:
     # ---- the round itself, on the lane's thread or stream
 
     @torch.no_grad()
-    def _run(self, this: Round, inputs: RoundInputs, number: int, measures: bool) -> CommitOutcome:
+    def _run(self, this: Round, inputs: RoundInputs, number: int, measures: bool) -> RoundOutcome:
         buffers = self.buffers
         self.comm.reduce_scatter_sum(buffers.comm_grads, buffers.reduced)
         squares = sum_of_squares(buffers.reduced)
         totals = torch.stack([squares, torch.full_like(squares, number)])
+        if inputs.share is not None:
+            totals = torch.cat([totals, self._own_share(totals, inputs.share)])
         self.comm.all_reduce_sum(totals)
-        norm = totals[0].sqrt() * inputs.grad_scale
+        scale = torch.full_like(squares, inputs.grad_scale)
+        counts = None
+        if inputs.share is not None:
+            counts = ToldCounts(this, inputs.window, HostValue(totals[2:]))
+            scale *= inputs.share.nominal / totals[3:].sum()  # not finite, so skipped, where no rank computed anything
+        norm = totals[0].sqrt() * scale
         is_same_round = totals[1] == number * self.comm.world_size
         is_finite = norm.isfinite() & is_same_round
-        scale = torch.full_like(norm, inputs.grad_scale)
         if inputs.clip_grad > 0:
             scale /= ((norm + 1e-6) / inputs.clip_grad).clamp(min=1.0)  # as DeepSpeed's unscale_and_clip_grads
         for shard, grad, hyper, out in zip(self.shards, buffers.reduced, inputs.hyper, buffers.comm_shards):
@@ -304,7 +356,15 @@ class RoundDriver:
                 adamw_estimate(*arguments)
         self.comm.all_gather(buffers.comm_weights)
         error = HostValue(self._measure_estimate(inputs, is_finite)) if measures else None
-        return CommitOutcome(norm.float(), HostValue(is_finite), HostValue(is_same_round), error)
+        return RoundOutcome(norm.float(), HostValue(is_finite), HostValue(is_same_round), error, counts)
+
+    def _own_share(self, like: Tensor, share: AdaptiveShare) -> Tensor:
+        """What this rank adds to the round's small all-reduce (:class:`ToldCounts` before the sum). Filled on the
+        device, since a copy from the host would wait for it."""
+        own = like.new_zeros(1 + self.comm.world_size)
+        own[0].fill_(share.is_data_over)
+        own[1 + self.comm.rank].fill_(share.micro_batches)
+        return own
 
     def _measure_estimate(self, inputs: RoundInputs, is_finite: Tensor) -> Tensor:
         """The error of where training stands now, behind the COMMIT's update: 0-dim, float64, NaN where none was."""

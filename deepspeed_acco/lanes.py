@@ -21,7 +21,7 @@ class RoundFailed(RuntimeError):
 
 
 class HostValue:
-    """A 0-dim tensor that the host reads later, without ever waiting for the device.
+    """A small tensor that the host reads later, without ever waiting for the device.
 
     On CUDA the value is copied to pinned memory behind the work that makes it, on the current stream.
     """
@@ -30,7 +30,7 @@ class HostValue:
         self._passed = None
         self._value = value
         if value.device.type == "cuda":
-            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             self._value.copy_(value, non_blocking=True)
             self._passed = torch.cuda.current_stream(value.device).record_event()
 
@@ -42,9 +42,9 @@ class HostValue:
         if self._passed is not None:
             self._passed.synchronize()
 
-    def value(self) -> bool | float:
-        """The value, in Python's type for the tensor's dtype; only when :meth:`is_known`."""
-        return self._value.item()
+    def value(self) -> Any:
+        """The value, in Python's type for the tensor's dtype, of 1-D tensors a list; only when :meth:`is_known`."""
+        return self._value.tolist()
 
 
 class Instant:
@@ -133,6 +133,14 @@ class InlineLane:
         except Exception as cause:
             raise self.fail(cause) from cause
 
+    def is_finished(self) -> bool:
+        """Whether :meth:`finish` would return, or raise, without waiting; never waits itself."""
+        return True
+
+    def pace(self) -> None:
+        """Once per micro-batch, before :meth:`is_finished` is asked: keeps the host at most one micro-batch ahead of
+        the device, so that the answer is about now. Of no effect where the host computes."""
+
     def fail(self, cause: Exception) -> RoundFailed:
         """Makes ``cause`` what every later call raises: the buffers hold nobody knows what."""
         self._failure = RoundFailed(f"ACCO: a communication round failed in the background: {cause}")
@@ -211,6 +219,9 @@ class ThreadLane(InlineLane):
         self._times.rounds += 1
         return result
 
+    def is_finished(self) -> bool:
+        return self._future is None or self._future.done()
+
     @property
     def is_own_thread(self) -> bool:
         # The garbage collector may run anywhere, so that an engine may be destroyed inside its own round.
@@ -232,6 +243,7 @@ class StreamLane(InlineLane):
         self._device = device
         self._comm_stream = torch.cuda.Stream(device, priority=-1)
         self._weights_ready: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._last_micro_batch: torch.cuda.Event | None = None
         self._timed: list = []  # (round start, round end, wait start, wait end), until the device has passed them
 
     def _run_in_range(self, run, name):
@@ -261,6 +273,15 @@ class StreamLane(InlineLane):
         self._timed.append((begin, end, wait_begin, wait_end))
         self.times()  # lets the events go that the device has passed
         return super()._finish()
+
+    def is_finished(self) -> bool:
+        return self._weights_ready is None or self._weights_ready[1].query()
+
+    def pace(self) -> None:
+        passed = self._last_micro_batch
+        self._last_micro_batch = torch.cuda.current_stream(self._device).record_event()
+        if passed is not None:
+            passed.synchronize()
 
     def times(self) -> LaneTimes:
         while self._timed and self._timed[0][3].query():

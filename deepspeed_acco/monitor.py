@@ -31,16 +31,19 @@ class Monitor:
         self._seen = replace(driver.lane.times())
         driver.measures_estimate = deepspeed_monitor.enabled
 
-    def write(self, engine, micro_batches: int) -> None:
+    def write(self, engine, micro_batches: int | None) -> None:
         """Writes the events of the window that ended.
 
         Args:
             engine: gives the place on the axis, the samples so far, and the count of skipped steps.
-            micro_batches: how many this rank computed in that window.
+            micro_batches: how many this rank computed in that window; with adaptive windows all ranks in the newest
+                window that they told of, None before the first.
         """
         if not self._sink.enabled:
             return
-        values = {"micro_batches": micro_batches, "skipped_commits": engine.skipped_steps, **self._newly_known()}
+        values = {"skipped_commits": engine.skipped_steps, **self._newly_known()}
+        if micro_batches is not None:
+            values["micro_batches"] = micro_batches
         if engine.global_rank == 0:
             self._sink.write_events([(PREFIX + name, value, engine.global_samples) for name, value in values.items()])
 

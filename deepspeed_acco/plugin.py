@@ -24,7 +24,7 @@ from .checkpoint import LoadOptions
 from .driver import describe_bytes
 from .log import logger
 from .optimizer import ACCO
-from .settings import phase_a_micro_batches
+from .settings import Settings, max_window_micro_batches, phase_a_micro_batches
 from .zero import AccoZeroOptimizer
 
 OLDEST_DEEPSPEED = "0.16.9"
@@ -40,6 +40,7 @@ TOUCH_POINTS = (
     "deepspeed.runtime.engine.DeepSpeedEngine._do_optimizer_sanity_check",  # else bf16 with fp32 sums trains AdamW
     "deepspeed.runtime.engine.DeepSpeedEngine._configure_zero_optimizer",  # chooses the wrapper class
     "deepspeed.runtime.engine.DeepSpeedEngine._take_model_step",  # monitor events after its counting; recorder.py
+    "deepspeed.runtime.engine.DeepSpeedEngine.set_gradient_accumulation_boundary",  # adaptive windows have their own
     "deepspeed.runtime.engine.DeepSpeedEngine.set_train_batch_size",  # the same ValueError for n = 1 in mid-training
     "deepspeed.runtime.engine.DeepSpeedZeroOptimizer",  # rebound only while the call above runs
     "deepspeed.runtime.engine.DeepSpeedEngine.load_checkpoint",  # all files are checked before one is loaded
@@ -81,6 +82,7 @@ def register() -> None:
         "_configure_zero_optimizer": _wrap_configure_zero(engine_class._configure_zero_optimizer),
         "load_checkpoint": _wrap_load_checkpoint(engine_class.load_checkpoint),
         "_take_model_step": _wrap_take_model_step(engine_class._take_model_step),
+        "set_gradient_accumulation_boundary": _wrap_set_boundary(engine_class.set_gradient_accumulation_boundary),
         "set_train_batch_size": _wrap_set_train_batch_size(engine_class.set_train_batch_size),
     }
     for name, method in wrapped.items():
@@ -165,23 +167,38 @@ def _wrap_load_checkpoint(original):
 
 def _wrap_take_model_step(original):
     @functools.wraps(original)
-    def take_model_step(engine, *args, **kwargs):
+    def take_model_step(engine, lr_kwargs=None, *args, **kwargs):
+        optimizer = engine.optimizer
         with recorder.of_step(engine):
-            original(engine, *args, **kwargs)
-            if isinstance(engine.optimizer, AccoZeroOptimizer):
-                engine.optimizer.after_engine_step()
+            if not isinstance(optimizer, AccoZeroOptimizer):
+                original(engine, lr_kwargs, *args, **kwargs)
+                return
+            with optimizer.around_engine_step():
+                original(engine, lr_kwargs, *args, **kwargs)
+            optimizer.after_engine_step(lr_kwargs)
 
     return take_model_step
+
+
+def _wrap_set_boundary(original):
+    @functools.wraps(original)
+    def set_gradient_accumulation_boundary(engine, is_boundary):
+        optimizer = engine.optimizer
+        if isinstance(optimizer, AccoZeroOptimizer) and optimizer.adaptive is not None:
+            optimizer.adaptive.refuse_boundary(is_boundary)
+        return original(engine, is_boundary)
+
+    return set_gradient_accumulation_boundary
 
 
 def _wrap_set_train_batch_size(original):
     @functools.wraps(original)
     def set_train_batch_size(engine, train_batch_size):
         optimizer = engine.optimizer
-        if isinstance(optimizer, AccoZeroOptimizer) and optimizer.settings.schedule == "acco":
+        if isinstance(optimizer, AccoZeroOptimizer):
             samples = engine.train_micro_batch_size_per_gpu() * engine.dp_world_size
             if train_batch_size % samples == 0:  # else DeepSpeed's own error
-                phase_a_micro_batches(train_batch_size // samples, optimizer.settings.estimate_fraction)
+                _check_window(train_batch_size // samples, optimizer.settings)
         return original(engine, train_batch_size)
 
     return set_train_batch_size
@@ -313,5 +330,23 @@ def check_engine(engine, optimizer: ACCO) -> None:
         _refuse(size > 1, f"mpu.{method}()", size, "1", "Use data parallelism alone")
     device = engine.device.type
     _refuse(device not in ("cpu", "cuda"), "device", device, "cpu, cuda", "Use the AdamW optimizer there")
-    if optimizer.settings.schedule == "acco":
-        phase_a_micro_batches(engine.gradient_accumulation_steps(), optimizer.settings.estimate_fraction)
+    _check_window(engine.gradient_accumulation_steps(), optimizer.settings)
+    if optimizer.settings.is_adaptive:
+        # Set by HF's TrainingArguments, by Accelerator and by `accelerate launch`.
+        trainer = os.environ.get("ACCELERATE_USE_DEEPSPEED", "")
+        fix = 'Set optimizer.params.accumulation to "fixed": HF Trainer and Accelerate end the windows themselves'
+        is_trainer = trainer.lower() in ("1", "true", "yes", "on", "y", "t")
+        _refuse(is_trainer, "ACCELERATE_USE_DEEPSPEED", trainer, 'unset with accumulation = "adaptive"', fix)
+        unmanaged = not getattr(config, "managed_gradient_accumulation", True)
+        fix = 'Set it, or set optimizer.params.accumulation to "fixed"'
+        _refuse(unmanaged, "managed_gradient_accumulation", False, 'true with accumulation = "adaptive"', fix)
+        fix = 'Use bf16, or set optimizer.params.accumulation to "fixed": fp16\'s overflow check waits for every rank'
+        _refuse(engine.fp16_enabled(), "fp16.enabled", True, 'false with accumulation = "adaptive"', fix)
+
+
+def _check_window(n: int, settings: Settings) -> None:
+    """Raises ValueError where a window of n micro-batches has no room for the schedule or the settings."""
+    if settings.schedule == "acco":
+        phase_a_micro_batches(n, settings.estimate_fraction)
+    if settings.is_adaptive:
+        max_window_micro_batches(n, settings.max_window)

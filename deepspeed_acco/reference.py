@@ -76,31 +76,44 @@ class Reference:
         self.next_prediction = self.theta  # wp: where the next one stands
 
     def run_window(
-        self, gradient: Gradient, n: int, a: int, counts: int | None = None, *, runs_sync: bool = False
+        self,
+        gradient: Gradient,
+        n: int,
+        a: int | Sequence[int],
+        counts: int | Sequence[int] | None = None,
+        *,
+        runs_sync: bool = False,
     ) -> WindowReport:
-        """One optimizer step of ``counts`` micro-batches per rank (default n), the first ``a`` in phase A."""
+        """One optimizer step of ``counts`` micro-batches per rank (default n), the first ``a`` in phase A.
+
+        Adaptive windows: ``counts`` and ``a`` are lists with one number for each rank; the gradients, divided by n as
+        delivered, then become the mean over all micro-batches of all ranks.
+        """
         counts = n if counts is None else counts
+        is_adaptive = not isinstance(counts, int)
+        counts_of = list(counts) if is_adaptive else [counts] * self.world_size
+        in_a_of = list(a) if not isinstance(a, int) else [min(a, count) for count in counts_of]
         schedule = "sync" if runs_sync else self.schedule
         first = {"sync": self.theta, "acco": self.estimate, "dpu": self.previous, "wp": self.prediction}[schedule]
         second = self.theta if schedule == "acco" else first
         first, second = ([self.see(tensor) for tensor in weights] for weights in (first, second))
-        in_a = min(a, counts)
-        is_short = counts <= a
+        is_short = not is_adaptive and counts <= a
 
         totals = []
         partial: list[Tensor] = []
         for rank in range(self.world_size):
             total = [torch.zeros_like(tensor) for tensor in self.theta]
-            for micro_batch in range(counts):
-                weights = first if micro_batch < in_a else second
+            for micro_batch in range(counts_of[rank]):
+                weights = first if micro_batch < in_a_of[rank] else second
                 delivered = gradient(weights, rank, self.window, micro_batch)
                 total = [self.accumulate(held, new) for held, new in zip(total, delivered)]
-                if micro_batch + 1 == in_a:
+                if micro_batch + 1 == in_a_of[rank]:
                     sent = [self.send(tensor).double() for tensor in total]
                     partial = [old + new for old, new in zip(partial, sent)] if partial else sent
             totals.append([self.send(tensor).double() for tensor in total])
-        mean = [sum(parts) / self.world_size for parts in zip(*totals)]
-        mean_a = [part * (n / in_a) / self.world_size for part in partial]
+        over = sum(counts_of) / n if is_adaptive else self.world_size
+        mean = [sum(parts) / over for parts in zip(*totals)]
+        mean_a = [part * (n / sum(in_a_of)) for part in partial]
 
         estimated = self._adamw(mean_a, self.theta, self.exp_avg, self.exp_avg_sq, self.step)
         committed = self._adamw(mean, self.theta, self.exp_avg, self.exp_avg_sq, self.step)

@@ -20,6 +20,14 @@ prediction[t] over PREDICT t-1, which is COMMIT t-1 followed by a discarded seco
     compute |     window t     |    window t+1    |          compute | window t |          | window t+1 |
     rounds  | COMMIT t-1 (dpu) |  COMMIT t (dpu)  |          rounds             | COMMIT t |  (sync)
             | PREDICT t-1 (wp) |  PREDICT t (wp)  |
+
+A phase ends after a fixed number of micro-batches or, with adaptive windows, when its rank has a least number of them
+and the round behind it is finished. Every rank decides for itself; all run the same rounds in the same order, and a
+round begins when the last rank has come to it::
+
+    slow rank |    A        A    |    B        B    |    A        A    |
+    rounds    | COMMIT t-1 |     | ESTIMATE t |     |  COMMIT t  |
+    fast rank   A  A  A  A  A  |  B  B  B  B  B  B |  A  A  A  A  A  A |
 """
 
 from __future__ import annotations
@@ -89,6 +97,18 @@ def blocks_at_end(schedule: Schedule, phase: Phase) -> bool:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """How many micro-batches a phase has at least and at most; fixed accumulation leaves no choice."""
+
+    least: int
+    most: int
+
+    def allow_end(self, micro_batches: int, is_round_finished: bool) -> bool:
+        """Whether a phase with so many micro-batches may end, while the round behind it is finished or not."""
+        return micro_batches >= self.most or (micro_batches >= self.least and is_round_finished)
+
+
+@dataclass(frozen=True)
 class Position:
     """Where training stands. A micro-batch is everything from the first forward that builds a graph after a backward
     to the last backward before the next such forward; it counts once."""
@@ -110,14 +130,19 @@ class Position:
         counted = self.micro_batches + (self.is_graph_outstanding or self.is_eval_graph_outstanding)
         return replace(self, micro_batches=counted, is_graph_outstanding=False, is_eval_graph_outstanding=False)
 
-    def is_phase_a_over(self, schedule: Schedule, wanted: int) -> bool:
+    def is_phase_a_over(self, schedule: Schedule, limits: Limits, is_round_finished: bool = False) -> bool:
         """Asked at the next forward, when no graph is outstanding: only there may weights change in mid-window."""
         return (
             schedule.at_phase_b is not None
             and self.phase is Phase.A
-            and self.micro_batches >= wanted
+            and limits.allow_end(self.micro_batches, is_round_finished)
             and not self.is_graph_outstanding
         )
+
+    def is_window_over(self, schedule: Schedule, limits: Limits, is_round_finished: bool) -> bool:
+        """Asked after a backward, where nobody else decides how long a window is; ``limits`` are the last phase's."""
+        is_last_phase = schedule.at_phase_b is None or self.phase is Phase.B
+        return is_last_phase and limits.allow_end(self.micro_batches - self.micro_batches_in_a, is_round_finished)
 
     def after_phase_a(self) -> Position:
         return replace(self, phase=Phase.B, micro_batches_in_a=self.micro_batches)

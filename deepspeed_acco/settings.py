@@ -13,7 +13,9 @@ from typing import Any
 from .rounds import SCHEDULES
 
 LANES = ("auto", "inline")
-ACCUMULATIONS = ("fixed",)
+ACCUMULATIONS = ("fixed", "adaptive")
+LR_FOLLOWS = ("samples", "steps")
+MAX_WINDOW_GROWTH = 8  # default of max_window, in nominal windows
 
 
 def _refuse(key: str, given: Any, allowed: str, fix: str) -> ValueError:
@@ -76,7 +78,12 @@ class Settings:
         schedule: ``acco``, ``wp``, ``dpu`` or ``sync`` (rounds.py).
         estimate_fraction: part of the window's micro-batches that phase A has, in (0, 1).
         overlap_warmup_steps: so many first windows run as ``sync``.
-        accumulation: ``fixed``: every window has ``gradient_accumulation_steps`` micro-batches.
+        accumulation: ``fixed``: every window has ``gradient_accumulation_steps`` micro-batches; ``adaptive``: it has at
+            least so many, and a rank goes on until its running round is finished.
+        max_window: with ``adaptive``: a rank's micro-batches of one window at most, then it waits; None: 8 times
+            ``gradient_accumulation_steps``.
+        lr_follows: with ``adaptive``: the engine's scheduler moves by one for every ``train_batch_size`` ``samples`` of
+            the commits finished, or at each of the ``steps``. With ``fixed`` both are the same.
         lane: ``auto``: a side stream on CUDA, a worker thread on CPU; ``inline``: blocking, for debugging.
         comm_timeout_s: timeout of ACCO's own process group in seconds; None: DeepSpeed's default.
     """
@@ -87,6 +94,8 @@ class Settings:
     accumulation: str = "fixed"
     lane: str = "auto"
     comm_timeout_s: float | None = None
+    max_window: int | None = None
+    lr_follows: str = "samples"
 
     def __post_init__(self):
         _check_choice("schedule", self.schedule, tuple(SCHEDULES))
@@ -98,6 +107,20 @@ class Settings:
         _check_choice("lane", self.lane, LANES)
         if self.comm_timeout_s is not None:
             _check_number("comm_timeout_s", self.comm_timeout_s, 0.0, open_low=True)
+        _check_choice("lr_follows", self.lr_follows, LR_FOLLOWS)
+        if self.max_window is not None:
+            if not isinstance(self.max_window, int) or isinstance(self.max_window, bool) or self.max_window < 1:
+                raise _refuse("max_window", self.max_window, "a whole number >= 1", "It counts micro-batches.")
+            if not self.is_adaptive:
+                fix = 'Remove it, or set accumulation to "adaptive".'
+                raise _refuse("max_window", self.max_window, 'none with accumulation = "fixed"', fix)
+        if self.is_adaptive and self.schedule == "sync":
+            fix = 'Set the schedule to "acco", "wp" or "dpu": "sync" has no round to accumulate behind.'
+            raise _refuse("accumulation", self.accumulation, '"fixed" with schedule = "sync"', fix)
+
+    @property
+    def is_adaptive(self) -> bool:
+        return self.accumulation == "adaptive"
 
 
 ADAMW_KEYS = ("lr", "betas", "eps", "weight_decay")
@@ -127,3 +150,17 @@ def phase_a_micro_batches(window_micro_batches: int, estimate_fraction: float) -
             'train_micro_batch_size_per_gpu, or use the schedule "wp", "dpu" or "sync"'
         )
     return min(max(round(n * estimate_fraction), 1), n - 1)
+
+
+def max_window_micro_batches(window_micro_batches: int, max_window: int | None) -> int:
+    """Micro-batches that a rank's adaptive window may have, of n at least.
+
+    Raises:
+        ValueError: for a ``max_window`` below n.
+    """
+    if max_window is None:
+        return MAX_WINDOW_GROWTH * window_micro_batches
+    if max_window < window_micro_batches:
+        allowed = f">= gradient_accumulation_steps = {window_micro_batches}, the least that a window has"
+        raise _refuse("max_window", max_window, allowed, "Raise it, or lower gradient_accumulation_steps.")
+    return max_window

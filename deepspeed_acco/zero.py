@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from deepspeed.constants import default_pg_timeout
@@ -17,6 +17,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch.utils._pytree import tree_leaves
 
 from . import checkpoint, ops
+from .adaptive import AdaptiveWindows
 from .buffers import FlatBuffers
 from .comm import Communicator, max_over_ranks, sum_over_ranks
 from .driver import RoundDriver, RoundInputs
@@ -26,7 +27,7 @@ from .log import logger
 from .monitor import EXPOSED_WAIT_TIMER, ROUND_TIMER, LaneTimer, Monitor
 from .ops import AdamWShard
 from .optimizer import ACCO, FUSED_ADAM_KEYS
-from .rounds import Place, Position, Schedule, blocks_at_end, schedule_of_window
+from .rounds import Limits, Phase, Place, Position, Schedule, blocks_at_end, schedule_of_window
 from .settings import AdamWHyper, phase_a_micro_batches
 
 
@@ -50,6 +51,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         self._are_gradients_taken = False  # p.grad is None and A has the sums: from a window's last backward on
         self._look_depth = 0
         self._monitor: Monitor | None = None
+        self._adaptive: AdaptiveWindows | None = None  # None: fixed accumulation
         self._last_micro_batches = 0  # of the window that ended
         self._hooks = []
 
@@ -68,6 +70,8 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         layouts = [GroupLayout(flat.numel(), comm.world_size, comm.rank) for flat in live]
         buffers = FlatBuffers(live, layouts, self.gradient_accumulation_dtype, self.communication_data_type)
         self._driver = RoundDriver(buffers, self._make_shards(), comm, lane)
+        if self._settings.is_adaptive:
+            self._adaptive = AdaptiveWindows(self._settings, self._driver)
         # A script that ends without engine.destroy(): finish the round and leave the group while threads still work.
         self._driver_at_exit = weakref.finalize(self, RoundDriver.close, self._driver)
         self._group_of = {id(param): i for i, group in enumerate(self.bit16_groups) for param in group}
@@ -132,7 +136,14 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         """Puts the hooks on ``engine.module`` and takes over what only the engine knows. Once, by plugin.py."""
         self._engine = weakref.ref(engine)
         # Both are younger than the oldest supported DeepSpeed, which always takes the mean over all ranks.
-        data_parallel = self._driver.comm.world_size / float(getattr(self, "sequence_parallel_size", 1))
+        sequence_parallel = float(getattr(self, "sequence_parallel_size", 1))
+        if self._adaptive is not None and sequence_parallel > 1:
+            raise ValueError(
+                f"ACCO: sequence parallelism over {sequence_parallel:g} ranks is not allowed with "
+                'optimizer.params.accumulation = "adaptive"; allowed: 1, since these ranks compute every micro-batch '
+                'together. Set accumulation to "fixed"'
+            )
+        data_parallel = self._driver.comm.world_size / sequence_parallel
         self._divisor = data_parallel if getattr(self, "gradient_average", True) else 1.0
         self._monitor = Monitor(engine.monitor, self._driver)
         self.timers.get_timers().update(  # of no effect without wall_clock_breakdown
@@ -178,6 +189,21 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
     def settings(self):
         """The validated :class:`~deepspeed_acco.settings.Settings`."""
         return self._settings
+
+    @property
+    def adaptive(self) -> AdaptiveWindows | None:
+        """The adaptive windows; None with fixed accumulation."""
+        return self._adaptive
+
+    @property
+    def window(self) -> int:
+        """Number of the running window, from 0."""
+        return self._position.window
+
+    @property
+    def is_between_windows(self) -> bool:
+        """Whether nothing of the running window was computed or sent yet."""
+        return self._position.phase is Phase.A and not self._position.micro_batches
 
     @property
     def lane_name(self) -> str:
@@ -238,6 +264,12 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
                 param.grad = None
 
     def _whole_gradient_view(self, param):
+        if self._adaptive is not None:
+            raise RuntimeError(
+                'ACCO: the full gradient is not known with optimizer.params.accumulation = "adaptive": the ranks end '
+                'their windows at different times. Set accumulation to "fixed" for safe_get_full_grad and '
+                "safe_set_full_grad"
+            )
         if not self._are_gradients_taken or self._are_gradients_clean:
             raise ValueError(
                 "ACCO: the full gradient was asked for or set outside of a window's end; allowed: after the last "
@@ -261,13 +293,18 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients of the window so far. The engine calls this after each step, when there are none."""
         if not self._are_gradients_clean:
+            if self._adaptive is not None and self._position.phase is Phase.B:
+                raise RuntimeError(
+                    'ACCO: zero_grad() in phase B is not allowed with optimizer.params.accumulation = "adaptive"; '
+                    'allowed: before the estimate was sent. Drop whole windows, or set accumulation to "fixed"'
+                )
             self._driver.buffers.clear_gradients()
             self._are_gradients_clean = True
             if self._position.micro_batches:
                 self._restart_window()
 
     def _restart_window(self):
-        if self._position.micro_batches_in_a:
+        if self._position.phase is Phase.B:
             self._driver.settle()  # the estimate was made of gradients that are gone
         self._position = self._position.after_dropped_gradients()
 
@@ -289,16 +326,28 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         self._driver.hide_true()
         if not torch.is_grad_enabled():
             return
+        if self._adaptive is not None:
+            self._adaptive.require_plain_loop(self._engine())
         self._attach_gradients()
-        schedule = self._schedule()
-        if schedule.at_phase_b is not None and self._position.micro_batches:
-            n = self._micro_batches_per_window()
-            wanted = phase_a_micro_batches(n, self._settings.estimate_fraction)
-            if self._position.is_phase_a_over(schedule, wanted):
-                self._position = self._position.after_phase_a()
-                inputs = self._inputs(n / self._position.micro_batches_in_a)
-                self._driver.turn(schedule.at_phase_b, inputs, clears=False, blocks=False)
+        if self._position.micro_batches and self._is_phase_a_over():
+            self._begin_phase_b()
         self._position = self._position.after_forward()
+
+    def _is_phase_a_over(self) -> bool:
+        schedule, n = self._schedule(), self._micro_batches_per_window()
+        if schedule.at_phase_b is None:
+            return False
+        if self._adaptive is not None:
+            limits = self._adaptive.limits(schedule, self._position, n)
+            return self._position.is_phase_a_over(schedule, limits, self._driver.is_round_finished())
+        wanted = phase_a_micro_batches(n, self._settings.estimate_fraction)
+        return self._position.is_phase_a_over(schedule, Limits(wanted, wanted))
+
+    def _begin_phase_b(self):
+        self._position = self._position.after_phase_a()
+        in_a = self._position.micro_batches_in_a
+        inputs = self._inputs(self._micro_batches_per_window() / in_a if self._adaptive is None else 1.0, in_a)
+        self._driver.turn(self._schedule().at_phase_b, inputs, clears=False, blocks=False)
 
     def _after_forward(self, module, args, output) -> None:
         if torch.is_grad_enabled():
@@ -337,6 +386,9 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         """Once after every backward, in every style of accumulation and version of DeepSpeed."""
         self._position = self._position.after_backward()
         engine = self._engine()
+        if self._adaptive is not None:
+            self._adaptive.require_plain_loop(engine)
+            self._adaptive.after_backward(engine, self._schedule(), self._position)
         if engine.is_gradient_accumulation_boundary() and not engine.inside_no_sync_ctxt:
             self._take_gradients()
 
@@ -347,7 +399,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         newest finished COMMIT: of the previous window where rounds overlap, 0.0 at first.
         """
         driver, schedule = self._driver, self._schedule()
-        inputs = self._inputs(1.0)
+        inputs = self._inputs(1.0, self._position.micro_batches)
         self.overflow = self.dtype == torch.float16 and self._has_overflow_now()
         self._update_scale(self.overflow)
         if self.overflow:
@@ -368,20 +420,48 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         self._engine().skipped_steps += driver.take_skipped()
         self.timers.log([EXPOSED_WAIT_TIMER, ROUND_TIMER])
 
-    def after_engine_step(self) -> None:
-        """The engine has counted the step. By plugin.py: only now it knows ``global_samples`` and ``skipped_steps``."""
-        self._monitor.write(self._engine(), self._last_micro_batches)
+    def end_window_without_data(self) -> None:
+        """Ends the running window with the micro-batches that this rank has of it, be it none, and waits for nothing
+        but the rounds: a rank without data takes part in what the others still compute."""
+        schedule = self._schedule()
+        if schedule.at_phase_b is not None and self._position.phase is Phase.A:
+            self._begin_phase_b()
+        self._adaptive.set_boundary(self._engine(), True)
+        self._engine().step()
 
-    def _inputs(self, renormalise: float) -> RoundInputs:
-        """Captures what the round needs now. The mean is the sum of what the backwards delivered over the number of
-        ranks; fp16 divides before it sums, so that the sum cannot overflow."""
+    def around_engine_step(self):
+        """A context for the engine's own counting of a step; by plugin.py."""
+        return nullcontext() if self._adaptive is None else self._adaptive.own_bookkeeping(self._engine())
+
+    def after_engine_step(self, lr_kwargs=None) -> None:
+        """The engine has counted the step. By plugin.py: only now it knows ``global_samples`` and ``skipped_steps``."""
+        engine, micro_batches = self._engine(), self._last_micro_batches
+        if self._adaptive is not None:
+            self._adaptive.count(engine)
+            self._adaptive.step_scheduler(engine, lr_kwargs)
+            micro_batches = sum(self._adaptive.newest.micro_batches) if self._adaptive.newest is not None else None
+        self._monitor.write(engine, micro_batches)
+
+    def finish_counting(self) -> None:
+        """Waits for the running round and enters what it told; all ranks at the same step."""
+        self._driver.finish()
+        if self._adaptive is not None:
+            self._adaptive.count(self._engine())
+
+    def _inputs(self, renormalise: float, micro_batches: int) -> RoundInputs:
+        """Captures what the round needs now, of so many micro-batches. The mean is the sum of what the backwards
+        delivered over the number of ranks; fp16 divides before it sums, so that the sum cannot overflow. Adaptive
+        windows divide by what all ranks computed, which only the round knows."""
         if not self.postscale_gradients or self.communication_data_type == torch.float16:
             pre_scale = 1.0 / self._divisor
         else:
             pre_scale = 1.0 / self.gradient_predivide_factor
         grad_scale = renormalise / (self._divisor * pre_scale * self.loss_scale)
         hyper = tuple(AdamWHyper.from_group(group) for group in self.optimizer.param_groups)
-        return RoundInputs(hyper, pre_scale, grad_scale, self.clip_grad, self._position.window)
+        share = None
+        if self._adaptive is not None:
+            share = self._adaptive.share(micro_batches, self._micro_batches_per_window())
+        return RoundInputs(hyper, pre_scale, grad_scale, self.clip_grad, self._position.window, share)
 
     def _has_overflow_now(self) -> bool:
         """Whether any rank's own gradients are not finite: fp16's loss scaler must know before the step counts."""
@@ -438,7 +518,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
     def checkpoint_event_prologue(self) -> None:
         """The engine is about to save or load: no round in flight, the module shows the true weights."""
         self._driver.show_true()
-        self._driver.finish()
+        self.finish_counting()
         self._engine().skipped_steps += self._driver.take_skipped(waits=True)
 
     def checkpoint_event_epilogue(self) -> None:
@@ -477,6 +557,8 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             standing, reason = checkpoint.from_state(state, self._settings.schedule, self.shard_numels())
             if state is not None:
                 self._position = Position(window=state["window"])
+            if self._adaptive is not None:
+                self._adaptive.unscheduled_samples = (state or {}).get("unscheduled_samples", 0)
         if standing is not None:
             self._driver.stand_on(standing)
             self._driver.show_true()  # until training goes on, as after saving
@@ -495,6 +577,8 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         state["base_optimizer_state"] = checkpoint.without_tensor_steps(state["base_optimizer_state"])
         standing = self._driver.standing()
         state[checkpoint.KEY] = checkpoint.to_state(standing, self._settings.schedule, self._position.window)
+        if self._adaptive is not None:
+            state[checkpoint.KEY]["unscheduled_samples"] = self._adaptive.unscheduled_samples
         return state
 
     def offload_states(self, *args, **kwargs):
@@ -549,8 +633,10 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         try:
             if driver.comm.is_alive and not driver.lane.has_failed and not driver.lane.is_own_thread:
                 driver.settle()
+                if self._adaptive is not None and self._engine() is not None:
+                    self._adaptive.count(self._engine())
         finally:
-            self._driver = self._monitor = None
+            self._driver = self._monitor = self._adaptive = None
             driver.close()
             for group in self.bit16_groups:
                 for param in group:

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import time
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,6 +36,9 @@ def parse_arguments():
     add_text_arguments(parser)
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of weights and data order (default: %(default)s)")
+    parser.add_argument(
+        "--slow", nargs=2, type=float, metavar=("RANK", "FACTOR"), help="that rank takes FACTOR times as long"
+    )
     parser.add_argument("--out", type=Path, help="folder for metrics.jsonl, one line per validation")
     parser.add_argument("--local_rank", type=int, default=-1, help="given by the launcher")
     args = deepspeed.add_config_arguments(parser).parse_args()
@@ -45,6 +49,8 @@ def parse_arguments():
     check_text_arguments(parser, args)
     if args.steps < 1:
         parser.error(f"--steps {args.steps} is not allowed; allowed: 1 and more")
+    if args.slow is not None and args.slow[1] < 1:
+        parser.error(f"--slow with the factor {args.slow[1]:g} is not allowed; allowed: 1 and more")
     return args
 
 
@@ -101,6 +107,16 @@ def generate(engine, seed: int, seq_len: int) -> str:
 # ---- training
 
 
+@contextmanager
+def slowed_down(factor: float):
+    """Makes what is inside take ``factor`` times as long: a slower accelerator beside the others."""
+    begin = time.perf_counter()
+    yield
+    if factor > 1:
+        get_accelerator().synchronize()
+        time.sleep((factor - 1) * (time.perf_counter() - begin))
+
+
 def finite(value) -> float | None:
     """As JSON can hold it: null for what is not known or not finite."""
     return float(value) if value is not None and math.isfinite(value) else None
@@ -132,7 +148,7 @@ def main():
         val_loss = evaluate(engine, validation)
         line = {
             "step": step,
-            "samples": step * samples_per_step,
+            "samples": engine.global_samples,
             "loss": finite(losses[0] / losses[1]),
             "val_loss": finite(val_loss),
             "grad_norm": finite(engine.get_global_grad_norm()) if step else None,
@@ -147,15 +163,18 @@ def main():
 
     validate_after = {round(args.steps * part / VALIDATIONS) for part in range(1, VALIDATIONS + 1)}
     val_loss = validate(0)
-    begin = time.perf_counter()
+    slowness = args.slow[1] if args.slow is not None and args.slow[0] == rank else 1.0
+    begin, index = time.perf_counter(), 0
     for step in range(args.steps):
-        for index in range(n):
+        while engine.global_steps == step:  # n micro-batches, or as many as the engine makes of them
             # Consecutive samples of the run lie side by side over the ranks: no two ranks see the same one.
-            first_sample = ((step * n + index) * ranks + rank) * micro_batch
+            first_sample = (index * ranks + rank) * micro_batch
             batch = training_batch(training, args.seed, first_sample, micro_batch).to(engine.device)
-            loss = engine(input_ids=batch, labels=batch).loss
-            engine.backward(loss)
+            with slowed_down(slowness):
+                loss = engine(input_ids=batch, labels=batch).loss
+                engine.backward(loss)
             engine.step()
+            index += 1
             losses += torch.stack([loss.detach().float(), losses.new_ones(())])  # no .item(): it waits for the device
         bar.update()
         if step + 1 in validate_after:
@@ -168,7 +187,7 @@ def main():
     text = generate(engine, args.seed, args.seq_len)
     hidden = f"{engine.optimizer.lane_times().hidden_share:.0%}" if hasattr(engine.optimizer, "lane_times") else "n/a"
     if rank == 0:
-        samples_per_s = args.steps * samples_per_step / train_s
+        samples_per_s = engine.global_samples / train_s
         print(f"--- generated text\n{text}\n---")
         print(f"val_loss {val_loss:.4f} | {samples_per_s:.1f} samples/s | communication hidden {hidden}", flush=True)
     if metrics is not None:

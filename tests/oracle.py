@@ -41,6 +41,8 @@ def run_reference(
     counts=None,
     warmup=0,
     lr_decay=None,
+    lrs=None,
+    data=batch,
     scales=None,
     send=None,
     spoil=None,
@@ -53,7 +55,10 @@ def run_reference(
     weights, sums are rounded where the run rounds them, and only the rest is float64.
 
     Args:
-        n, a: one number, or a list with one for each window.
+        n, a: one number, or a list with one for each window (of ``a`` with a number for each rank: adaptive windows).
+        counts: of each window, one number or, with adaptive windows, one for each rank.
+        lrs: the learning rate of each window, for all groups.
+        data: ``data(rank, window, micro_batch)`` gives inputs and targets.
         scales: fp16: the loss scale of each window.
         send: replaces the rounding of what is communicated.
         spoil: ``spoil(rank, window, micro_batch)`` multiplies that micro-batch's targets.
@@ -80,7 +85,7 @@ def run_reference(
                 for param, value in zip(group, _split(flat, group)):
                     param.copy_(value)
                     param.grad = None
-        x, y = batch(rank, window, micro_batch)
+        x, y = data(rank, window, micro_batch)
         y = y if spoil is None else y * spoil(rank, window, micro_batch)
         loss = module(x.to(dtype), y.to(dtype))
         if rank == 0:
@@ -120,6 +125,8 @@ def run_reference(
     for window in range(windows):
         if scales is not None:
             scale[0] = scales[window]
+        for h in hyper if lrs is not None else ():
+            h.lr = lrs[window]
         n, a = n_of[window], a_of[window]
         report = reference.run_window(gradient, n, a, counts[window] if counts else n, runs_sync=window < warmup)
         norms.append(report.grad_norm)

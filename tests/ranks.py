@@ -106,6 +106,10 @@ class RankPool:
         self.start(function, per_rank, **arguments)
         return self.collect()
 
+    def answers(self, rank: int) -> bool:
+        """Whether :meth:`collect` would find that rank's answer."""
+        return self._pipes[rank].poll()
+
     @property
     def is_usable(self) -> bool:
         return bool(self.processes) and all(process.is_alive() for process in self.processes)

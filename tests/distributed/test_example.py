@@ -15,7 +15,7 @@ EXAMPLE = ROOT / "examples" / "train_gpt.py"
 ALL_CONFIGS = {path.stem: path for path in sorted((ROOT / "ds_configs").glob("*.json"))}
 AUTO_CONFIGS = ("acco_auto", "zero1_auto")  # for trainers that fill the "auto" values: test_trainers.py
 CONFIGS = {name: path for name, path in ALL_CONFIGS.items() if name not in AUTO_CONFIGS}
-ACCO_CONFIGS = ("acco", "acco_bf16", "dpu", "sync", "wp")
+ACCO_CONFIGS = ("acco", "acco_adaptive", "acco_bf16", "dpu", "sync", "wp")
 STOCK_CONFIGS = ("zero0", "zero1", "zero2", "zero3")
 TINY = ("--preset", "tiny", "--seq_len", "32", "--seed", "3")
 KEYS = ["step", "samples", "loss", "val_loss", "grad_norm", "lr", "seconds"]
@@ -73,6 +73,15 @@ def test_every_config_runs_the_same_script(tmp_path, config):
     assert (hidden == "n/a") == (config in STOCK_CONFIGS)
 
 
+@pytest.mark.timeout(400)
+def test_a_slow_rank_computes_less_of_an_adaptive_batch(tmp_path):
+    _, lines = train(tmp_path, "acco_adaptive", "--steps", 6, "--slow", 1, 3)
+    assert [line["step"] for line in lines] == list(range(7))
+    assert lines[1]["samples"] == 0, "a step knows the samples of the steps before it"
+    assert lines[-1]["samples"] > 5 * 2 * 4 * 32, "more than the nominal batch"
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"]
+
+
 @pytest.mark.full
 @pytest.mark.timeout(400)
 def test_three_ranks_and_a_file_of_the_user(tmp_path):
@@ -91,6 +100,7 @@ def test_errors_of_the_user_are_explained(tmp_path, monkeypatch, capsys):
         (("--deepspeed_config", tmp_path / "no.json"), "is not a file"),
         ((*acco, "--data", tmp_path / "nowhere"), "does not exist"),
         ((*acco, "--steps", 0), "--steps 0 is not allowed; allowed: 1 and more"),
+        ((*acco, "--slow", 0, 0.5), "--slow with the factor 0.5 is not allowed"),
     ):
         monkeypatch.setattr("sys.argv", [str(EXAMPLE), *TINY, *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
@@ -120,7 +130,8 @@ def test_all_configs_train_the_same_batch_with_the_same_adamw():
         if name in STOCK_CONFIGS:
             assert (config["optimizer"]["type"], stage) == ("AdamW", int(name[-1]))
         else:
-            schedule = name.removesuffix("_bf16")
+            schedule = name.removesuffix("_bf16").removesuffix("_adaptive")
+            assert params.pop("accumulation", "fixed") == ("adaptive" if name == "acco_adaptive" else "fixed")
             assert (config["optimizer"]["type"], stage, params.pop("schedule")) == ("ACCO", 1, schedule)
         assert params == adamw, name
         assert config.get("bf16", {}).get("enabled", False) == (name == "acco_bf16")

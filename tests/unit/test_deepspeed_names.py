@@ -41,9 +41,9 @@ EXISTING = {
     # wrapped or called by plugin.py and zero.py
     ENGINE: "_configure_optimizer _configure_zero_optimizer _do_optimizer_sanity_check _take_model_step "
     "_get_ckpt_name _get_zero_ckpt_name load_checkpoint load_universal_checkpoint set_train_batch_size "
-    "gradient_accumulation_steps is_gradient_accumulation_boundary optimizer_name optimizer_params "
-    "train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown zero_optimization_stage "
-    "communication_data_type",
+    "fp16_enabled gradient_accumulation_steps is_gradient_accumulation_boundary optimizer_name optimizer_params "
+    "set_gradient_accumulation_boundary step train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown "
+    "zero_optimization_stage communication_data_type",
     # overridden by AccoZeroOptimizer or called by it
     ZERO: "_lazy_init_hp_params_optimizer_state _link_all_hp_params _restore_from_bit16_weights _update_scale "
     "backward_epilogue destroy load_state_dict loss_scale offload_states@0.17.6 process_gradients "
@@ -64,8 +64,8 @@ ASSIGNED = {
     "timers _param_slice_mappings groups_padding param_names round_robin_bit16_padding@0.19 "
     "gradient_average@0.19 sequence_parallel_size compute_grad_norm@0.19 _coalesce_grad_reduction@0.19",
     BUILDER: "build_for_cpu name",
-    "deepspeed.runtime.config:DeepSpeedConfig": "_param_dict zero_config",
-    "deepspeed.utils.timer:ThroughputTimer": "config",
+    "deepspeed.runtime.config:DeepSpeedConfig": "_param_dict managed_gradient_accumulation@0.19 zero_config",
+    "deepspeed.utils.timer:ThroughputTimer": "batch_size config",
 }
 
 # fields of pydantic configurations
@@ -249,7 +249,7 @@ def test_what_our_subclasses_use_or_override_is_listed(module, name, where):
 
 def test_what_we_use_of_the_engine_is_listed():
     used = set()
-    for module in ("zero", "plugin", "checkpoint", "monitor", "recorder"):
+    for module in ("zero", "adaptive", "plugin", "checkpoint", "monitor", "recorder"):
         tree = ast.parse((PACKAGE / f"{module}.py").read_text())
         used |= _used_of(tree, "engine", "engine_class", "self._engine()")
     assert used <= _listed(ENGINE), f"not listed: {sorted(used - _listed(ENGINE))}"

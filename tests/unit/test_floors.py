@@ -24,6 +24,7 @@ FLOORS = {
     "checkpoint": 3,
     "monitor": 3,
     "recorder": 3,
+    "adaptive": 3,
     "zero": 3,
     "plugin": 4,
     "op_builder": 4,

@@ -5,6 +5,7 @@ from deepspeed_acco.rounds import (
     ESTIMATE,
     PREDICT,
     SCHEDULES,
+    Limits,
     Phase,
     Place,
     Position,
@@ -68,13 +69,30 @@ def test_what_counts_as_a_micro_batch(events, micro_batches):
 
 
 def test_phase_a_is_over_only_when_no_graph_is_outstanding():
-    acco = SCHEDULES["acco"]
-    assert not _after(Position(), "fb").is_phase_a_over(acco, 2)
-    assert _after(Position(), "fbfb").is_phase_a_over(acco, 2)
-    assert _after(Position(), "fbfbe").is_phase_a_over(acco, 2)  # an evaluation in between
-    assert not _after(Position(), "fbfbf").is_phase_a_over(acco, 2)
-    assert not _after(Position(), "fbfb").is_phase_a_over(SCHEDULES["dpu"], 2)
+    acco, two = SCHEDULES["acco"], Limits(2, 2)
+    assert not _after(Position(), "fb").is_phase_a_over(acco, two)
+    assert _after(Position(), "fbfb").is_phase_a_over(acco, two)
+    assert _after(Position(), "fbfbe").is_phase_a_over(acco, two)  # an evaluation in between
+    assert not _after(Position(), "fbfbf").is_phase_a_over(acco, two)
+    assert not _after(Position(), "fbfb").is_phase_a_over(SCHEDULES["dpu"], two)
     in_b = _after(Position(), "fbfb").after_phase_a()
     assert (in_b.phase, in_b.micro_batches_in_a) == (Phase.B, 2)
-    assert not in_b.is_phase_a_over(acco, 2)
+    assert not in_b.is_phase_a_over(acco, two)
     assert in_b.after_window() == Position(window=1)
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "is_round_finished", "may_end"),
+    [(1, True, False), (2, False, False), (2, True, True), (4, False, False), (5, False, True), (6, False, True)],
+)
+def test_an_adaptive_phase_needs_its_minimum_and_a_finished_round_or_its_maximum(
+    micro_batches, is_round_finished, may_end
+):
+    limits = Limits(least=2, most=5)
+    assert limits.allow_end(micro_batches, is_round_finished) == may_end
+    position = _after(Position(), "fb" * micro_batches)
+    assert position.is_phase_a_over(SCHEDULES["acco"], limits, is_round_finished) == may_end
+    assert not position.is_window_over(SCHEDULES["acco"], limits, is_round_finished)  # phase B has not begun
+    assert position.is_window_over(SCHEDULES["wp"], limits, is_round_finished) == may_end
+    in_b = _after(_after(Position(), "fb" * 3).after_phase_a(), "fb" * micro_batches)
+    assert in_b.is_window_over(SCHEDULES["acco"], limits, is_round_finished) == may_end  # phase A does not count

@@ -5,7 +5,7 @@ import torch
 
 from deepspeed_acco import ACCO
 from deepspeed_acco.layout import GroupLayout, pieces
-from deepspeed_acco.settings import phase_a_micro_batches
+from deepspeed_acco.settings import max_window_micro_batches, phase_a_micro_batches
 
 
 def _make(**params):
@@ -20,6 +20,7 @@ def test_defaults_are_those_of_adamw():
     settings = _make().settings
     assert (settings.schedule, settings.estimate_fraction, settings.overlap_warmup_steps) == ("acco", 0.5, 0)
     assert (settings.accumulation, settings.lane, settings.comm_timeout_s) == ("fixed", "auto", None)
+    assert (settings.max_window, settings.lr_follows) == (None, "samples")
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,13 @@ def test_defaults_are_those_of_adamw():
         ("overlap_warmup_steps", -1),
         ("overlap_warmup_steps", 1.5),
         ("overlap_warmup_steps", True),
-        ("accumulation", "adaptive"),
+        ("accumulation", "adaptiv"),
+        ("accumulation", True),
+        ("max_window", 0),
+        ("max_window", 16.0),
+        ("max_window", True),
+        ("max_window", 16),  # with fixed accumulation
+        ("lr_follows", "windows"),
         ("lane", "thread"),
         ("comm_timeout_s", 0),
         ("comm_timeout_s", "60"),
@@ -109,6 +116,17 @@ def test_one_micro_batch_has_no_phases():
         ValueError, match="gradient_accumulation_steps = 1 is not allowed.*Set gradient_accumulation_steps to 2"
     ):
         phase_a_micro_batches(1, 0.5)
+
+
+def test_adaptive_windows():
+    settings = _make(accumulation="adaptive", schedule="dpu", max_window=3, lr_follows="steps").settings
+    assert settings.is_adaptive and not _make().settings.is_adaptive
+    with pytest.raises(ValueError, match='accumulation = .adaptive. is not allowed; allowed: "fixed" with'):
+        _make(accumulation="adaptive", schedule="sync")
+    assert max_window_micro_batches(4, None) == 32
+    assert max_window_micro_batches(4, 4) == 4
+    with pytest.raises(ValueError, match="max_window = 3 is not allowed; allowed: >= gradient_accumulation_steps = 4"):
+        max_window_micro_batches(4, 3)
 
 
 def test_layout():

@@ -1,0 +1,284 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""What only adaptive windows need: how long they may be, what is counted of them, and how training ends.
+
+The rule itself is in rounds.py (:class:`~deepspeed_acco.rounds.Limits`); the counts travel in the rounds' own small
+all-reduce (driver.py). What all ranks do alike (scheduler, samples, the end) follows from the counts of the COMMIT that
+the window's end has waited for, which every rank knows at the same optimizer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from .driver import AdaptiveShare, RoundDriver
+from .log import logger
+from .rounds import Limits, Phase, Position, Schedule
+from .settings import Settings, max_window_micro_batches, phase_a_micro_batches
+
+GROWTH_TO_WARN_OF = 2  # nominal batches
+
+
+@dataclass(frozen=True)
+class WindowCounts:
+    """Micro-batches of one finished window, of each data-parallel rank in their order.
+
+    Attributes:
+        window: number of the optimizer step, from 0.
+        micro_batches: of the whole window.
+        in_phase_a: those of them that the estimate was made of; empty where there was none.
+    """
+
+    window: int
+    micro_batches: tuple[int, ...]
+    in_phase_a: tuple[int, ...] = ()
+
+
+class AdaptiveWindows:
+    """How long this rank's windows are, and the books of the finished ones.
+
+    Attributes:
+        has_data: whether this rank goes on after the window; told with its gradients.
+        unscheduled_samples: of the windows finished that the learning-rate scheduler has not followed yet.
+        newest: the newest finished window, or None.
+    """
+
+    def __init__(self, settings: Settings, driver: RoundDriver):
+        self.has_data = True
+        self.unscheduled_samples = 0
+        self.newest: WindowCounts | None = None
+        self._settings = settings
+        self._driver = driver
+        self._is_setting_boundary = False
+        self._listeners: list[Callable[[WindowCounts], None]] = []
+        self._to_replay: dict[int, WindowCounts] = {}
+        self._in_phase_a: tuple[int, ...] = ()
+        self._windows, self._samples = 0, 0  # of this process
+        self._told: set[str] = set()
+
+    # ---- how long a window is
+
+    def limits(self, schedule: Schedule, position: Position, n: int) -> Limits:
+        """Of the phase that training is in, with windows of ``n`` micro-batches at least."""
+        given = self._to_replay.get(position.window)
+        if given is not None:
+            own, rank = given.micro_batches, self._driver.comm.rank
+            count = own[rank]
+            if schedule.at_phase_b is not None:
+                in_a = given.in_phase_a[rank]
+                count = in_a if position.phase is Phase.A else count - in_a
+            return Limits(count, count)
+        most = max_window_micro_batches(n, self._settings.max_window)
+        if schedule.at_phase_b is None:
+            return Limits(n, most)
+        least_a = phase_a_micro_batches(n, self._settings.estimate_fraction)
+        most_a = phase_a_micro_batches(most, self._settings.estimate_fraction)
+        return Limits(least_a, most_a) if position.phase is Phase.A else Limits(n - least_a, most - most_a)
+
+    def after_backward(self, engine, schedule: Schedule, position: Position) -> None:
+        """Tells the engine whether its window ends with the micro-batch that was just computed."""
+        self._driver.lane.pace()
+        limits = self.limits(schedule, position, engine.gradient_accumulation_steps())
+        self.set_boundary(engine, position.is_window_over(schedule, limits, self._driver.is_round_finished()))
+
+    def set_boundary(self, engine, is_boundary: bool) -> None:
+        """``engine.set_gradient_accumulation_boundary``, which is ours alone here (:meth:`refuse_boundary`)."""
+        self._is_setting_boundary = True
+        try:
+            engine.set_gradient_accumulation_boundary(is_boundary)
+        finally:
+            self._is_setting_boundary = False
+
+    def refuse_boundary(self, is_boundary: bool) -> None:
+        """Raises ValueError when somebody else sets the boundary: HF Trainer, Accelerate or the user's own loop."""
+        if not self._is_setting_boundary:
+            raise _not_ours(f"engine.set_gradient_accumulation_boundary({is_boundary})")
+
+    def require_plain_loop(self, engine) -> None:
+        """Raises ValueError inside ``engine.no_sync()``, which says where a window ends, too."""
+        if engine.inside_no_sync_ctxt:
+            raise _not_ours("engine.no_sync()")
+
+    def replay(self, windows: Iterable[WindowCounts]) -> None:
+        """The windows of these numbers get these counts, whatever is finished when."""
+        ranks = self._driver.comm.world_size
+        for counts in windows:
+            if len(counts.micro_batches) != ranks:
+                raise ValueError(
+                    f"ACCO: replay_windows() got counts of {len(counts.micro_batches)} ranks for window "
+                    f"{counts.window}; allowed: of {ranks}, as many as train here. Start that number of ranks"
+                )
+            self._to_replay[counts.window] = counts
+
+    # ---- what is counted
+
+    def share(self, micro_batches: int, n: int) -> AdaptiveShare:
+        """What this rank tells in a round of so many of its micro-batches."""
+        return AdaptiveShare(micro_batches, n * self._driver.comm.world_size, not self.has_data)
+
+    def listen(self, fn: Callable[[WindowCounts], None]) -> None:
+        """``fn`` is called with every finished window, in order."""
+        self._listeners.append(fn)
+
+    @contextmanager
+    def own_bookkeeping(self, engine):
+        """Around the engine's step: it counts a nominal batch and moves the scheduler by one; :meth:`count` and
+        :meth:`step_scheduler` do both by what was computed."""
+        samples, scheduler = engine.global_samples, engine.lr_scheduler
+        if self._settings.lr_follows == "samples":
+            engine.lr_scheduler = None
+        try:
+            yield
+        finally:
+            engine.global_samples, engine.lr_scheduler = samples, scheduler
+
+    def count(self, engine) -> None:
+        """Enters the windows whose COMMITs were waited for since the last call; on all ranks at the same step."""
+        for told in self._driver.take_counts():
+            counts = tuple(told.micro_batches())
+            if not told.round.writes_state:
+                self._in_phase_a = counts
+                continue
+            self.newest, self._in_phase_a = WindowCounts(told.window, counts, self._in_phase_a), ()
+            samples = sum(counts) * engine.train_micro_batch_size_per_gpu()
+            engine.global_samples += samples
+            self.unscheduled_samples += samples
+            self._windows, self._samples = self._windows + 1, self._samples + samples
+            engine.tput_timer.batch_size = self._samples / self._windows  # it divides by the mean time of a step
+            self._warn_of_growth(engine, counts, samples)
+            for listener in self._listeners:
+                listener(self.newest)
+
+    def step_scheduler(self, engine, lr_kwargs) -> None:
+        """Whole scheduler steps for the samples entered since the last call."""
+        entered, self.unscheduled_samples = self.unscheduled_samples, 0
+        if self._settings.lr_follows == "steps" or engine.lr_scheduler is None:
+            return
+        batch = engine.train_batch_size()
+        due = engine.global_samples // batch - (engine.global_samples - entered) // batch
+        for _ in range(due):
+            engine.lr_scheduler.step(**(lr_kwargs or {}))
+
+    def _warn_of_growth(self, engine, counts, samples):
+        if engine.global_rank != 0:
+            return
+        n, nominal = engine.gradient_accumulation_steps(), engine.train_batch_size()
+        most = max_window_micro_batches(n, self._settings.max_window)
+        figures = (
+            f"{samples} samples in one step, {samples / nominal:.1f} times train_batch_size = {nominal} (micro-batches "
+            f"of the ranks: {', '.join(map(str, counts))}; gradient_accumulation_steps = {n}, max_window = {most})"
+        )
+        if max(counts) >= most > n:
+            self._warn("max_window", f"a rank had as many micro-batches as max_window allows and waited: {figures}")
+        if samples > GROWTH_TO_WARN_OF * nominal:
+            self._warn(
+                "growth",
+                f"{figures}. Lower gradient_accumulation_steps so that the slowest rank's rounds are just hidden, "
+                "choose the learning rate for this batch, or set max_window",
+            )
+
+    def _warn(self, kind, text):
+        if kind not in self._told:
+            self._told.add(kind)
+            logger().warning(f"ACCO: adaptive windows: {text}. This is said once")
+
+    def is_data_over(self) -> bool:
+        """Whether no rank had data after the newest round, which is waited for."""
+        self._driver.finish()
+        told = self._driver.last_counts
+        return told is not None and told.ranks_without_data() == self._driver.comm.world_size
+
+
+def _not_ours(given: str) -> ValueError:
+    return ValueError(
+        f'ACCO: {given} is not allowed with optimizer.params.accumulation = "adaptive"; allowed: a plain loop of '
+        "engine(x), engine.backward(loss) and engine.step() for every micro-batch, in which ACCO decides where windows "
+        'end. Set accumulation to "fixed"; HF Trainer and Accelerate need it, since they end the windows themselves'
+    )
+
+
+def _windows_of(engine, asked_for: str) -> AdaptiveWindows:
+    windows = getattr(getattr(engine, "optimizer", None), "adaptive", None)
+    if not isinstance(windows, AdaptiveWindows):
+        raise ValueError(
+            f"ACCO: {asked_for}() got an engine without adaptive windows; allowed: one whose optimizer.type is "
+            '"ACCO" and whose optimizer.params.accumulation is "adaptive". With fixed windows every step has '
+            "gradient_accumulation_steps micro-batches on every rank: use a plain loop"
+        )
+    return windows
+
+
+def on_window(engine, fn: Callable[[WindowCounts], None]) -> None:
+    """Calls ``fn`` with the :class:`WindowCounts` of every finished window, in order and on every rank: inside the
+    ``engine.step()`` that ends the window after it, and of the last one at the end of :func:`train_samples`, in
+    ``save_checkpoint()`` or in ``engine.destroy()``. Written to a file, they are what :func:`replay_windows` takes.
+
+    Raises:
+        ValueError: when the engine's windows are not adaptive.
+    """
+    _windows_of(engine, "on_window").listen(fn)
+
+
+def replay_windows(engine, windows: Iterable[WindowCounts]) -> None:
+    """Gives the windows of these numbers the counts that were recorded of them, so that a run with the same data and
+    number of ranks has the same bits again. Later windows are adaptive. Every rank must call it, before training.
+
+    Raises:
+        ValueError: for counts of another number of ranks, or when the engine's windows are not adaptive.
+    """
+    _windows_of(engine, "replay_windows").replay(windows)
+
+
+def train_samples(engine, loader: Iterable, total: int | None = None) -> Iterator:
+    """Yields the batches of this rank's ``loader`` until all ranks together have trained ``total`` samples, or until no
+    rank has any left; training then ends on all ranks at the same optimizer step::
+
+        for batch in deepspeed_acco.train_samples(engine, loader, total=1_000_000):
+            engine.backward(engine(**batch))
+            engine.step()
+
+    Every rank must run this loop to its end. A rank whose data end first takes part in the steps of the others with
+    what it has, so that every micro-batch computed is in exactly one step. Samples are micro-batches times
+    ``train_micro_batch_size_per_gpu``; what a step had is known one step later, so up to two steps more than ``total``
+    are trained.
+
+    Args:
+        loader: this rank's batches, one micro-batch each; one batch is fetched ahead of its use.
+        total: compared with ``engine.global_samples``, which goes on where a checkpoint was. None: all data.
+
+    Raises:
+        ValueError: for a total that is no whole number above 0, or when the engine's windows are not adaptive.
+    """
+    windows = _windows_of(engine, "train_samples")
+    if total is not None and (not isinstance(total, int) or isinstance(total, bool) or total < 1):
+        raise ValueError(f"ACCO: train_samples(total={total!r}) is not allowed; allowed: a whole number >= 1, or None")
+    return _until_all_end(engine, windows, iter(loader), total)
+
+
+_END = object()
+
+
+def _until_all_end(engine, windows, batches, total):
+    optimizer = engine.optimizer
+    first_window = optimizer.window
+
+    def is_total_reached():  # changes only where a window ends, on every rank at the same one
+        return total is not None and engine.global_samples >= total
+
+    def is_data_over():
+        return optimizer.window > first_window and optimizer.is_between_windows and windows.is_data_over()
+
+    following = _END if is_total_reached() else next(batches, _END)
+    try:
+        while following is not _END and not is_total_reached():
+            batch, following = following, next(batches, _END)
+            windows.has_data = following is not _END
+            yield batch
+        windows.has_data = False
+        while not is_total_reached() and not is_data_over():
+            optimizer.end_window_without_data()
+    finally:
+        windows.has_data = True
+    optimizer.finish_counting()
