@@ -25,7 +25,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from . import hosts, launches, summary
+from . import hosts, launches, pictures, summary
 from .settings import ADAMW_KEYS
 
 REFERENCE = "reference"  # the runs of schedule sync that C and R come from
@@ -481,10 +481,14 @@ def run(options: argparse.Namespace) -> int:
     try:
         comparison = comparison_of(options)
         _extra_reference(comparison)
+        pictures.require_matplotlib()  # now, not after all the runs
         prepare(options.out, comparison)
     except ValueError as cause:
         print(f"ds_acco compare: {cause}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as cause:
+        print(f"ds_acco compare: {cause}", file=sys.stderr)
+        return 1
     try:
         with _interruptible():
             runs = _run_all(comparison, options)

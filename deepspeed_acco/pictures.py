@@ -132,7 +132,8 @@ def draw_lines(panels: Sequence[Panel], stacked: bool = False, height: float = 4
                 axes.set_ylim(bottom=0)
             if panel.top is not None:
                 lowest = min(min(line.y) for line in panel.lines)
-                axes.set_ylim(lowest - 0.05 * (panel.top - lowest), panel.top)
+                if lowest < panel.top:
+                    axes.set_ylim(lowest - 0.05 * (panel.top - lowest), panel.top)
             axes.set_ylabel(panel.y_label)
             axes.grid(color="#e4e4e4", linewidth=0.8)
             axes.set_axisbelow(True)

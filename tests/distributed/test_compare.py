@@ -9,13 +9,11 @@ import statistics
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
 import torch
 
-import deepspeed_acco
 from deepspeed_acco import cli, hosts
 from tests import training
 from tests.launcher import ROOT, launch, operators_folder
@@ -141,12 +139,8 @@ if engine.global_rank == 0:
 
 
 @pytest.fixture
-def no_report(monkeypatch):
-    """A report that is only a name, and the operators where the other tests build them."""
-    report = types.ModuleType("deepspeed_acco.report")
-    report.write = lambda path: Path(path).with_name("report.html")
-    monkeypatch.setitem(sys.modules, "deepspeed_acco.report", report)
-    monkeypatch.setattr(deepspeed_acco, "report", report, raising=False)
+def operators(monkeypatch):
+    """The operators lie where the other tests build them."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", os.environ.get("TORCH_EXTENSIONS_DIR", operators_folder()))
 
@@ -177,7 +171,7 @@ def _processes_with(text: str) -> list[str]:
     return found
 
 
-def test_a_comparison_and_one_that_fails(no_report, tmp_path, capfd):
+def test_a_comparison_and_one_that_fails(operators, tmp_path, capfd):
     script = tmp_path / "train.py"
     script.write_text(TRAIN)
     names = [_write_config(tmp_path, "mine", schedule="sync"), _write_config(tmp_path, "broken", break_it=True)]
@@ -202,6 +196,9 @@ def test_a_comparison_and_one_that_fails(no_report, tmp_path, capfd):
     # sync and ZeRO-1 train the same
     assert run["curve"][0]["val_loss"] == pytest.approx(mine["runs"][0]["curve"][0]["val_loss"], rel=1e-5)
     assert [(r["config"], r["baseline"]) for r in results["ratios"]] == [("mine", "stock")]
+    page = (out / "report.html").read_text()
+    assert str(out / "report.html") in printed.out
+    assert all(name in page for name in ("mine", "stock", "break_it is set"))
     assert not _processes_with(str(out))
     assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*_" + _port(out / "runs/mine/1/log.txt") + "_*"))
 
@@ -223,7 +220,7 @@ sys.exit(max(process.wait() for process in started))
 
 
 @pytest.mark.full
-def test_a_hostfile(no_report, tmp_path, monkeypatch):
+def test_a_hostfile(operators, tmp_path, monkeypatch):
     script, tools = tmp_path / "train.py", tmp_path / "tools"
     script.write_text(TRAIN)
     tools.mkdir()
@@ -293,7 +290,7 @@ def test_an_interrupt_ends_every_process(tmp_path, number):
 
 
 @pytest.mark.full
-def test_the_example_under_two_configs(no_report, tmp_path):
+def test_the_example_under_two_configs(operators, tmp_path):
     """The defaults: examples/train_gpt.py, a derived reference; recorded or not, the example trains the same."""
     out = tmp_path / "out"
     tiny = ["--preset", "tiny", "--seq_len", "32"]
@@ -321,7 +318,7 @@ def test_the_example_under_two_configs(no_report, tmp_path):
 
 @pytest.mark.full
 @pytest.mark.skipif(hosts.why_not() is not None, reason=str(hosts.why_not()))
-def test_two_shaped_hosts_with_emulated_compute(no_report, tmp_path):
+def test_two_shaped_hosts_with_emulated_compute(operators, tmp_path):
     """5 M parameters in bf16 on 200 Mbit/s: a round moves 2 x 5 MB a host, 0.4 s; four micro-batches of 0.25 s."""
     out = tmp_path / "out"
     shared = {"gradient_accumulation_steps": 4, "bf16": {"enabled": True}}
