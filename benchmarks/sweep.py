@@ -1,0 +1,136 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""Step time against R/C, measured on two shaped hosts beside what ``ds_acco plan`` predicts, with a picture.
+
+    python benchmarks/sweep.py --out benchmarks/results/sweep_300mbit.json
+
+The network and the model stay, the emulated computation varies (two_hosts.py: root and iproute2 needed). The plan gets
+one measured round for all points, the median of those with nothing beside them, and each point's own micro-batch time.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+CONFIGS = ("acco", "wp", "dpu", "zero1")
+COLOURS = {"acco": "#0072B2", "wp": "#E69F00", "dpu": "#D55E00", "zero0": "#CC79A7", "zero1": "#000000"}
+
+
+def measure(arguments, micro_batch_ms: float) -> dict:
+    """What two_hosts.py printed for one point."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        command = [sys.executable, str(ROOT / "benchmarks" / "two_hosts.py"), "--configs", *arguments.configs]
+        command += ["--rate", arguments.rate, "--numel", str(arguments.numel), "--micro_batches", str(arguments.n)]
+        command += ["--micro_batch_ms", f"{micro_batch_ms:.3f}", "--windows", str(arguments.windows)]
+        command += ["--passes", str(arguments.passes), "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+        return json.loads(out.read_text())
+
+
+def points(measured: list[dict]) -> tuple[float, float | None, list[dict]]:
+    """The round that the plan was given, where acco stops paying by it, and each point's steps beside its own."""
+    from deepspeed_acco import plan
+
+    round_s = statistics.median(point["round_alone_s"] for point in measured)
+    first = measured[0]
+    model = plan.Model(first["numel"])
+    rows, crossing = [], None
+    for point in measured:
+        work = plan.Work(point["micro_batch_s"], point["n"], update_s_per_parameter=1e-9)
+        cluster = plan.calibrated(model, plan.Cluster(2, 1e9, backend="gloo"), work, round_s)
+        crossing = plan.stops_paying(model, cluster, work, against=("zero1",))
+        row = {"round_over_compute": round(round_s / point["compute_s"], 4), "compute_s": point["compute_s"]}
+        for config in point["rows"]:
+            name, step = config["config"], config["step_s"]
+            predicted = plan.predict(name, model, cluster, work).step_s
+            row[name] = {"step_s": step, "predicted_s": round(predicted, 4), "error": round(predicted / step - 1, 4)}
+        rows.append(row)
+    return round_s, crossing, rows
+
+
+def draw(summary: dict, path: Path) -> None:
+    """Steps over C against R/C: dots are measured, lines predicted."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.4))
+    rows = summary["points"]
+    ratios = [row["round_over_compute"] for row in rows]
+    for name in summary["configs"]:
+        colour = COLOURS.get(name, "#009E73")
+        for key, style in (("predicted_s", {"linestyle": "-"}), ("step_s", {"marker": "o", "linestyle": ""})):
+            values = [row[name][key] / row["compute_s"] for row in rows]
+            axes.plot(ratios, values, color=colour, label=name if key == "predicted_s" else None, **style)
+    if summary["predicted_crossing"]:
+        axes.axvline(summary["predicted_crossing"], color="#777777", linestyle=":")
+        axes.annotate(
+            "acco = zero1 (predicted)",
+            (summary["predicted_crossing"], 0.03),
+            xycoords=("data", "axes fraction"),
+            rotation=90,
+            ha="right",
+            fontsize=8,
+        )
+    axes.set_xlabel("R / C: a round with nothing beside it, over the computation of a step")
+    axes.set_ylabel("seconds of a step / C")
+    axes.set_title(f"Two hosts at {summary['rate']}: measured (dots) and predicted (lines)", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.2])
+    parser.add_argument("--rate", default="300mbit", help="of each host's link, as tc spells it")
+    parser.add_argument("--numel", type=int, default=5_000_000, help="parameters")
+    parser.add_argument("--n", type=int, default=4, help="micro-batches of a step")
+    parser.add_argument("--round_ms", type=float, default=330.0, help="a guess of R; what counts is measured")
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--passes", type=int, default=1)
+    parser.add_argument("--configs", nargs="+", default=list(CONFIGS))
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    measured = []
+    for ratio in arguments.ratios:
+        measured.append(measure(arguments, arguments.round_ms / ratio / arguments.n))
+        steps = ", ".join(f"{row['config']} {row['step_s']:.3f}" for row in measured[-1]["rows"])
+        print(f"R/C about {ratio:g}: {steps} s/step", file=sys.stderr, flush=True)
+    round_s, crossing, rows = points(measured)
+    summary = {
+        "command": " ".join(["python", "benchmarks/sweep.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, two network namespaces",
+        "rate": arguments.rate,
+        "numel": arguments.numel,
+        "n": arguments.n,
+        "configs": arguments.configs,
+        "steps_per_point": arguments.windows * arguments.passes,
+        "round_alone_s": round(round_s, 4),
+        "predicted_crossing": crossing,
+        "largest_error": max(abs(row[name]["error"]) for row in rows for name in arguments.configs),
+        "points": rows,
+    }
+    print(json.dumps(summary, indent=2))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(summary, indent=2) + "\n")
+        draw(summary, arguments.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
