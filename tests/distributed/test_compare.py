@@ -71,9 +71,10 @@ def _config(name):
     return config
 
 
-@pytest.mark.parametrize(
-    "name", ["acco", "zero1", "zero3", *(pytest.param(name, marks=pytest.mark.full) for name in ("wp", "zero0", "zero2"))]
-)
+RECORDED = ["acco", "zero1", "zero3", *(pytest.param(name, marks=pytest.mark.full) for name in ("wp", "zero0", "zero2"))]
+
+
+@pytest.mark.parametrize("name", RECORDED)
 def test_recording_changes_no_bit_and_tells_the_truth(ranks, tmp_path, name):
     config, folder = _config(name), tmp_path / "record"
     plain = ranks(2).run(_train, config=config, folder=None, save_to=str(tmp_path / "a"))
