@@ -24,9 +24,10 @@ from benchmarks.example_runs import ROOT, run_example  # noqa: E402
 PATHS = ("native", "torch")
 
 
-def example_step_s(path: str, preset: str, steps: int) -> float:
+def example_step_s(path: str, preset: str, seq_len: int, steps: int) -> float:
     """Seconds of a step, from the second validation to the last: the first steps load and build."""
-    lines = run_example("acco", "--preset", preset, "--steps", str(steps), DEEPSPEED_ACCO_KERNELS=path)
+    arguments = ("--preset", preset, "--seq_len", str(seq_len), "--steps", str(steps))
+    lines = run_example("acco", *arguments, DEEPSPEED_ACCO_KERNELS=path)
     return (lines[-1]["seconds"] - lines[1]["seconds"]) / (lines[-1]["step"] - lines[1]["step"])
 
 
@@ -48,7 +49,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--preset", default="medium")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--seq_len", type=int, default=8, help="short, or computing hides the updates")
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rate", default="1gbit")
     parser.add_argument("--micro_batch_ms", type=float, default=40.0)
     parser.add_argument("--skip", nargs="*", default=[], choices=["example", "two_hosts"])
@@ -63,9 +65,8 @@ def main() -> None:
     for pair in range(arguments.pairs):
         for path in PATHS if pair % 2 == 0 else reversed(PATHS):
             if "example" not in arguments.skip:
-                keep(
-                    f"example, preset {arguments.preset}", path, example_step_s(path, arguments.preset, arguments.steps)
-                )
+                what = f"example, preset {arguments.preset}, seq_len {arguments.seq_len}"
+                keep(what, path, example_step_s(path, arguments.preset, arguments.seq_len, arguments.steps))
             if "two_hosts" not in arguments.skip and os.geteuid() == 0:
                 step, alone = two_host_step_s(path, arguments.rate, arguments.micro_batch_ms)
                 keep(f"two hosts, {arguments.rate}, 8 x {arguments.micro_batch_ms:g} ms", path, step)

@@ -71,7 +71,8 @@ def _config(name):
     return config
 
 
-RECORDED = ["acco", "zero1", "zero3", *(pytest.param(name, marks=pytest.mark.full) for name in ("wp", "zero0", "zero2"))]
+RECORDED = ["acco", "zero1", "zero3"]
+RECORDED += [pytest.param(name, marks=pytest.mark.full) for name in ("wp", "zero0", "zero2")]
 
 
 @pytest.mark.parametrize("name", RECORDED)
