@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import quantize as _quantize
 from . import update
 from .settings import AdamWHyper
 from .update import AdamWShard
@@ -23,10 +24,14 @@ __all__ = [
     "AdamWShard",
     "adamw_commit",
     "adamw_estimate",
+    "adamw_estimate_change",
+    "add_change",
+    "dequantize_sum",
     "kernels_name",
     "kernels_reason",
     "pack",
     "prepare",
+    "quantize",
     "set_loader",
     "sum_of_squares",
 ]
@@ -185,3 +190,39 @@ def pack(grads: Tensor, packed: Tensor, scale: float, *, clears: bool) -> None:
         update.pack(grads, packed, scale, clears=clears)
     else:
         torch.ops.deepspeed_acco.pack(grads, packed, scale, clears)
+
+
+# ---- the quantised estimate; arguments as in quantize.py
+
+
+@torch.no_grad()
+def quantize(values: Tensor, records: Tensor, bits: int, scale: float) -> None:
+    """As :func:`quantize.quantize`."""
+    _quantize.quantize(values, records, bits, scale)
+
+
+@torch.no_grad()
+def dequantize_sum(messages: list[Tensor], total: Tensor, bits: int) -> None:
+    """As :func:`quantize.dequantize_sum`."""
+    _quantize.dequantize_sum(messages, total, bits)
+
+
+@torch.no_grad()
+def adamw_estimate_change(
+    shard: AdamWShard,
+    grad: Tensor,
+    hyper: AdamWHyper,
+    grad_scale: Tensor,
+    is_finite: Tensor,
+    live: Tensor,
+    records: Tensor,
+    bits: int,
+) -> None:
+    """As :func:`quantize.adamw_estimate_change`."""
+    _quantize.adamw_estimate_change(shard, grad, hyper, grad_scale, is_finite, live, records, bits)
+
+
+@torch.no_grad()
+def add_change(records: Tensor, is_added: Tensor, live: Tensor, bits: int) -> None:
+    """As :func:`quantize.add_change`."""
+    _quantize.add_change(records, is_added, live, bits)

@@ -1,0 +1,165 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""Block-wise symmetric quantisation to 8 or 4 bits, in plain PyTorch: what an ESTIMATE sends with ``estimate_comm``
+(DESIGN.md section 9).
+
+The values of one shard are cut into blocks of 256, which restart at every shard; the last block may be shorter. A block
+becomes one *record*: its scale (bf16, 2 bytes, little endian), then its levels. With 8 bits a level is a byte; with 4
+bits it is half a byte, the even element's in the low half, both two's complement. Records follow each other without
+gaps, so that any number of them is a message, and a shard's last record is as short as its block.
+
+``scale = max|x| / L`` rounded up to bf16, L = 127 or 7; ``level = x / scale`` rounded to nearest, ties to even. Because
+the scale is rounded up, levels stay within -L..L. A block of zeros has scale 0; one with a value that is not finite has
+scale NaN and levels 0. ``level * scale`` is exact in fp32, so that every device and path gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import update
+from .layout import pieces
+from .settings import AdamWHyper
+from .update import AdamWShard, piece_numel
+
+BLOCK = 256
+LARGEST_LEVEL = {8: 127, 4: 7}
+SCALE_BYTES = 2
+
+
+def record_bytes(bits: int, block_numel: int = BLOCK) -> int:
+    """Bytes of the record of a block of so many elements."""
+    return SCALE_BYTES + -(-block_numel * bits // 8)
+
+
+def message_bytes(numel: int, bits: int) -> int:
+    """Bytes of the records of a shard of ``numel`` elements."""
+    blocks, rest = divmod(numel, BLOCK)
+    return blocks * record_bytes(bits) + (record_bytes(bits, rest) if rest else 0)
+
+
+@torch.no_grad()
+def quantize(values: Tensor, records: Tensor, bits: int, scale: float = 1.0) -> None:
+    """``records`` <- the records of ``values * scale``, the product in fp32.
+
+    Args:
+        values: 1-D, any floating dtype; it begins at a block.
+        records: uint8, 1-D, :func:`message_bytes` of ``values.numel()``.
+    """
+    for at, at_records in _pieces(values, bits):
+        _encode(values[at].float() * scale, records[at_records], bits)
+
+
+@torch.no_grad()
+def dequantize_sum(messages: list[Tensor], total: Tensor, bits: int) -> None:
+    """``total`` <- the sum of what the messages hold, each a term of ``total.numel()`` elements, in their order.
+
+    Args:
+        messages: uint8, 1-D, of equal size. total: fp32, 1-D; it begins at a block.
+    """
+    for at, at_records in _pieces(total, bits):
+        part = total[at]
+        part.copy_(_decode(messages[0][at_records], part.numel(), bits))
+        for message in messages[1:]:
+            part.add_(_decode(message[at_records], part.numel(), bits))
+
+
+@torch.no_grad()
+def adamw_estimate_change(
+    shard: AdamWShard,
+    grad: Tensor,
+    hyper: AdamWHyper,
+    grad_scale: Tensor,
+    is_finite: Tensor,
+    live: Tensor,
+    records: Tensor,
+    bits: int,
+) -> None:
+    """``records`` <- how far the weights of :func:`update.adamw_estimate`, in fp32, are from ``live``.
+
+    Args:
+        live: the shard of the weights as they stand, 1-D, any floating dtype. What its rounding lost is part of the
+            change. Where ``is_finite`` is False the change is 0: the step is skipped, and the weights stay as they are.
+    """
+    for at, at_records in _pieces(live, bits):
+        part = AdamWShard(shard.master[at], shard.exp_avg[at], shard.exp_avg_sq[at], shard.step)
+        weights = torch.empty(part.master.numel(), dtype=torch.float32, device=live.device)
+        update.adamw_estimate(part, grad[at], hyper, grad_scale, is_finite, weights)
+        change = torch.where(is_finite, weights.sub_(live[at].float()), 0.0)
+        _encode(change, records[at_records], bits)
+
+
+@torch.no_grad()
+def add_change(records: Tensor, is_added: Tensor, live: Tensor, bits: int) -> None:
+    """``live`` <- ``live + level * scale``, added in fp32 and rounded once to its dtype; nothing where not ``is_added``.
+
+    Args:
+        records: of one shard. is_added: bool, 0-dim. live: that shard's weights, 1-D.
+    """
+    for at, at_records in _pieces(live, bits):
+        part = live[at]
+        changed = part.float().add_(_decode(records[at_records], part.numel(), bits)).to(part.dtype)
+        part.copy_(torch.where(is_added, changed, part))
+
+
+@torch.no_grad()
+def are_finite(messages: Tensor, shards: int, numel: int, bits: int) -> Tensor:
+    """Whether every block of ``shards`` consecutive messages was finite, by their scales: bool, 0-dim.
+
+    Args:
+        messages: uint8, 1-D, of ``shards`` shards of ``numel`` elements each.
+    """
+    blocks = -(-numel // BLOCK)
+    strides = (message_bytes(numel, bits), record_bytes(bits), 1)
+    scales = messages.as_strided((shards, blocks, SCALE_BYTES), strides, messages.storage_offset())
+    return _as_scales(scales).isfinite().all()
+
+
+def _pieces(values: Tensor, bits: int):
+    """Slices of ``values`` and of its records that belong together: whole blocks of an operator call's size."""
+    numel = piece_numel(values.device)
+    assert numel % BLOCK == 0
+    for start, length in pieces(values.numel(), numel):
+        first = start // BLOCK * record_bytes(bits)
+        yield slice(start, start + length), slice(first, first + message_bytes(length, bits))
+
+
+def _encode(values: Tensor, records: Tensor, bits: int) -> None:
+    blocks = -(-values.numel() // BLOCK)
+    padded = torch.nn.functional.pad(values, (0, blocks * BLOCK - values.numel())).view(blocks, BLOCK)
+    largest = padded.abs().amax(dim=1, keepdim=True)
+    is_finite = largest.isfinite()
+    scale = _rounded_up(largest / LARGEST_LEVEL[bits])
+    levels = (padded / torch.where(scale == 0, 1.0, scale)).round_()
+    levels = torch.where(is_finite, levels, 0.0).to(torch.int8)
+    if bits == 4:
+        levels = (levels[:, 0::2] & 15) | (levels[:, 1::2] << 4)
+    scale_bytes = torch.where(is_finite, scale, math.nan).to(torch.bfloat16).view(torch.uint8)
+    encoded = torch.cat([scale_bytes, levels.view(torch.uint8)], dim=1).flatten()
+    records.copy_(encoded[: records.numel()])
+
+
+def _as_scales(scale_bytes: Tensor) -> Tensor:
+    """A copy, since a record may begin at an odd address."""
+    return scale_bytes.clone(memory_format=torch.contiguous_format).view(-1, SCALE_BYTES).view(torch.bfloat16)
+
+
+def _rounded_up(positive: Tensor) -> Tensor:
+    """The smallest bf16 numbers that are not below these fp32 ones."""
+    return ((positive.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
+
+
+def _decode(records: Tensor, numel: int, bits: int) -> Tensor:
+    """``level * scale`` of ``numel`` elements, fp32."""
+    blocks = -(-numel // BLOCK)
+    padded = torch.nn.functional.pad(records, (0, blocks * record_bytes(bits) - records.numel()))
+    table = padded.view(blocks, record_bytes(bits))
+    scale = _as_scales(table[:, :SCALE_BYTES]).float()
+    levels = table[:, SCALE_BYTES:].contiguous().view(torch.int8)
+    if bits == 4:
+        low, high = (levels << 4) >> 4, levels >> 4  # shifts of int8 carry the sign along
+        levels = torch.stack([low, high], dim=2).flatten(1)
+    return (levels.float() * scale).flatten()[:numel]
