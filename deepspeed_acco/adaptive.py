@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from .driver import AdaptiveShare, RoundDriver
 from .log import logger
 from .rounds import Limits, Phase, Position, Schedule
-from .settings import Settings, max_window_micro_batches, phase_a_micro_batches
+from .settings import Settings, max_window_micro_batches
+from .split import Split
 
 GROWTH_TO_WARN_OF = 2  # nominal batches
 
@@ -45,12 +46,13 @@ class AdaptiveWindows:
         newest: the newest finished window, or None.
     """
 
-    def __init__(self, settings: Settings, driver: RoundDriver):
+    def __init__(self, settings: Settings, driver: RoundDriver, split: Split):
         self.has_data = True
         self.unscheduled_samples = 0
         self.newest: WindowCounts | None = None
         self._settings = settings
         self._driver = driver
+        self._split = split
         self._is_setting_boundary = False
         self._listeners: list[Callable[[WindowCounts], None]] = []
         self._to_replay: dict[int, WindowCounts] = {}
@@ -73,8 +75,7 @@ class AdaptiveWindows:
         most = max_window_micro_batches(n, self._settings.max_window)
         if schedule.at_phase_b is None:
             return Limits(n, most)
-        least_a = phase_a_micro_batches(n, self._settings.estimate_fraction)
-        most_a = phase_a_micro_batches(most, self._settings.estimate_fraction)
+        least_a, most_a = self._split.phase_a(n), self._split.phase_a(most)
         return Limits(least_a, most_a) if position.phase is Phase.A else Limits(n - least_a, most - most_a)
 
     def after_backward(self, engine, schedule: Schedule, position: Position) -> None:

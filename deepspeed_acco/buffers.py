@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import ops
 from .layout import GroupLayout, pieces
+from .quantize import are_finite, message_bytes
 
 _ALIGNMENT_BYTES = 16
 _EXCHANGE_BYTES = 2**22
@@ -25,6 +26,8 @@ class FlatBuffers:
         live: the flat live weights, one 1-D tensor per group, all of one dtype.
         layouts: how each group is sharded.
         accumulation_dtype, comm_dtype: dtypes of A and of the gradients in X.
+        estimate_bits: an ESTIMATE's gradients and changes of weights lie in X as records of so many bits a value
+            (quantize.py); None: as a COMMIT's.
     """
 
     def __init__(
@@ -33,15 +36,19 @@ class FlatBuffers:
         layouts: list[GroupLayout],
         accumulation_dtype: torch.dtype,
         comm_dtype: torch.dtype,
+        estimate_bits: int | None = None,
     ):
         device = live[0].device
         self.live = [flat.detach() for flat in live]  # older DeepSpeed versions keep the graph of the flattening
         self.layouts = layouts
         self.grads = [torch.zeros(flat.numel(), dtype=accumulation_dtype, device=device) for flat in live]
         self.reduced = [torch.zeros(layout.shard_numel, dtype=torch.float32, device=device) for layout in layouts]
-        self._comm, views = _allocate_comm(live, comm_dtype)
-        self.comm_grads = [gradients for gradients, _ in views]
-        self.comm_weights = [weights for _, weights in views]
+        self.estimate_bits = estimate_bits
+        records = [0 if estimate_bits is None else _records_bytes(layout, estimate_bits) for layout in layouts]
+        self._comm, parts = _allocate_comm(live, comm_dtype, records)
+        self.comm_grads = [part.view(comm_dtype)[: flat.numel()] for part, flat in zip(parts, live)]
+        self.comm_weights = [part.view(flat.dtype)[: flat.numel()] for part, flat in zip(parts, live)]
+        self.comm_records = [part[:count] for part, count in zip(parts, records)]
         self.comm_shards = self._own_shards(self.comm_weights)
         self.live_shards = self._own_shards(self.live)
 
@@ -53,6 +60,22 @@ class FlatBuffers:
         for grads, packed in zip(self.grads, self.comm_grads):
             ops.pack(grads, packed, scale, clears=clears)
 
+    def pack_records(self, scale: float) -> None:
+        """X <- A * scale as records, those of each rank's shard after those of the one before."""
+        for layout, grads, records in zip(self.layouts, self.grads, self.comm_records):
+            for rank in range(layout.world_size):
+                message = self._message(records, layout, rank)
+                ops.quantize(grads[slice(*layout.shard_range(rank))], message, self.estimate_bits, scale)
+
+    def own_records(self) -> list[Tensor]:
+        """This rank's part of the records in X."""
+        return [self._message(records, layout, layout.rank) for layout, records in zip(self.layouts, self.comm_records)]
+
+    @staticmethod
+    def _message(records: Tensor, layout: GroupLayout, rank: int) -> Tensor:
+        size = records.numel() // layout.world_size
+        return records.narrow(0, rank * size, size)
+
     def clear_gradients(self) -> None:
         """A <- 0."""
         for grads in self.grads:
@@ -62,6 +85,20 @@ class FlatBuffers:
         """P <- X. A copy: parameters, their views and DeepSpeed's mappings keep pointing at P."""
         for live, gathered in zip(self.live, self.comm_weights):
             live.copy_(gathered)
+
+    def install_change(self) -> None:
+        """P <- P + the changes that X holds as records, the same bits on every rank; P stays where any of them is not
+        finite."""
+        bits = self.estimate_bits
+        are_all_finite = [
+            are_finite(records, layout.world_size, layout.shard_numel, bits)
+            for layout, records in zip(self.layouts, self.comm_records)
+        ]
+        is_added = torch.stack(are_all_finite).all()
+        for layout, live, records in zip(self.layouts, self.live, self.comm_records):
+            for rank in range(layout.world_size):
+                shard = live[slice(*layout.shard_range(rank))]
+                ops.add_change(self._message(records, layout, rank), is_added, shard, bits)
 
     def exchange(self) -> None:
         """Swaps P and X in place, piece by piece."""
@@ -81,15 +118,15 @@ class FlatBuffers:
         return [self._comm, *self.live, *self.grads, *self.reduced]
 
 
-def _allocate_comm(live: list[Tensor], comm_dtype: torch.dtype) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """One flat byte buffer, and for each group its view as gradients and its view as weights, on the same bytes."""
-    weight_dtype = live[0].dtype
-    itemsize = max(comm_dtype.itemsize, weight_dtype.itemsize)
-    sizes = [-(-flat.numel() * itemsize // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for flat in live]
+def _records_bytes(layout: GroupLayout, bits: int) -> int:
+    return layout.world_size * message_bytes(layout.shard_numel, bits)
+
+
+def _allocate_comm(live: list[Tensor], comm_dtype: torch.dtype, records: list[int]) -> tuple[Tensor, list[Tensor]]:
+    """One flat byte buffer, and the part of it that each group has for gradients, weights or records in turn."""
+    itemsize = max(comm_dtype.itemsize, live[0].element_size())
+    # Records are smaller than 16-bit values, but for a tiny shard, whose scale weighs more.
+    needed = [max(flat.numel() * itemsize, of_records) for flat, of_records in zip(live, records)]
+    sizes = [-(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for size in needed]
     comm = torch.zeros(sum(sizes), dtype=torch.uint8, device=live[0].device)
-    views, offset = [], 0
-    for flat, size in zip(live, sizes):
-        part = comm[offset : offset + size]
-        views.append((part.view(comm_dtype)[: flat.numel()], part.view(weight_dtype)[: flat.numel()]))
-        offset += size
-    return comm, views
+    return comm, list(comm.split(sizes))

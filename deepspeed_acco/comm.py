@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
@@ -22,6 +23,9 @@ from .layout import pieces
 
 # gloo needs room for what arrives before it is summed. Two sets of pieces: one arrives while the other is summed.
 STAGING_BYTES = 8 * 2**20
+_SLOT_ALIGNMENT = 16
+
+Taker = Callable[[int, int, list[Tensor]], None]
 
 
 def _all_gather_in_place(whole: Tensor, own: Tensor, group) -> None:
@@ -61,6 +65,10 @@ class Communicator:
         parallel_group: DeepSpeed's data-parallel group (its ranks are taken over), or None for all ranks.
         device: the parameters' device; ``cuda`` takes NCCL, ``cpu`` takes gloo.
         timeout_s: seconds until a collective that a peer does not join raises an error.
+
+    Attributes:
+        sent_bytes: payload that this rank sent in all rounds' collectives so far, by the count of a ring or of direct
+            messages, whatever the backend adds to it; it received as much.
     """
 
     def __init__(self, parallel_group, device: torch.device, timeout_s: float):
@@ -83,6 +91,7 @@ class Communicator:
         self.world_size = dist.get_world_size(self._group)
         self._global_ranks = ranks
         self._staging: Tensor | None = None
+        self.sent_bytes = 0
 
     @property
     def is_alive(self) -> bool:
@@ -116,52 +125,75 @@ class Communicator:
             for source, target in zip(whole, shard):
                 own = source.narrow(0, self.rank * target.numel(), target.numel())
                 _reduce_scatter_in_place(own, source, self._group)
+                self._count(source.nbytes - own.nbytes)
                 target.copy_(own)
             return
+
+        def add_up(group: int, start: int, terms: list[Tensor]) -> None:
+            total = shard[group].narrow(0, start, terms[0].numel())
+            total.copy_(terms[0])
+            for term in terms[1:]:
+                total.add_(term)
+
+        self._exchange(whole, 1, add_up)
+
+    @_names_the_timeout
+    def all_to_all(self, whole: list[Tensor], record_numel: int, take: Taker) -> None:
+        """Sends each rank its part of ``whole`` (1-D, one per group, as many equal parts as ranks) and gives what
+        arrives to ``take``, piece by piece, so that no second buffer of that size is needed.
+
+        Args:
+            record_numel: pieces begin at multiples of it.
+            take: called as ``take(group, start, terms)``: elements ``start`` and following of this rank's part, as each
+                rank sent them, in the order of the ranks. They are overwritten afterwards.
+        """
+        self._exchange(whole, record_numel, take)
+
+    def _exchange(self, whole: list[Tensor], record_numel: int, take: Taker) -> None:
         arriving = None
-        for piece in [*self._exchange_pieces(whole, shard), None]:
+        for piece in [*self._exchange_pieces(whole, record_numel), None]:
             following = None if piece is None else self._start_exchange(whole, *piece)
             if arriving is not None:
-                self._finish_exchange(arriving, whole, shard)
+                group, start, terms, requests = arriving
+                for request in requests:
+                    request.wait()
+                take(group, start, terms)
             arriving = following
 
-    def _exchange_pieces(self, whole, shard):
+    def _exchange_pieces(self, whole, record_numel):
         """(group, start, length, slot): what is exchanged at a time, alternating between the two staging slots."""
         itemsize = whole[0].element_size()
         peers = max(1, self.world_size - 1)
-        largest = min(max(1, STAGING_BYTES // (2 * peers * itemsize)), max(target.numel() for target in shard))
-        if self._staging is None:
-            self._staging = torch.empty(2 * peers * largest * itemsize, dtype=torch.uint8)
+        parts = [source.numel() // self.world_size for source in whole]
+        records = max(1, STAGING_BYTES // (2 * peers * itemsize * record_numel))
+        largest = min(records * record_numel, max(parts))
+        needed = 2 * -(-peers * largest * itemsize // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
+        if self._staging is None or self._staging.numel() < needed:
+            self._staging = torch.empty(needed, dtype=torch.uint8, device=self.device)
         slot = 0
-        for group, target in enumerate(shard):
-            for start, length in pieces(target.numel(), largest):
+        for group, part in enumerate(parts):
+            for start, length in pieces(part, largest):
                 yield group, start, length, slot
                 slot = 1 - slot
 
     def _start_exchange(self, whole, group, start, length, slot):
         source = whole[group]
-        shard_numel = source.numel() // self.world_size
+        part_numel = source.numel() // self.world_size
         half = self._staging.view(2, -1)[slot].view(source.dtype)
-        received, requests = [], []
+        terms, sent, received = [], [], []
         for rank in range(self.world_size):
-            theirs = source.narrow(0, rank * shard_numel + start, length)
-            if rank == self.rank:
-                received.append(theirs)
-                continue
-            arriving = half.narrow(0, len(requests) // 2 * length, length)
-            received.append(arriving)
-            requests.append(dist.irecv(arriving, self._global_ranks[rank], group=self._group))
-            requests.append(dist.isend(theirs, self._global_ranks[rank], group=self._group))
-        return group, start, length, received, requests
-
-    def _finish_exchange(self, arriving, whole, shard):
-        group, start, length, received, requests = arriving
-        for request in requests:
-            request.wait()
-        total = shard[group].narrow(0, start, length)
-        total.copy_(received[0])
-        for term in received[1:]:
-            total.add_(term)
+            theirs = source.narrow(0, rank * part_numel + start, length)
+            if rank != self.rank:
+                sent.append((rank, theirs))
+                theirs = half.narrow(0, len(received) * length, length)
+                received.append((rank, theirs))
+            terms.append(theirs)
+        requests = []
+        for (rank, arriving), (_, leaving) in zip(received, sent):
+            requests.append(dist.P2POp(dist.irecv, arriving, self._global_ranks[rank], self._group))
+            requests.append(dist.P2POp(dist.isend, leaving, self._global_ranks[rank], self._group))
+        self._count(len(sent) * length * source.element_size())
+        return group, start, terms, dist.batch_isend_irecv(requests) if requests else []
 
     @_names_the_timeout
     def all_gather(self, whole: list[Tensor]) -> None:
@@ -170,11 +202,17 @@ class Communicator:
             shard_numel = tensor.numel() // self.world_size
             own = tensor.narrow(0, self.rank * shard_numel, shard_numel)
             _all_gather_in_place(tensor, own, self._group)
+            self._count(tensor.nbytes - own.nbytes)
 
     @_names_the_timeout
     def all_reduce_sum(self, value: Tensor) -> None:
         """Sums a small tensor over the ranks, in place."""
         dist.all_reduce(value, group=self._group)
+        self._count(2 * value.nbytes * (self.world_size - 1) // self.world_size)
+
+    def _count(self, sent_bytes: int) -> None:
+        """Of all collectives here every rank receives as much as it sends."""
+        self.sent_bytes += sent_bytes
 
     @_names_the_timeout
     def gather_objects(self, value) -> list:

@@ -17,8 +17,16 @@ from torch import Tensor
 from .buffers import FlatBuffers
 from .comm import Communicator
 from .lanes import HostValue, InlineLane
-from .ops import AdamWShard, adamw_commit, adamw_estimate, sum_of_squares
+from .ops import (
+    AdamWShard,
+    adamw_commit,
+    adamw_estimate,
+    adamw_estimate_change,
+    dequantize_sum,
+    sum_of_squares,
+)
 from .pages import use_huge_pages
+from .quantize import BLOCK, record_bytes
 from .rounds import COMMIT, ESTIMATE, PREDICT, Place, Round
 from .settings import AdamWHyper
 from .update import sums_of_error_and_step
@@ -73,6 +81,7 @@ class RoundOutcome:
     is_same_round: HostValue  # where False the ranks were in different rounds
     estimate_error: HostValue | None = None  # float64, NaN where there was no step; None: not measured
     counts: ToldCounts | None = None  # None: not an adaptive window
+    wire_bytes: int = 0  # payload that this rank sent, and as much received
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,7 @@ class RoundDriver:
         weights_version: changes whenever the live weights do; for the guard against a changed forward.
         last_commit: the newest finished COMMIT, or None.
         last_counts: what the newest finished round of an adaptive window told, or None.
+        wire_bytes: payload that this rank sent in the finished rounds, and as much received.
         measures_estimate: whether the COMMITs behind computation measure how far it stands from what they make. The
             same on all ranks, since it takes a collective.
     """
@@ -108,6 +118,7 @@ class RoundDriver:
         self._hidden_version = 0
         self.last_commit: RoundOutcome | None = None
         self.measures_estimate = False
+        self.wire_bytes = 0
         self._is_finished = True
         self._unreported: list[RoundOutcome] = []
         self._estimate_errors: list[HostValue] = []
@@ -136,7 +147,11 @@ class RoundDriver:
         """
         self.hide_true()
         self._install_running()
-        self.buffers.pack(inputs.pre_scale, clears=clears)
+        if self._sends_records(following):
+            assert not clears, "the whole window's gradients are still needed"
+            self.buffers.pack_records(inputs.pre_scale)
+        else:
+            self.buffers.pack(inputs.pre_scale, clears=clears)
         self.running, self._is_finished = following, False
         self._rounds_started += 1
         # Ranks that are in step have the same number: of the round and of its kind.
@@ -222,6 +237,7 @@ class RoundDriver:
         outcome = self.lane.finish()
         self._is_finished = True
         self._unchecked.append(outcome)
+        self.wire_bytes += outcome.wire_bytes
         self._check_same_round()
         if outcome.counts is not None:
             self.last_counts = outcome.counts
@@ -270,7 +286,10 @@ class RoundDriver:
         self.running = None
 
     def _install(self):
-        self.buffers.install()
+        if self.running is not None and self._sends_records(self.running):
+            self.buffers.install_change()
+        else:
+            self.buffers.install()
         self.weights_version = next(self._versions)
 
     # ---- looking at the true weights
@@ -327,12 +346,20 @@ class RoundDriver:
                 )
             ) from cause
 
+    def _sends_records(self, this: Round) -> bool:
+        """Only what is thrown away after half a step may lose bits: its errors do not add up."""
+        return self.buffers.estimate_bits is not None and not this.writes_state
+
     # ---- the round itself, on the lane's thread or stream
 
     @torch.no_grad()
     def _run(self, this: Round, inputs: RoundInputs, number: int, measures: bool) -> RoundOutcome:
-        buffers = self.buffers
-        self.comm.reduce_scatter_sum(buffers.comm_grads, buffers.reduced)
+        buffers, sent_before = self.buffers, self.comm.sent_bytes
+        sends_records = self._sends_records(this)
+        if sends_records:
+            self._reduce_records()
+        else:
+            self.comm.reduce_scatter_sum(buffers.comm_grads, buffers.reduced)
         squares = sum_of_squares(buffers.reduced)
         totals = torch.stack([squares, torch.full_like(squares, number)])
         if inputs.share is not None:
@@ -348,15 +375,39 @@ class RoundDriver:
         is_finite = norm.isfinite() & is_same_round
         if inputs.clip_grad > 0:
             scale /= ((norm + 1e-6) / inputs.clip_grad).clamp(min=1.0)  # as DeepSpeed's unscale_and_clip_grads
+        scale = scale.float()
+        if sends_records:
+            self._estimate_records(inputs, scale, is_finite)
         for shard, grad, hyper, out in zip(self.shards, buffers.reduced, inputs.hyper, buffers.comm_shards):
-            arguments = (shard, grad, hyper, scale.float(), is_finite, out)
+            arguments = (shard, grad, hyper, scale, is_finite, out)
             if this.writes_state:
                 adamw_commit(*arguments)
-            if this.predicts or not this.writes_state:
+            if this.predicts or not (this.writes_state or sends_records):
                 adamw_estimate(*arguments)
-        self.comm.all_gather(buffers.comm_weights)
+        self.comm.all_gather(buffers.comm_records if sends_records else buffers.comm_weights)
         error = HostValue(self._measure_estimate(inputs, is_finite)) if measures else None
-        return RoundOutcome(norm.float(), HostValue(is_finite), HostValue(is_same_round), error, counts)
+        sent = self.comm.sent_bytes - sent_before
+        return RoundOutcome(norm.float(), HostValue(is_finite), HostValue(is_same_round), error, counts, sent)
+
+    def _reduce_records(self):
+        """The reduce-scatter of the gradients that lie in X as records: the sum is taken in fp32."""
+        reduced, bits = self.buffers.reduced, self.buffers.estimate_bits
+        record = record_bytes(bits)
+
+        def add_up(group: int, start: int, messages: list[Tensor]) -> None:
+            first = start // record * BLOCK
+            values = min(-(-messages[0].numel() // record) * BLOCK, reduced[group].numel() - first)
+            dequantize_sum(messages, reduced[group].narrow(0, first, values), bits)
+
+        self.comm.all_to_all(self.buffers.comm_records, record, add_up)
+
+    def _estimate_records(self, inputs: RoundInputs, scale: Tensor, is_finite: Tensor):
+        """The change of this rank's weights to its place in X. The live weights are the true ones now, and nobody
+        writes them before this round is installed."""
+        buffers = self.buffers
+        for operands in zip(self.shards, buffers.reduced, inputs.hyper, buffers.live_shards, buffers.own_records()):
+            shard, grad, hyper, live, records = operands
+            adamw_estimate_change(shard, grad, hyper, scale, is_finite, live, records, buffers.estimate_bits)
 
     def _own_share(self, like: Tensor, share: AdaptiveShare) -> Tensor:
         """What this rank adds to the round's small all-reduce (:class:`ToldCounts` before the sum). Filled on the

@@ -7,8 +7,6 @@ Nothing here waits: on CUDA a value that the device has not passed yet is shown 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from .driver import RoundDriver
 from .lanes import InlineLane
 
@@ -28,7 +26,8 @@ class Monitor:
     def __init__(self, deepspeed_monitor, driver: RoundDriver):
         self._sink = deepspeed_monitor
         self._driver = driver
-        self._seen = replace(driver.lane.times())
+        self._seen = driver.lane.times()
+        self._seen_bytes = 0
         driver.measures_estimate = deepspeed_monitor.enabled
 
     def write(self, engine, micro_batches: int | None) -> None:
@@ -49,12 +48,14 @@ class Monitor:
 
     def _newly_known(self) -> dict[str, float]:
         values = {}
-        times = replace(self._driver.lane.times())
+        times = self._driver.lane.times()
         spent, self._seen = times.since(self._seen), times
         if spent.rounds:
             values["exposed_wait_ms"] = spent.exposed_s * 1e3
             values["round_ms"] = spent.round_s * 1e3
             values["hidden_share"] = spent.hidden_share
+            moved, self._seen_bytes = self._driver.wire_bytes - self._seen_bytes, self._driver.wire_bytes
+            values["sent_bytes"] = values["received_bytes"] = moved
         errors = self._driver.take_estimate_errors()
         if errors:
             values["estimate_error"] = errors[-1]
@@ -82,11 +83,11 @@ class LaneTimer:
 
     def reset(self) -> None:
         """Counts from now on."""
-        self._seen = replace(self._lane.times())
+        self._seen = self._lane.times()
 
     def elapsed(self, reset: bool = True) -> float:
         """Milliseconds of the rounds that finished since the last reset."""
-        times = replace(self._lane.times())
+        times = self._lane.times()
         spent = times.since(self._seen)
         if reset:
             self._seen = times

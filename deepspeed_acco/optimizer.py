@@ -21,8 +21,8 @@ class ACCO(Optimizer):
     Args:
         params: parameters or parameter groups; a group may set lr, betas, eps and weight_decay of its own.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW, with its defaults.
-        schedule, estimate_fraction, overlap_warmup_steps, accumulation, lane, comm_timeout_s, max_window, lr_follows:
-            see :class:`deepspeed_acco.settings.Settings`.
+        schedule, estimate_fraction, overlap_warmup_steps, accumulation, lane, comm_timeout_s, max_window, lr_follows,
+            estimate_comm: see :class:`deepspeed_acco.settings.Settings`.
 
     Raises:
         ValueError: for an unknown key or a value out of range, naming the key, the value and what is allowed.
@@ -36,13 +36,14 @@ class ACCO(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         schedule: str = "acco",
-        estimate_fraction: float = 0.5,
+        estimate_fraction: float | str = 0.5,
         overlap_warmup_steps: int = 0,
         accumulation: str = "fixed",
         lane: str = "auto",
         comm_timeout_s: float | None = None,
         max_window: int | None = None,
         lr_follows: str = "samples",
+        estimate_comm: str = "full",
         **unknown,
     ):
         refuse_unknown(unknown)
@@ -55,6 +56,7 @@ class ACCO(Optimizer):
             comm_timeout_s,
             max_window,
             lr_follows,
+            estimate_comm,
         )
         check_adamw(lr, betas, eps, weight_decay)
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, **FUSED_ADAM_KEYS))

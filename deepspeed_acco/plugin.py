@@ -211,8 +211,8 @@ def _log_start(engine, wrapper: AccoZeroOptimizer) -> None:
     n = engine.gradient_accumulation_steps()
     window = f"n={n}"
     if settings.schedule == "acco":
-        a = phase_a_micro_batches(n, settings.estimate_fraction)
-        window = f"a={a} b={n - a}"
+        a = phase_a_micro_batches(n, settings.first_estimate_fraction)
+        window = f"a={a} b={n - a} estimate_comm={settings.estimate_comm}"
     logger().info(
         f"ACCO: schedule={settings.schedule} {window} accumulation={settings.accumulation} lane={wrapper.lane_name} "
         f"own buffers={describe_bytes(wrapper.own_bytes())} per rank, kernels={ops.kernels_name(engine.device)}; "
@@ -347,6 +347,6 @@ def check_engine(engine, optimizer: ACCO) -> None:
 def _check_window(n: int, settings: Settings) -> None:
     """Raises ValueError where a window of n micro-batches has no room for the schedule or the settings."""
     if settings.schedule == "acco":
-        phase_a_micro_batches(n, settings.estimate_fraction)
+        phase_a_micro_batches(n, settings.first_estimate_fraction)
     if settings.is_adaptive:
         max_window_micro_batches(n, settings.max_window)

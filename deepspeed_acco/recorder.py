@@ -14,7 +14,6 @@ import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,7 @@ class Recorder:
 
 def _lane_times(engine) -> LaneTimes | None:
     """A copy of ACCO's sums; None with another optimizer."""
-    return replace(engine.optimizer.lane_times()) if hasattr(engine.optimizer, "lane_times") else None
+    return engine.optimizer.lane_times() if hasattr(engine.optimizer, "lane_times") else None
 
 
 def _header(engine) -> dict[str, Any]:
@@ -141,13 +140,17 @@ def _header(engine) -> dict[str, Any]:
         "weight_bytes": trainable[0].element_size(),
         "comm_bytes": torch.empty((), dtype=engine.communication_data_type).element_size(),
         "n": n,
-        "a": phase_a_micro_batches(n, settings.estimate_fraction) if settings and settings.schedule == "acco" else None,
+        "a": None if settings is None or settings.schedule != "acco" else _phase_a(engine, n),
         "micro_batch": engine.train_micro_batch_size_per_gpu(),
         "samples_per_step": engine.train_batch_size(),
         "device": engine.device.type,
         "torch": torch.__version__,
         "deepspeed": _deepspeed_version(),
     }
+
+
+def _phase_a(engine, n: int) -> int:
+    return phase_a_micro_batches(n, engine.optimizer.estimate_fraction)
 
 
 def _deepspeed_version() -> str:

@@ -50,6 +50,9 @@ class Reference:
         accumulate: adds one micro-batch's gradient to a rank's sum, in the precision that the run accumulates in.
         send: rounds a rank's sum to what is communicated.
         stands_on_true_after_skip: fp16, where a skipped COMMIT is known before it is launched.
+        estimate_bits: an ESTIMATE's gradients and its change of the weights are quantised to so many bits; None: not.
+        loss_scale: with ``estimate_bits``, what the delivered gradients are multiplied by (``send`` divides by it itself).
+        shard_numels: with ``estimate_bits``, elements of one rank's shard of each group: blocks restart there.
     """
 
     theta: list[Tensor]
@@ -61,6 +64,9 @@ class Reference:
     accumulate: Callable[[Tensor, Tensor], Tensor] = lambda total, gradient: total + gradient
     send: Callable[[Tensor], Tensor] = lambda gradient: gradient
     stands_on_true_after_skip: bool = False
+    estimate_bits: int | None = None
+    shard_numels: Sequence[int] = ()
+    loss_scale: float = 1.0
     step: int = 0
     window: int = 0
     exp_avg: list[Tensor] = field(init=False)
@@ -108,7 +114,7 @@ class Reference:
                 delivered = gradient(weights, rank, self.window, micro_batch)
                 total = [self.accumulate(held, new) for held, new in zip(total, delivered)]
                 if micro_batch + 1 == in_a_of[rank]:
-                    sent = [self.send(tensor).double() for tensor in total]
+                    sent = self._sent_for_estimate(total)
                     partial = [old + new for old, new in zip(partial, sent)] if partial else sent
             totals.append([self.send(tensor).double() for tensor in total])
         over = sum(counts_of) / n if is_adaptive else self.world_size
@@ -127,7 +133,7 @@ class Reference:
         stands_on_true = (
             schedule == "sync" or (schedule == "acco" and is_short) or (skipped and self.stands_on_true_after_skip)
         )
-        self.estimate = self.theta if stands_on_true else (before if estimated is None else estimated[0])
+        self.estimate = self.theta if stands_on_true else self._installed(estimated, before)
         self.previous = self.theta if stands_on_true else before
         if stands_on_true:
             self.prediction = self.next_prediction = self.theta
@@ -137,6 +143,29 @@ class Reference:
             self.next_prediction = self.theta if predicted is None else predicted[0]
         self.window += 1
         return WindowReport(first, second, norm, skipped)
+
+    def _sent_for_estimate(self, total: list[Tensor]) -> list[Tensor]:
+        if self.estimate_bits is None:
+            return [self.send(tensor).double() for tensor in total]
+        return [tensor / self.loss_scale for tensor in self._quantised(total)]
+
+    def _quantised(self, values: list[Tensor]) -> list[Tensor]:
+        return [
+            quantised(tensor.double(), self.estimate_bits, shard_numel)
+            for tensor, shard_numel in zip(values, self.shard_numels, strict=True)
+        ]
+
+    def _installed(self, estimated, before: list[Tensor]) -> list[Tensor]:
+        """Where the next phase A stands: ``before`` where the ESTIMATE was skipped."""
+        if estimated is None:
+            return before
+        if self.estimate_bits is None:
+            return estimated[0]
+        live = [self.see(tensor).double() for tensor in before]
+        change = self._quantised([to - stands_at for to, stands_at in zip(estimated[0], live)])
+        if not all(tensor.isfinite().all() for tensor in change):
+            return before
+        return [stands_at + moved for stands_at, moved in zip(live, change)]
 
     def _adamw(self, gradients: Sequence[Tensor], theta, exp_avg, exp_avg_sq, step):
         """One AdamW step on copies: (theta, exp_avg, exp_avg_sq), or None for a gradient that is not finite."""
@@ -157,6 +186,23 @@ class Reference:
             for result, tensor in zip(results, (p, m, v)):
                 result.append(tensor)
         return results
+
+
+def quantised(values: Tensor, bits: int, shard_numel: int) -> Tensor:
+    """What float64 ``values`` are after they were sent in ``bits`` bits: in blocks of 256 that restart at every shard,
+    multiples of the block's scale, which is its largest absolute value over 2^(bits-1) - 1, rounded up to 8 significant
+    bits. A block with a value that is not finite becomes NaN."""
+    largest_level = 2 ** (bits - 1) - 1
+    parts = []
+    for shard in values.split(shard_numel):
+        for block in shard.split(256):
+            fraction, exponent = torch.frexp(block.abs().max() / largest_level)
+            scale = torch.ldexp((fraction * 256).ceil() / 256, exponent)
+            if not scale.isfinite():
+                parts.append(torch.full_like(block, torch.nan))
+            else:
+                parts.append((block / scale).round() * scale if scale > 0 else torch.zeros_like(block))
+    return torch.cat(parts)
 
 
 def _norm(gradients: Sequence[Tensor]) -> float:

@@ -15,6 +15,9 @@ from .rounds import SCHEDULES
 LANES = ("auto", "inline")
 ACCUMULATIONS = ("fixed", "adaptive")
 LR_FOLLOWS = ("samples", "steps")
+ESTIMATE_COMMS = {"full": None, "int8": 8, "int4": 4}  # bits of a value; None: as the dtype is
+AUTO = "auto"
+FIRST_OF_AUTO = 0.5
 MAX_WINDOW_GROWTH = 8  # default of max_window, in nominal windows
 
 
@@ -76,7 +79,8 @@ class Settings:
 
     Attributes:
         schedule: ``acco``, ``wp``, ``dpu`` or ``sync`` (rounds.py).
-        estimate_fraction: part of the window's micro-batches that phase A has, in (0, 1).
+        estimate_fraction: part of the window's micro-batches that phase A has, in (0, 1); ``auto``: one half, until
+            after 10 windows the split that was measured to be the fastest is taken (split.py).
         overlap_warmup_steps: so many first windows run as ``sync``.
         accumulation: ``fixed``: every window has ``gradient_accumulation_steps`` micro-batches; ``adaptive``: it has at
             least so many, and a rank goes on until its running round is finished.
@@ -86,20 +90,31 @@ class Settings:
             the commits finished, or at each of the ``steps``. With ``fixed`` both are the same.
         lane: ``auto``: a side stream on CUDA, a worker thread on CPU; ``inline``: blocking, for debugging.
         comm_timeout_s: timeout of ACCO's own process group in seconds; None: DeepSpeed's default.
+        estimate_comm: what an ESTIMATE sends: ``full``, or gradients and changes of weights as ``int8`` or ``int4``
+            (quantize.py). A COMMIT is always sent in full.
     """
 
     schedule: str = "acco"
-    estimate_fraction: float = 0.5
+    estimate_fraction: float | str = 0.5
     overlap_warmup_steps: int = 0
     accumulation: str = "fixed"
     lane: str = "auto"
     comm_timeout_s: float | None = None
     max_window: int | None = None
     lr_follows: str = "samples"
+    estimate_comm: str = "full"
 
     def __post_init__(self):
         _check_choice("schedule", self.schedule, tuple(SCHEDULES))
-        _check_number("estimate_fraction", self.estimate_fraction, 0.0, open_low=True, below=1.0)
+        if self.estimate_fraction != AUTO:
+            _check_number("estimate_fraction", self.estimate_fraction, 0.0, open_low=True, below=1.0)
+        elif self.schedule != "acco":
+            fix = 'Remove it, or set the schedule to "acco": the others have one phase.'
+            raise _refuse("estimate_fraction", AUTO, f'a number with schedule = "{self.schedule}"', fix)
+        _check_choice("estimate_comm", self.estimate_comm, tuple(ESTIMATE_COMMS))
+        if self.estimate_bits is not None and self.schedule != "acco":
+            fix = 'Remove it, or set the schedule to "acco": the others make no estimate, and a COMMIT is sent in full.'
+            raise _refuse("estimate_comm", self.estimate_comm, f'"full" with schedule = "{self.schedule}"', fix)
         steps = self.overlap_warmup_steps
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
             raise _refuse("overlap_warmup_steps", steps, "a whole number >= 0", "0 overlaps from the first step on.")
@@ -121,6 +136,16 @@ class Settings:
     @property
     def is_adaptive(self) -> bool:
         return self.accumulation == "adaptive"
+
+    @property
+    def estimate_bits(self) -> int | None:
+        """Bits of a value that an ESTIMATE sends; None: in full."""
+        return ESTIMATE_COMMS[self.estimate_comm]
+
+    @property
+    def first_estimate_fraction(self) -> float:
+        """That of the first windows."""
+        return FIRST_OF_AUTO if isinstance(self.estimate_fraction, str) else self.estimate_fraction
 
 
 ADAMW_KEYS = ("lr", "betas", "eps", "weight_decay")

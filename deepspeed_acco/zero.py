@@ -28,7 +28,8 @@ from .monitor import EXPOSED_WAIT_TIMER, ROUND_TIMER, LaneTimer, Monitor
 from .ops import AdamWShard
 from .optimizer import ACCO, FUSED_ADAM_KEYS
 from .rounds import Limits, Phase, Place, Position, Schedule, blocks_at_end, schedule_of_window
-from .settings import AdamWHyper, phase_a_micro_batches
+from .settings import AdamWHyper
+from .split import Split
 
 
 class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
@@ -68,10 +69,17 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         lane = make_lane(self._settings.lane, device)
         comm = Communicator(self.dp_process_group, device, timeout_s)
         layouts = [GroupLayout(flat.numel(), comm.world_size, comm.rank) for flat in live]
-        buffers = FlatBuffers(live, layouts, self.gradient_accumulation_dtype, self.communication_data_type)
+        buffers = FlatBuffers(
+            live,
+            layouts,
+            self.gradient_accumulation_dtype,
+            self.communication_data_type,
+            self._settings.estimate_bits,
+        )
         self._driver = RoundDriver(buffers, self._make_shards(), comm, lane)
+        self._split = Split(self._settings, self._driver)
         if self._settings.is_adaptive:
-            self._adaptive = AdaptiveWindows(self._settings, self._driver)
+            self._adaptive = AdaptiveWindows(self._settings, self._driver, self._split)
         # A script that ends without engine.destroy(): finish the round and leave the group while threads still work.
         self._driver_at_exit = weakref.finalize(self, RoundDriver.close, self._driver)
         self._group_of = {id(param): i for i, group in enumerate(self.bit16_groups) for param in group}
@@ -218,6 +226,16 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         """How long the rounds took and how much of that training waited for, in seconds."""
         return self._driver.lane.times()
 
+    @property
+    def wire_bytes(self) -> tuple[int, int]:
+        """Payload bytes that this rank (sent, received) in the finished rounds; what carries them is not counted."""
+        return self._driver.wire_bytes, self._driver.wire_bytes
+
+    @property
+    def estimate_fraction(self) -> float:
+        """That of the running window: as given, or what ``"auto"`` has come to."""
+        return self._split.fraction
+
     def _micro_batches_per_window(self) -> int:
         return self._engine().gradient_accumulation_steps()
 
@@ -340,7 +358,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         if self._adaptive is not None:
             limits = self._adaptive.limits(schedule, self._position, n)
             return self._position.is_phase_a_over(schedule, limits, self._driver.is_round_finished())
-        wanted = phase_a_micro_batches(n, self._settings.estimate_fraction)
+        wanted = self._split.phase_a(n)
         return self._position.is_phase_a_over(schedule, Limits(wanted, wanted))
 
     def _begin_phase_b(self):
@@ -398,8 +416,11 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         ``overflow`` and ``_global_grad_norm`` are set as the engine reads them right after. The norm is that of the
         newest finished COMMIT: of the previous window where rounds overlap, 0.0 at first.
         """
-        driver, schedule = self._driver, self._schedule()
-        inputs = self._inputs(1.0, self._position.micro_batches)
+        driver, schedule, position, engine = self._driver, self._schedule(), self._position, self._engine()
+        inputs = self._inputs(1.0, position.micro_batches)
+        self._split.at_window_end(
+            position.window, engine.gradient_accumulation_steps(), position.micro_batches, log=engine.global_rank == 0
+        )
         self.overflow = self.dtype == torch.float16 and self._has_overflow_now()
         self._update_scale(self.overflow)
         if self.overflow:
@@ -557,6 +578,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             standing, reason = checkpoint.from_state(state, self._settings.schedule, self.shard_numels())
             if state is not None:
                 self._position = Position(window=state["window"])
+                self._split.from_state(state.get("estimate_fraction"))
             if self._adaptive is not None:
                 self._adaptive.unscheduled_samples = (state or {}).get("unscheduled_samples", 0)
         if standing is not None:
@@ -577,6 +599,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         state["base_optimizer_state"] = checkpoint.without_tensor_steps(state["base_optimizer_state"])
         standing = self._driver.standing()
         state[checkpoint.KEY] = checkpoint.to_state(standing, self._settings.schedule, self._position.window)
+        state[checkpoint.KEY]["estimate_fraction"] = self._split.to_state()
         if self._adaptive is not None:
             state[checkpoint.KEY]["unscheduled_samples"] = self._adaptive.unscheduled_samples
         return state

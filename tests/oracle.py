@@ -49,6 +49,8 @@ def run_reference(
     drop=None,
     keep=None,
     eps=None,
+    estimate_bits=None,
+    shard_numels=(),
     seed=5,
 ):
     """The same training, dense and in float64. In 16 bit the forward and backward run in that dtype on the same rounded
@@ -63,6 +65,7 @@ def run_reference(
         send: replaces the rounding of what is communicated.
         spoil: ``spoil(rank, window, micro_batch)`` multiplies that micro-batch's targets.
         drop: ``drop(micro_batch)``: that micro-batch's gradient is thrown away.
+        estimate_bits, shard_numels: see Reference.
         keep: called as ``keep(reference, report)`` after every window.
     Returns:
         dict with losses (rank 0, every micro-batch), norms, weights (trainable parameters in the module's order).
@@ -120,11 +123,13 @@ def run_reference(
         accumulate=accumulate,
         send=send or rounded,
         stands_on_true_after_skip=dtype is torch.float16,
+        estimate_bits=estimate_bits,
+        shard_numels=shard_numels,
     )
     norms, lowest_lr = [], [h.lr for h in hyper]
     for window in range(windows):
         if scales is not None:
-            scale[0] = scales[window]
+            scale[0] = reference.loss_scale = scales[window]
         for h in hyper if lrs is not None else ():
             h.lr = lrs[window]
         n, a = n_of[window], a_of[window]

@@ -44,7 +44,9 @@ def test_defaults_are_those_of_adamw():
         ("schedule", 1),
         ("estimate_fraction", 0),
         ("estimate_fraction", 1),
-        ("estimate_fraction", "auto"),
+        ("estimate_fraction", "half"),
+        ("estimate_comm", "int2"),
+        ("estimate_comm", 4),
         ("overlap_warmup_steps", -1),
         ("overlap_warmup_steps", 1.5),
         ("overlap_warmup_steps", True),
@@ -66,6 +68,13 @@ def test_a_value_out_of_range_names_key_value_and_what_is_allowed(key, value):
     message = str(caught.value)
     assert f"optimizer.params.{key} = {value!r}" in message
     assert "allowed:" in message
+
+
+@pytest.mark.parametrize("schedule", ["wp", "dpu", "sync"])
+@pytest.mark.parametrize(("key", "value"), [("estimate_comm", "int4"), ("estimate_fraction", "auto")])
+def test_what_only_an_estimate_has_is_refused_elsewhere(schedule, key, value):
+    with pytest.raises(ValueError, match=f'{key} = .{value}. is not allowed; .* schedule = "{schedule}"'):
+        _make(schedule=schedule, **{key: value})
 
 
 @pytest.mark.parametrize(
