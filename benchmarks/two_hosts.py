@@ -24,14 +24,16 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parents[1]))
-CONFIGS = ("acco", "wp", "dpu", "sync", "adaptive", "adaptive_wp", "zero0", "zero1", "zero2", "zero3")
-DEFAULT_CONFIGS = tuple(name for name in CONFIGS if not name.startswith("adaptive"))
+ACCOS = ("acco", "acco_int8", "acco_int4")  # two rounds a step
+STAGES = ("zero0", "zero1", "zero1_reduce", "zero2", "zero2_reduce", "zero3")
+CONFIGS = ("acco", "acco_int8", "acco_int4", "wp", "dpu", "sync", "adaptive", "adaptive_int4", "adaptive_wp", *STAGES)
+DEFAULT_CONFIGS = ("acco", "acco_int4", "wp", "dpu", "sync", *STAGES)
 
 
 # ---- the worker, one rank on each host
 
 
-def ds_config(name: str, n: int, lane: str = "auto") -> dict:
+def ds_config(name: str, n: int, lane: str = "auto", fraction: float = 0.5) -> dict:
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": n,
@@ -41,50 +43,62 @@ def ds_config(name: str, n: int, lane: str = "auto") -> dict:
         "steps_per_print": 10**9,
     }
     if name.startswith("zero"):
-        stage = int(name[-1])
-        config["zero_optimization"] = {"stage": stage, "overlap_comm": True}
+        config["zero_optimization"] = {"stage": int(name[4]), "overlap_comm": True}
+        if name.endswith("_reduce"):  # each bucket to the rank that owns it, in place of to all
+            config["zero_optimization"]["use_multi_rank_bucket_allreduce"] = False
         config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.1, "torch_adam": True}}
     else:
-        schedule = {"adaptive": "acco"}.get(name, name.removeprefix("adaptive_"))
-        config["optimizer"] = {
-            "type": "ACCO",
-            "params": {"lr": 1e-4, "weight_decay": 0.1, "schedule": schedule, "lane": lane},
-        }
-        if name.startswith("adaptive"):
-            config["optimizer"]["params"]["accumulation"] = "adaptive"
+        params = {"lr": 1e-4, "weight_decay": 0.1, "lane": lane, "schedule": "acco"}
+        for word in name.split("_"):
+            if word in ("int8", "int4"):
+                params |= {"estimate_comm": word, "estimate_fraction": fraction}
+            elif word == "adaptive":
+                params["accumulation"] = "adaptive"
+            else:
+                params["schedule"] = word
+        config["optimizer"] = {"type": "ACCO", "params": params}
     return config
 
 
+def sent_bytes() -> int:
+    """What this host's interface has sent so far, with all headers."""
+    return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
+
+
 def time_steps(name: str, arguments, module, windows: int, lane: str = "auto") -> dict:
-    """Step times in seconds and micro-batches of this rank, without the first two steps; for ACCO what the rounds took
-    and what was waited for. The ranks wait for each other before a step, except where their windows are adaptive."""
+    """Step times in seconds, micro-batches and sent bytes of this rank, without the first two steps; for ACCO what the
+    rounds took, by kind, and what was waited for. The ranks wait for each other before a step, except where their
+    windows are adaptive."""
     import deepspeed
     import torch
 
     import deepspeed_acco  # noqa: F401
 
     engine, *_ = deepspeed.initialize(
-        model=module, model_parameters=list(module.parameters()), config=ds_config(name, arguments.n, lane)
+        model=module,
+        model_parameters=list(module.parameters()),
+        config=ds_config(name, arguments.n, lane, arguments.estimate_fraction),
     )
-    steps, micro_batches, rounds, exposed = [], [], [], []
+    measured: dict[str, list] = {"step_s": [], "micro_batches": [], "sent_bytes": [], "exposed_s": []}
     for step in range(windows + 2):
         if not name.startswith("adaptive"):
             torch.distributed.barrier()
         before = engine.optimizer.lane_times() if hasattr(engine.optimizer, "lane_times") else None
-        kept = (before.round_s, before.exposed_s, before.rounds) if before else None
-        begin = time.perf_counter()
-        micro_batches.append(0)
+        begin, sent_before, micro_batches = time.perf_counter(), sent_bytes(), 0
         while engine.global_steps == step:
             engine.backward(engine())
             engine.step()
-            micro_batches[-1] += 1
-        steps.append(time.perf_counter() - begin)
-        if kept:
-            after = engine.optimizer.lane_times()
-            rounds.append((after.round_s - kept[0]) / max(1, after.rounds - kept[2]))
-            exposed.append(after.exposed_s - kept[1])
+            micro_batches += 1
+        measured["step_s"].append(time.perf_counter() - begin)
+        measured["sent_bytes"].append(sent_bytes() - sent_before)
+        measured["micro_batches"].append(micro_batches)
+        if before is not None:
+            spent = engine.optimizer.lane_times().since(before)
+            measured["exposed_s"].append(spent.exposed_s)
+            for kind, seconds in spent.round_s_of.items():
+                if spent.rounds_of[kind]:
+                    measured.setdefault(kind, []).append(seconds / spent.rounds_of[kind])
     engine.destroy()
-    measured = {"step_s": steps, "micro_batches": micro_batches, "round_s": rounds, "exposed_s": exposed}
     return {key: values[2:] for key, values in measured.items()}
 
 
@@ -111,9 +125,13 @@ def worker(arguments) -> None:
         alone.append(time.perf_counter() - begin)
     results["micro_batch_s"] = alone[1:]
     for _ in range(arguments.passes):
-        results.setdefault("commit_alone", []).extend(
-            time_steps("sync", arguments, fresh(0.0), arguments.windows)["round_s"]
-        )
+        alone = time_steps("sync", arguments, fresh(0.0), arguments.windows)
+        results.setdefault("commit_alone", []).extend(alone["COMMIT"])
+        results.setdefault("commit_sent_bytes", []).extend(alone["sent_bytes"])
+        for name in ACCOS:
+            if name in arguments.configs:
+                alone = time_steps(name, arguments, fresh(0.0), arguments.windows, lane="inline")
+                results.setdefault(f"estimate_alone_{name}", []).extend(alone["ESTIMATE"])
         for name in arguments.configs:
             measured = time_steps(name, arguments, fresh(arguments.micro_batch_ms), arguments.windows)
             for key, values in measured.items():
@@ -132,10 +150,16 @@ def summarise(results: dict, arguments) -> dict:
     """Medians, and for each ACCO schedule its bound: what computes and what communicates at the same time."""
     median = statistics.median
     micro = median(results["micro_batch_s"])
-    a = min(max(round(arguments.n / 2), 1), arguments.n - 1)
     compute, commit = arguments.n * micro, median(results["commit_alone"])
+    estimates = {name: median(results[f"estimate_alone_{name}"]) for name in ACCOS if name in arguments.configs}
+
+    def bound_of_two(name):
+        fraction = 0.5 if name == "acco" else arguments.estimate_fraction
+        a = min(max(round(arguments.n * fraction), 1), arguments.n - 1)
+        return max(a * micro, commit) + max((arguments.n - a) * micro, estimates[name])
+
     bounds = {
-        "acco": max(a * micro, commit) + max((arguments.n - a) * micro, commit),
+        **{name: bound_of_two(name) for name in estimates},
         "wp": max(compute, commit),
         "dpu": max(compute, commit),
         "sync": compute + commit,
@@ -144,6 +168,7 @@ def summarise(results: dict, arguments) -> dict:
     for name in arguments.configs:
         step = median(results[name]["step_s"])
         row = {"config": name, "step_s": round(step, 4), "steps": len(results[name]["step_s"])}
+        row["sent_mb_per_step"] = round(median(results[name]["sent_bytes"]) / 1e6, 3)
         alone_s = sum(results[name]["micro_batches"]) * micro  # of the same micro-batches without anything else
         row["of_compute_only_samples_per_s"] = round(alone_s / sum(results[name]["step_s"]), 4)
         if name in bounds:
@@ -153,7 +178,9 @@ def summarise(results: dict, arguments) -> dict:
             row["micro_batches_by_window"] = results[name]["micro_batches"]
         if results[name]["exposed_s"]:
             row["exposed_s"] = round(median(results[name]["exposed_s"]), 4)
-            row["round_beside_compute_s"] = round(median(results[name]["round_s"]), 4)
+            for kind in ("COMMIT", "ESTIMATE", "PREDICT"):
+                if kind in results[name]:
+                    row[f"{kind.lower()}_beside_compute_s"] = round(median(results[name][kind]), 4)
         rows.append(row)
     return {
         "command": " ".join(["python", "benchmarks/two_hosts.py", *sys.argv[1:]]),
@@ -166,6 +193,9 @@ def summarise(results: dict, arguments) -> dict:
         "micro_batch_s": round(micro, 4),
         "compute_s": round(compute, 4),
         "round_alone_s": round(commit, 4),
+        "round_sent_mb": round(median(results["commit_sent_bytes"]) / 1e6, 3),
+        "estimate_fraction_of_int": arguments.estimate_fraction,
+        "estimate_alone_s": {name: round(value, 4) for name, value in estimates.items()},
         "rows": rows,
     }
 
@@ -178,6 +208,7 @@ def main() -> None:
     parser.add_argument("--micro_batch_ms", type=float, default=250.0)
     parser.add_argument("--windows", type=int, default=6, help="measured steps of a configuration in one pass")
     parser.add_argument("--passes", type=int, default=2)
+    parser.add_argument("--estimate_fraction", type=float, default=0.5, help="of acco_int8 and acco_int4")
     parser.add_argument("--configs", nargs="+", default=list(DEFAULT_CONFIGS), choices=CONFIGS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--results", help=argparse.SUPPRESS)

@@ -51,7 +51,7 @@ class Reference:
         send: rounds a rank's sum to what is communicated.
         stands_on_true_after_skip: fp16, where a skipped COMMIT is known before it is launched.
         estimate_bits: an ESTIMATE's gradients and its change of the weights are quantised to so many bits; None: not.
-        loss_scale: with ``estimate_bits``, what the delivered gradients are multiplied by (``send`` divides by it itself).
+        loss_scale: with ``estimate_bits``, what multiplies the delivered gradients (``send`` takes it away itself).
         shard_numels: with ``estimate_bits``, elements of one rank's shard of each group: blocks restart there.
     """
 

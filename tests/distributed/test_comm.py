@@ -9,7 +9,7 @@ from tests.ranks import RankPool
 pytestmark = pytest.mark.timeout(200)
 
 
-def _loopback_bytes() -> int:
+def loopback_bytes() -> int:
     for line in Path("/proc/net/dev").read_text().splitlines():
         if line.strip().startswith("lo:"):
             return int(line.split(":")[1].split()[0])
@@ -78,7 +78,7 @@ def _bytes_moved(numel):
     moved = {}
     for name in ("ours", "gloo"):
         dist.barrier()
-        begin = _loopback_bytes()
+        begin = loopback_bytes()
         dist.barrier()  # no rank sends before all have read the counter
         for _ in range(3):
             if name == "ours":
@@ -87,7 +87,7 @@ def _bytes_moved(numel):
                 scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
                 scatter(shard[0], whole[0], group=gloo)
         dist.barrier()
-        moved[name] = _loopback_bytes() - begin
+        moved[name] = loopback_bytes() - begin
         dist.barrier()
     comm.destroy()
     return moved

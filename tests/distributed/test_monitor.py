@@ -16,7 +16,16 @@ from tests import oracle, training
 from tests.ranks import RankPool
 
 pytestmark = pytest.mark.timeout(240)
-EVENTS = ("exposed_wait_ms", "round_ms", "hidden_share", "micro_batches", "estimate_error", "skipped_commits")
+EVENTS = (
+    "exposed_wait_ms",
+    "round_ms",
+    "hidden_share",
+    "sent_bytes",
+    "received_bytes",
+    "micro_batches",
+    "estimate_error",
+    "skipped_commits",
+)
 SAMPLES = 4 * 4 * 2  # per window of n = 4 on two ranks
 
 

@@ -9,6 +9,7 @@ import pytest
 from deepspeed_acco.settings import phase_a_micro_batches
 from tests import oracle, training
 from tests.distributed import test_adaptive as adaptive
+from tests.distributed.test_comm import loopback_bytes
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -182,6 +183,61 @@ def test_a_block_that_is_not_finite_skips_the_estimate_everywhere(ranks, precisi
 
         reference = run_reference("int4", world_size=2, windows=5, n=4, a=2, clip=2.0, spoil=spoil)
         assert distance(records[0], reference) < TOLERANCE_WITH_TIES
+
+
+# ---- bytes
+
+
+def _bytes_of_steps(config, steps, numel):
+    """(bytes on the loopback interface, of all ranks; bytes that each rank counted) of so many steps."""
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    from deepspeed_acco.emulated import EmulatedAccelerator
+
+    module = EmulatedAccelerator(numel, 0.0).bfloat16()
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=list(module.parameters()), config=config)
+
+    def run(count):
+        for _ in range(count * engine.gradient_accumulation_steps()):
+            engine.backward(engine())
+            engine.step()
+        engine.optimizer.finish_counting()
+        dist.barrier()
+        return loopback_bytes(), engine.optimizer.wire_bytes[0]
+
+    first = run(1)
+    dist.barrier()  # no rank sends before all have read the counter
+    wire, counted = (after - before for after, before in zip(run(steps), first))
+    everyone = torch.tensor(counted)
+    dist.all_reduce(everyone)
+    engine.destroy()
+    return wire, int(everyone)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_bytes_of_a_step(ranks, world_size, capsys):
+    """In the schedule ``sync`` a step is one reduce-scatter and one all-gather, both in full."""
+    steps, numel = 3, 2**20
+    moved = {}
+    for name, params in {
+        "one RS+AG": {"schedule": "sync"},
+        "full": {},
+        "int8": {"estimate_comm": "int8"},
+        "int4": {"estimate_comm": "int4"},
+    }.items():
+        config = training.ds_config(2, precision="bf16", **params)
+        moved[name] = ranks(world_size).run(_bytes_of_steps, config=config, steps=steps, numel=numel)[0]
+    with capsys.disabled():
+        print(f"\n{world_size} ranks, {steps} steps, (bytes on the interface, bytes counted): {moved}")
+    payload = steps * 2 * 2 * numel * (world_size - 1)
+    assert moved["one RS+AG"][1] == pytest.approx(payload, rel=1e-3)
+    for wire, counted in moved.values():
+        assert counted < wire < 1.1 * counted
+    for name, times in (("full", 2.0), ("int8", 1.5 + 1 / 256), ("int4", 1.25 + 1 / 256)):
+        assert moved[name][1] / moved["one RS+AG"][1] == pytest.approx(times, rel=2e-3), name
+    assert moved["int4"][0] < 1.30 * moved["one RS+AG"][0]
 
 
 # ---- with the rest of the optimizer

@@ -1,0 +1,120 @@
+"""Where "auto" splits a window: against the formula written out, and what it does with the ranks' figures."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from deepspeed_acco.lanes import LaneTimes
+from deepspeed_acco.settings import Settings
+from deepspeed_acco.split import WINDOWS_TO_MEASURE, Figures, Split, fastest_split
+
+
+def _seconds(a, n, micro_batch, commit, estimate):
+    first, second = a * micro_batch, (n - a) * micro_batch
+    return (first if first > commit else commit) + (second if second > estimate else estimate)
+
+
+def test_no_other_split_is_faster():
+    for n, commit, estimate in itertools.product((2, 3, 5, 10), (0.05, 0.8, 2.0, 9.0), (0.01, 0.2, 2.0, 9.0)):
+        chosen = fastest_split(n, Figures(1.0, commit, estimate))
+        best = min(_seconds(a, n, 1.0, commit, estimate) for a in range(1, n))
+        assert _seconds(chosen, n, 1.0, commit, estimate) <= 1.005 * best, (n, commit, estimate)
+
+
+@pytest.mark.parametrize(
+    ("n", "commit", "estimate", "a"),
+    [
+        (10, 8.0, 2.0, 8),  # the only one that hides both: R = 0.8 C
+        (10, 5.0, 5.0, 5),
+        (10, 4.0, 1.0, 8),  # both rounds have twice their length
+        (2, 100.0, 1.0, 1),
+        (3, 1e-3, 5.0, 1),  # more than one micro-batch in phase A only makes phase B's round wait longer
+    ],
+)
+def test_known_splits(n, commit, estimate, a):
+    assert fastest_split(n, Figures(1.0, commit, estimate)) == a
+
+
+class _Driver:
+    """A rank whose rounds take what it is told; the other rank measured ``other``."""
+
+    def __init__(self, rounds, other=None):
+        self.clock = 0.0
+        self.lane = SimpleNamespace(times=lambda: self._times.copy())
+        self.comm = SimpleNamespace(device=torch.device("cpu"), gather_objects=lambda own: [own, other or own])
+        self._times, self._rounds, self.waits = LaneTimes(), rounds, 0
+
+    def finish(self):
+        self.waits += 1
+        for kind, spent in self._rounds.items():
+            self._times.add(f"{kind} 7", spent, 0.0)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Every window takes 10 s of it."""
+    now = itertools.count(0.0, 10.0)
+    monkeypatch.setattr("deepspeed_acco.lanes.time", SimpleNamespace(perf_counter=lambda: next(now)))
+
+
+def _run(split, windows, n=10, first=0):
+    for window in range(first, first + windows):
+        split.at_window_end(window, n, n, log=False)
+
+
+def test_a_number_stays_and_measures_nothing(clock):
+    driver = _Driver({"COMMIT": 8.0, "ESTIMATE": 1.0})
+    split = Split(Settings(estimate_fraction=0.3), driver)
+    _run(split, 30)
+    assert split.fraction == 0.3 and split.phase_a(10) == 3 and not driver.waits and split.to_state() == 0.3
+
+
+def test_auto_is_one_half_and_then_the_fastest(clock):
+    driver = _Driver({"COMMIT": 8.0, "ESTIMATE": 1.0})
+    split = Split(Settings(estimate_fraction="auto"), driver)
+    _run(split, WINDOWS_TO_MEASURE - 1)
+    assert split.fraction == 0.5 and split.to_state() is None
+    _run(split, 1, first=WINDOWS_TO_MEASURE - 1)
+    assert split.fraction == 0.8 and split.phase_a(10) == 8 and split.to_state() == 0.8
+    waits = driver.waits
+    _run(split, 20)
+    assert split.fraction == 0.8 and driver.waits == waits, "chosen once"
+
+
+def test_the_slowest_computation_and_the_shortest_rounds_count(clock):
+    # The other rank's micro-batch takes 2 s; its rounds seemed shorter, since it came to them last.
+    driver = _Driver({"COMMIT": 14.0, "ESTIMATE": 8.0}, other=[2.0, 12.0, 1.0])
+    split = Split(Settings(estimate_fraction="auto"), driver)
+    _run(split, WINDOWS_TO_MEASURE)
+    assert split.phase_a(10) == fastest_split(10, Figures(2.0, 12.0, 1.0))
+
+
+def test_warm_up_windows_are_not_measured(clock):
+    split = Split(Settings(estimate_fraction="auto", overlap_warmup_steps=4), _Driver({"COMMIT": 8.0, "ESTIMATE": 1.0}))
+    _run(split, 4 + WINDOWS_TO_MEASURE - 1)
+    assert not split.is_chosen
+    _run(split, 1, first=4 + WINDOWS_TO_MEASURE - 1)
+    assert split.is_chosen
+
+
+def test_without_estimates_it_measures_on(clock):
+    driver = _Driver({"COMMIT": 8.0})
+    split = Split(Settings(estimate_fraction="auto"), driver)
+    _run(split, 2 * WINDOWS_TO_MEASURE)
+    assert not split.is_chosen and split.fraction == 0.5
+    driver._rounds = {"COMMIT": 8.0, "ESTIMATE": 1.0}
+    _run(split, WINDOWS_TO_MEASURE, first=2 * WINDOWS_TO_MEASURE)
+    assert split.fraction == 0.8
+
+
+def test_a_checkpoint_brings_the_choice(clock):
+    split = Split(Settings(estimate_fraction="auto"), _Driver({}))
+    split.from_state(None)
+    assert not split.is_chosen
+    split.from_state(0.7)
+    assert split.is_chosen and split.phase_a(10) == 7
+    given = Split(Settings(estimate_fraction=0.25), _Driver({}))
+    given.from_state(0.7)
+    assert given.fraction == 0.25, "what the JSON says holds"
