@@ -15,7 +15,7 @@ EXAMPLE = ROOT / "examples" / "train_gpt.py"
 ALL_CONFIGS = {path.stem: path for path in sorted((ROOT / "ds_configs").glob("*.json"))}
 AUTO_CONFIGS = ("acco_auto", "zero1_auto")  # for trainers that fill the "auto" values: test_trainers.py
 CONFIGS = {name: path for name, path in ALL_CONFIGS.items() if name not in AUTO_CONFIGS}
-ACCO_CONFIGS = ("acco", "acco_adaptive", "acco_bf16", "dpu", "sync", "wp")
+ACCO_CONFIGS = ("acco", "acco_adaptive", "acco_bf16", "acco_int4", "acco_int8", "dpu", "sync", "wp")
 STOCK_CONFIGS = ("zero0", "zero1", "zero2", "zero3")
 TINY = ("--preset", "tiny", "--seq_len", "32", "--seed", "3")
 KEYS = ["step", "samples", "loss", "val_loss", "grad_norm", "lr", "seconds"]
@@ -60,7 +60,7 @@ def test_acco_end_to_end(tmp_path):
     "config",
     [
         # the most different of them; the schedules and stages are trained by other tests, too
-        name if name in ("acco_bf16", "zero3") else pytest.param(name, marks=pytest.mark.full)
+        name if name in ("acco_int4", "zero3") else pytest.param(name, marks=pytest.mark.full)
         for name in ACCO_CONFIGS + STOCK_CONFIGS
         if name != "acco"
     ],
@@ -130,7 +130,8 @@ def test_all_configs_train_the_same_batch_with_the_same_adamw():
         if name in STOCK_CONFIGS:
             assert (config["optimizer"]["type"], stage) == ("AdamW", int(name[-1]))
         else:
-            schedule = name.removesuffix("_bf16").removesuffix("_adaptive")
+            schedule, _, variant = name.partition("_")
+            assert params.pop("estimate_comm", "full") == (variant if variant.startswith("int") else "full")
             assert params.pop("accumulation", "fixed") == ("adaptive" if name == "acco_adaptive" else "fixed")
             assert (config["optimizer"]["type"], stage, params.pop("schedule")) == ("ACCO", 1, schedule)
         assert params == adamw, name
