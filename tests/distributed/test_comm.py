@@ -145,11 +145,12 @@ def _own_bytes(config, world_sizes=None):
     ("precision", "wire", "w", "g", "c"),
     [("fp32", None, 4, 4, 4), ("bf16", None, 2, 2, 2), ("bf16+fp32", None, 2, 4, 2), ("bf16", "fp32", 2, 2, 4)],
 )
+@pytest.mark.parametrize("estimate_comm", ["full", "int8"])  # records have no buffer of their own
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_storages_stay_within_the_formula(ranks, precision, wire, w, g, c, world_size):
+def test_storages_stay_within_the_formula(ranks, precision, wire, w, g, c, world_size, estimate_comm):
     from tests import training
 
-    config = training.ds_config(4, precision=precision) | ({"communication_data_type": wire} if wire else {})
+    config = training.ds_config(4, precision=precision, estimate_comm=estimate_comm) | ({"communication_data_type": wire} if wire else {})
     for total, padded in ranks(world_size).run(_own_bytes, config=config):
         allowed = (w + g + max(c, w) + 16 / world_size) * padded
         assert allowed - 1 <= total <= allowed + 64, "the alignment of the flat buffer may add some bytes"
