@@ -6,7 +6,8 @@
 
 Without ``DS_ACCELERATOR=cpu`` the same command trains on the machine's GPUs. The text is the source of Python's
 standard library unless ``--data`` names another. Nothing here but the first import knows which optimizer trains: with
-the same seed every JSON sees the same micro-batches, so their losses can be compared.
+the same seed every JSON sees the same micro-batches, so their losses can be compared. The learning rate of the JSON is
+warmed up and decays over the run, unless the JSON has a "scheduler" of its own.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import json
 import math
 import time
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import deepspeed
@@ -34,7 +35,19 @@ GENERATED_BYTES = 200
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Train a GPT on bytes of text with DeepSpeed.")
     add_text_arguments(parser)
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps (default: %(default)s)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=60,
+        help="optimizer steps, of train_batch_size samples: adaptive windows take more at once (default: %(default)s)",
+    )
+    parser.add_argument("--warmup_steps", type=int, help="of the learning rate (default: a tenth of --steps)")
+    parser.add_argument(
+        "--lr_decay",
+        choices=("cosine", "none"),
+        default="cosine",
+        help="of the learning rate after the warm-up, to a tenth at the end of the run (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=1, help="of weights and data order (default: %(default)s)")
     parser.add_argument(
         "--slow", nargs=2, type=float, metavar=("RANK", "FACTOR"), help="that rank takes FACTOR times as long"
@@ -49,6 +62,10 @@ def parse_arguments():
     check_text_arguments(parser, args)
     if args.steps < 1:
         parser.error(f"--steps {args.steps} is not allowed; allowed: 1 and more")
+    if args.warmup_steps is None:
+        args.warmup_steps = args.steps // 10
+    if not 0 <= args.warmup_steps <= args.steps:
+        parser.error(f"--warmup_steps {args.warmup_steps} is not allowed; allowed: 0 to --steps, {args.steps}")
     if args.slow is not None and args.slow[1] < 1:
         parser.error(f"--slow with the factor {args.slow[1]:g} is not allowed; allowed: 1 and more")
     return args
@@ -107,6 +124,24 @@ def generate(engine, seed: int, seq_len: int) -> str:
 # ---- training
 
 
+def lr_factor(step: int, steps: int, warmup_steps: int, decay: str) -> float:
+    """What multiplies the JSON's learning rate in that step, from 0: linear warm-up, then a cosine to a tenth."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if decay == "none":
+        return 1.0
+    part = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, part)))  # adaptive windows go a little past the end
+
+
+def make_scheduler(args):
+    """For DeepSpeed, which calls it with the optimizer; None where the JSON names a scheduler."""
+    if "scheduler" in json.loads(Path(args.deepspeed_config).read_text()):
+        return None
+    factor = partial(lr_factor, steps=args.steps, warmup_steps=args.warmup_steps, decay=args.lr_decay)
+    return partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=factor)
+
+
 @contextmanager
 def slowed_down(factor: float):
     """Makes what is inside take ``factor`` times as long: a slower accelerator beside the others."""
@@ -127,7 +162,9 @@ def main():
     deepspeed.init_distributed()
     share_cores()
     model = make_model(args.preset, args.seq_len, args.seed)
-    engine, *_ = deepspeed.initialize(args=args, model=model, model_parameters=model.parameters())
+    engine, *_ = deepspeed.initialize(
+        args=args, model=model, model_parameters=model.parameters(), lr_scheduler=make_scheduler(args)
+    )
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
     micro_batch, n = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
@@ -138,20 +175,24 @@ def main():
     if args.out is not None and rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         metrics = open(args.out / "metrics.jsonl", "w", encoding="utf-8")
-    bar = tqdm(total=args.steps, unit="step", disable=rank != 0)
+    total = args.steps * samples_per_step
+    bar = tqdm(total=total, unit="sample", disable=rank != 0)
     train_s = 0.0  # without the validations
     losses = torch.zeros(2, device=engine.device)  # sum and number since the last validation
 
-    def validate(step: int) -> float:
-        """Validates, and writes and shows one line of metrics."""
+    def validate() -> tuple[float, int]:
+        """Validation loss after so many samples; writes and shows one line of metrics."""
         dist.all_reduce(losses)
+        micro_batches = torch.tensor(index, device=engine.device)
+        dist.all_reduce(micro_batches)  # with adaptive windows the engine knows them one step later
+        samples = int(micro_batches) * micro_batch
         val_loss = evaluate(engine, validation)
         line = {
-            "step": step,
-            "samples": engine.global_samples,
+            "step": engine.global_steps,
+            "samples": samples,
             "loss": finite(losses[0] / losses[1]),
             "val_loss": finite(val_loss),
-            "grad_norm": finite(engine.get_global_grad_norm()) if step else None,
+            "grad_norm": finite(engine.get_global_grad_norm()) if engine.global_steps else None,
             "lr": engine.get_lr()[0],
             "seconds": round(train_s, 3),
         }
@@ -159,13 +200,14 @@ def main():
         bar.set_postfix_str(f"val_loss {val_loss:.4f}")
         if metrics is not None:
             print(json.dumps(line), file=metrics, flush=True)
-        return val_loss
+        return val_loss, samples
 
-    validate_after = {round(args.steps * part / VALIDATIONS) for part in range(1, VALIDATIONS + 1)}
-    val_loss = validate(0)
+    index, part = 0, 0  # of this rank's micro-batches; of the run, in VALIDATIONS parts
+    val_loss, samples = validate()
     slowness = args.slow[1] if args.slow is not None and args.slow[0] == rank else 1.0
-    begin, index = time.perf_counter(), 0
-    for step in range(args.steps):
+    begin = time.perf_counter()
+    while engine.global_samples < total:
+        step = engine.global_steps
         while engine.global_steps == step:  # n micro-batches, or as many as the engine makes of them
             # Consecutive samples of the run lie side by side over the ranks: no two ranks see the same one.
             first_sample = (index * ranks + rank) * micro_batch
@@ -176,20 +218,22 @@ def main():
             engine.step()
             index += 1
             losses += torch.stack([loss.detach().float(), losses.new_ones(())])  # no .item(): it waits for the device
-        bar.update()
-        if step + 1 in validate_after:
+        bar.update(engine.global_samples - bar.n)
+        if engine.global_samples * VALIDATIONS // total > part:
+            part = engine.global_samples * VALIDATIONS // total
             get_accelerator().synchronize()
             train_s += time.perf_counter() - begin
-            val_loss = validate(step + 1)
+            val_loss, samples = validate()
             begin = time.perf_counter()
     bar.close()
 
     text = generate(engine, args.seed, args.seq_len)
     hidden = f"{engine.optimizer.lane_times().hidden_share:.0%}" if hasattr(engine.optimizer, "lane_times") else "n/a"
     if rank == 0:
-        samples_per_s = engine.global_samples / train_s
         print(f"--- generated text\n{text}\n---")
-        print(f"val_loss {val_loss:.4f} | {samples_per_s:.1f} samples/s | communication hidden {hidden}", flush=True)
+        print(
+            f"val_loss {val_loss:.4f} | {samples / train_s:.1f} samples/s | communication hidden {hidden}", flush=True
+        )
     if metrics is not None:
         metrics.close()
     engine.destroy()

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.launcher import ROOT, launch
 
@@ -30,6 +31,23 @@ def train(folder: Path, config: str, *arguments, ranks: int = 2):
     return done.stdout, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def rates(lr: float, steps: int) -> list[float]:
+    """Of the steps 0 to ``steps``, by torch's own schedulers: linear over a tenth, then a cosine to a tenth."""
+    optimizer, warm_up = torch.optim.SGD([torch.zeros(1)], lr), steps // 10
+    linear = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (warm_up + 1), total_iters=warm_up)
+    values = []
+    for _ in range(warm_up):
+        values.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        linear.step()
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - warm_up, eta_min=lr / 10)
+    for _ in range(warm_up, steps + 1):
+        values.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        cosine.step()
+    return values
+
+
 @pytest.mark.timeout(400)
 def test_acco_end_to_end(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("of an earlier run\n")
@@ -40,7 +58,7 @@ def test_acco_end_to_end(tmp_path):
     assert [line["step"] for line in lines] == list(range(0, 21, 2))
     assert all(list(line) == KEYS for line in lines)
     assert [line["samples"] for line in lines] == [samples * line["step"] for line in lines]
-    assert all(line["lr"] == config["optimizer"]["params"]["lr"] for line in lines)
+    assert [line["lr"] for line in lines] == pytest.approx(rates(config["optimizer"]["params"]["lr"], 20)[::2])
     assert lines[0]["loss"] is None and lines[0]["grad_norm"] is None and lines[0]["seconds"] == 0
     assert lines[0]["val_loss"] == pytest.approx(5.55, abs=0.3)  # log(256): nothing learned yet
     assert all(line["grad_norm"] > 0 and line["loss"] > 0 for line in lines[1:])
@@ -75,10 +93,12 @@ def test_every_config_runs_the_same_script(tmp_path, config):
 
 @pytest.mark.timeout(400)
 def test_a_slow_rank_computes_less_of_an_adaptive_batch(tmp_path):
-    _, lines = train(tmp_path, "acco_adaptive", "--steps", 6, "--slow", 1, 3)
-    assert [line["step"] for line in lines] == list(range(7))
-    assert lines[1]["samples"] == 0, "a step knows the samples of the steps before it"
-    assert lines[-1]["samples"] > 5 * 2 * 4 * 32, "more than the nominal batch"
+    _, lines = train(tmp_path, "acco_adaptive", "--steps", 12, "--slow", 1, 3)
+    nominal, steps = 2 * 4 * 32, lines[-1]["step"]
+    assert steps * nominal < lines[-1]["samples"], "more than the nominal batch"
+    assert 12 * nominal <= lines[-1]["samples"], "as many samples as other JSONs with these --steps"
+    assert lines[-1]["samples"] <= (12 + 2 * 8) * nominal, "known one step later: two steps of max_window more at most"
+    assert lines[-1]["lr"] == pytest.approx(0.003 / 10), "the rate followed the samples to its end and stayed there"
     assert lines[-1]["val_loss"] < lines[0]["val_loss"]
 
 
@@ -100,12 +120,43 @@ def test_errors_of_the_user_are_explained(tmp_path, monkeypatch, capsys):
         (("--deepspeed_config", tmp_path / "no.json"), "is not a file"),
         ((*acco, "--data", tmp_path / "nowhere"), "does not exist"),
         ((*acco, "--steps", 0), "--steps 0 is not allowed; allowed: 1 and more"),
+        ((*acco, "--warmup_steps", 61), "--warmup_steps 61 is not allowed; allowed: 0 to --steps, 60"),
         ((*acco, "--slow", 0, 0.5), "--slow with the factor 0.5 is not allowed"),
     ):
         monkeypatch.setattr("sys.argv", [str(EXAMPLE), *TINY, *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             example.parse_arguments()
         assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_learning_rates_of_the_json_come_first(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    example = importlib.import_module(EXAMPLE.stem)
+    config = json.loads(CONFIGS["acco"].read_text())
+    (tmp_path / "own.json").write_text(json.dumps(config | {"scheduler": {"type": "WarmupLR", "params": {}}}))
+    for path, decay, last in (
+        (CONFIGS["acco"], "cosine", 0.1),
+        (CONFIGS["acco"], "none", 1.0),
+        ("own.json", "none", None),
+    ):
+        given = [
+            "--deepspeed_config",
+            str(tmp_path / path),
+            "--steps",
+            "20",
+            "--warmup_steps",
+            "4",
+            "--lr_decay",
+            decay,
+        ]
+        monkeypatch.setattr("sys.argv", [str(EXAMPLE), *given])
+        scheduler = example.make_scheduler(example.parse_arguments())
+        if last is None:
+            assert scheduler is None
+            continue
+        factor = scheduler(torch.optim.SGD([torch.zeros(1)], 1.0)).lr_lambdas[0]
+        assert [factor(step) for step in (0, 3, 4)] == pytest.approx([0.2, 0.8, 1.0])
+        assert [factor(step) for step in (20, 21, 100)] == pytest.approx([last] * 3), "past the end nothing moves"
 
 
 @pytest.mark.timeout(400)

@@ -1,0 +1,76 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""What measuring the estimate's error costs (only with a monitor), beside the native COMMIT that it follows.
+
+    python benchmarks/estimate_error.py --out benchmarks/results/estimate_error.json
+
+In alternation, one thread, for weights in fp32 and in bf16; medians in ns per parameter of the shard.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.example_runs import machine  # noqa: E402
+from deepspeed_acco import ops  # noqa: E402
+from deepspeed_acco.pages import use_huge_pages  # noqa: E402
+from deepspeed_acco.settings import AdamWHyper  # noqa: E402
+from deepspeed_acco.update import sums_of_error_and_step  # noqa: E402
+
+HYPER = AdamWHyper(lr=1e-4)
+
+
+def measure(numel: int, dtype: torch.dtype, turns: int) -> dict:
+    """Medians of COMMIT and of the error's pass, with gradients and weights of that dtype, in ns per parameter."""
+    generator = torch.Generator().manual_seed(0)
+    master, exp_avg, exp_avg_sq, grad = (torch.randn(numel, generator=generator) * 1e-3 for _ in range(4))
+    shard = ops.AdamWShard(master, exp_avg, exp_avg_sq.square_(), torch.tensor(10.0))
+    grad, out, stands_at = grad.to(dtype), torch.empty(numel, dtype=dtype), master.to(dtype)
+    use_huge_pages((master, exp_avg, exp_avg_sq, grad, out, stands_at))
+    scale, is_finite = torch.ones(()), torch.ones((), dtype=torch.bool)
+    work = {
+        "commit": lambda: ops.adamw_commit(shard, grad, HYPER, scale, is_finite, out),
+        "error": lambda: sums_of_error_and_step(shard, HYPER, stands_at),
+    }
+    taken = {name: [] for name in work}
+    for turn in range(turns + 1):  # the first one warms up
+        for name, call in work.items():
+            begin = time.perf_counter()
+            call()
+            if turn:
+                taken[name].append(1e9 * (time.perf_counter() - begin) / numel)
+    row = {f"{name}_ns_per_param": round(statistics.median(values), 2) for name, values in taken.items()}
+    return {"weights": str(dtype).removeprefix("torch."), **row}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--numel", type=int, default=2**24, help="parameters of the shard (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=21, help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    ops.prepare(torch.device("cpu"))
+    if ops.kernels_name() != "native":
+        raise SystemExit(f"no native kernels to compare with: {ops.kernels_reason()}")
+    summary = {
+        "command": " ".join(["python", "benchmarks/estimate_error.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "numel": arguments.numel,
+        "rows": [measure(arguments.numel, dtype, arguments.turns) for dtype in (torch.float32, torch.bfloat16)],
+    }
+    print(json.dumps(summary, indent=2))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(summary, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
