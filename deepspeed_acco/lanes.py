@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -79,6 +79,18 @@ class LaneTimes:
     round_s: float = 0.0  # the rounds' own duration
     exposed_s: float = 0.0  # how long the training thread (on CUDA: its stream) stood waiting for them
     rounds: int = 0
+    # By kind, the first word of the name given to start(). Replaced and never changed, so that a copy stays as it is.
+    round_s_of: dict[str, float] = field(default_factory=dict)
+    rounds_of: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, round_s: float, exposed_s: float) -> None:
+        """Enters one finished round."""
+        kind = name.partition(" ")[0]
+        self.round_s += round_s
+        self.exposed_s += exposed_s
+        self.rounds += 1
+        self.round_s_of = {**self.round_s_of, kind: self.round_s_of.get(kind, 0.0) + round_s}
+        self.rounds_of = {**self.rounds_of, kind: self.rounds_of.get(kind, 0) + 1}
 
     @property
     def hidden_share(self) -> float:
@@ -88,7 +100,11 @@ class LaneTimes:
     def since(self, earlier: LaneTimes) -> LaneTimes:
         """What was added after ``earlier``, a copy that was made then."""
         return LaneTimes(
-            self.round_s - earlier.round_s, self.exposed_s - earlier.exposed_s, self.rounds - earlier.rounds
+            self.round_s - earlier.round_s,
+            self.exposed_s - earlier.exposed_s,
+            self.rounds - earlier.rounds,
+            {kind: spent - earlier.round_s_of.get(kind, 0.0) for kind, spent in self.round_s_of.items()},
+            {kind: count - earlier.rounds_of.get(kind, 0) for kind, count in self.rounds_of.items()},
         )
 
 
@@ -163,9 +179,7 @@ class InlineLane:
         begin = time.perf_counter()
         self._result = round_()
         spent = time.perf_counter() - begin
-        self._times.round_s += spent
-        self._times.exposed_s += spent
-        self._times.rounds += 1
+        self._times.add(self._name, spent, spent)
 
     def _finish(self):
         result, self._result = self._result, None
@@ -214,9 +228,7 @@ class ThreadLane(InlineLane):
         begin = time.perf_counter()
         result, spent = self._run_in_range(self._future.result, f"ACCO wait {self._name}")
         self._future = None  # only now: an interrupted wait can be repeated
-        self._times.exposed_s += time.perf_counter() - begin
-        self._times.round_s += spent
-        self._times.rounds += 1
+        self._times.add(self._name, spent, time.perf_counter() - begin)
         return result
 
     def is_finished(self) -> bool:
@@ -244,7 +256,7 @@ class StreamLane(InlineLane):
         self._comm_stream = torch.cuda.Stream(device, priority=-1)
         self._weights_ready: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         self._last_micro_batch: torch.cuda.Event | None = None
-        self._timed: list = []  # (round start, round end, wait start, wait end), until the device has passed them
+        self._timed: list = []  # (name, round start, round end, wait start, wait end), until the device has passed them
 
     def _run_in_range(self, run, name):
         # Profilers put what the device does under the range that it was enqueued in.
@@ -270,7 +282,7 @@ class StreamLane(InlineLane):
         # Producer -> consumer: the gathered weights and the shard's state are complete before training touches them.
         self._run_in_range(functools.partial(stream.wait_event, end), f"ACCO wait {self._name}")
         wait_end = stream.record_event(torch.cuda.Event(enable_timing=True))
-        self._timed.append((begin, end, wait_begin, wait_end))
+        self._timed.append((self._name, begin, end, wait_begin, wait_end))
         self.times()  # lets the events go that the device has passed
         return super()._finish()
 
@@ -284,11 +296,9 @@ class StreamLane(InlineLane):
             passed.synchronize()
 
     def times(self) -> LaneTimes:
-        while self._timed and self._timed[0][3].query():
-            begin, end, wait_begin, wait_end = self._timed.pop(0)
-            self._times.round_s += begin.elapsed_time(end) / 1e3
-            self._times.exposed_s += wait_begin.elapsed_time(wait_end) / 1e3
-            self._times.rounds += 1
+        while self._timed and self._timed[0][4].query():
+            name, begin, end, wait_begin, wait_end = self._timed.pop(0)
+            self._times.add(name, begin.elapsed_time(end) / 1e3, wait_begin.elapsed_time(wait_end) / 1e3)
         return self._times
 
     def close(self) -> None:
