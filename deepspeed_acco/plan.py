@@ -31,7 +31,7 @@ NCCL its own cost model, ``src/graph/tuning.cc``). Wire bytes are what a rank se
   (N-1)/N V (``gloo/reduce.cc``): as long as an all-reduce. gloo's reduce-scatter moves as much as an all-reduce
   (README, "Two hosts").
 - ACCO on gloo: every rank sends each other one its part directly (``comm.py``): (N-1)/N V, N-1 messages. With k ranks
-  in a host its link carries k (N-k)/N V, where a ring has (N-1)/N V.
+  in a host its link carries k (N-k)/N V, where a ring has (N-1)/N V. So it is with a quantised ESTIMATE, on NCCL, too.
 
 **Update.** ``update_s_per_parameter`` is AdamW's COMMIT: 28 bytes of memory traffic per parameter. An ESTIMATE has 16,
 wp's PREDICT both, and they are scaled by that. Sharded: Ψ/N; ZeRO-0: Ψ.
@@ -40,6 +40,15 @@ wp's PREDICT both, and they are scaled by that. Sharded: Ψ/N; ZeRO-0: Ψ.
 max(A, R_commit) + max(B, R_estimate) with ``acco``, max(C, R) with ``wp`` and ``dpu``, C + R with ``sync`` (ACCO, arXiv
 2406.02613; ``rounds.py``). This is the bound, and the prediction is the bound. What it leaves out: packing gradients
 and installing weights between the rounds, up to (2g + c + 2w)Ψ bytes of memory traffic per round.
+
+``acco-int8``, ``acco-int4``: ``acco`` with ``"estimate_comm": "int8"`` or ``"int4"``. The ESTIMATE's gradients are sent
+in blocks of 256 with one bf16 scale each, q = 1 + 2/256 or 0.5 + 2/256 bytes per parameter, directly from rank to rank
+(sums of codes cannot be passed round a ring), and its all-gather moves the CHANGE of the weights in the same format.
+The COMMIT stays as it is. With bf16 weights and gradients R_estimate is about R/4 in int4, and with f =
+``estimate_fraction`` all is hidden while R_commit <= f C and R_estimate <= (1-f) C: up to R = 0.8 C at f = 0.8, where
+plain ``acco`` ends at R = C/2. Where no ``estimate_fraction`` is given, f is the best one (``best_split``), for plain
+``acco`` one half. Left out: the passes that quantise. With k ranks in a host the direct exchange of q Ψ bytes costs
+that host's link k times what a ring of as many bytes does, so on NCCL with several ranks a host it may win nothing.
 
 **DeepSpeed's stages**, all with one all-reduce of the norm:
 
@@ -65,7 +74,8 @@ and installing weights between the rounds, up to (2g + c + 2w)Ψ bytes of memory
 counted. ZeRO (Rajbhandari et al., arXiv 1910.02054): weights wΨ, gradients gΨ, AdamW in fp32 (master, exp_avg,
 exp_avg_sq) 12Ψ, of which stage 1 shards the last, 2 also the gradients, 3 all. To this come 4 bytes for each of those
 12: DeepSpeed makes an fp32 gradient of its shard in the step, ACCO holds one. fp32 ZeRO-0 has neither it nor a
-separate master. ACCO: (w + g + max(c, w))Ψ + 16Ψ/N (README, "Memory").
+separate master. ACCO: (w + g + max(c, w))Ψ + 16Ψ/N (README, "Memory"), also with a quantised ESTIMATE, whose staging is
+not counted.
 """
 
 from __future__ import annotations
@@ -74,17 +84,29 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from .rounds import COMMIT, SCHEDULES, Round
+from .rounds import COMMIT, ESTIMATE, SCHEDULES, Round
 from .settings import phase_a_micro_batches
 
 BACKENDS = ("nccl", "gloo")
 STAGES = ("zero0", "zero1", "zero1-reduce", "zero2", "zero2-reduce", "zero3")
-NAMES = (*STAGES, *SCHEDULES)
+# ACCO's: name -> (schedule, estimate_comm).
+MODES = {
+    "acco": ("acco", "full"),
+    "acco-int8": ("acco", "int8"),
+    "acco-int4": ("acco", "int4"),
+    "wp": ("wp", "full"),
+    "dpu": ("dpu", "full"),
+    "sync": ("sync", "full"),
+}
+TWO_PHASES = ("acco", "acco-int8", "acco-int4")  # these need n >= 2
+NAMES = (*STAGES, *MODES)
 
 _EFFICIENCY = {"nccl": 0.9, "gloo": 1448 / 1514}
 _TREE_SHARE = 0.9
 _STEP_INSIDE_HOST = 3.4 / 9.6
 _NORM_BYTES = 16
+_SCALE_BYTES = 2 / 256  # bf16, one for each block of a quantised ESTIMATE
+_CODE_BYTES = {"int8": 1 + _SCALE_BYTES, "int4": 0.5 + _SCALE_BYTES}
 _REDUCE_BUCKET = 500_000_000
 _GATHER_BUCKET = 50_000_000
 _COMMIT_TRAFFIC, _ESTIMATE_TRAFFIC = 28, 16
@@ -192,14 +214,14 @@ class Work:
         micro_batch_s: m, seconds of one forward and backward with nothing beside it.
         n: micro-batches of a step (``gradient_accumulation_steps``).
         update_s_per_parameter: seconds of AdamW per parameter that a rank updates.
-        estimate_fraction: ACCO's key; says a.
+        estimate_fraction: ACCO's key; says a. None: one half, the best one where the ESTIMATE is quantised.
         backward_share: the backward's part of m.
     """
 
     micro_batch_s: float
     n: int
     update_s_per_parameter: float = 1e-11
-    estimate_fraction: float = 0.5
+    estimate_fraction: float | None = None
     backward_share: float = 2 / 3
 
     def __post_init__(self):
@@ -207,7 +229,8 @@ class Work:
         _require(_is_count(self.n), "n", self.n, "a whole number >= 1")
         _require(self.update_s_per_parameter >= 0, "update_s_per_parameter", self.update_s_per_parameter, ">= 0")
         for name in ("estimate_fraction", "backward_share"):
-            _require(0 < getattr(self, name) < 1, name, getattr(self, name), "a number > 0 and < 1")
+            value = getattr(self, name)
+            _require(value is None or 0 < value < 1, name, value, "a number > 0 and < 1")
 
     @property
     def compute_s(self) -> float:
@@ -292,8 +315,11 @@ def reduce_to_each(cluster: Cluster, whole_bytes: float) -> Cost:
 
 def acco_reduce_scatter(cluster: Cluster, whole_bytes: float) -> Cost:
     """ACCO's own on gloo: each rank sends every other one its part."""
-    if cluster.backend != "gloo":
-        return reduce_scatter(cluster, whole_bytes)
+    return exchange(cluster, whole_bytes) if cluster.backend == "gloo" else reduce_scatter(cluster, whole_bytes)
+
+
+def exchange(cluster: Cluster, whole_bytes: float) -> Cost:
+    """Each rank sends every other one its part of ``whole_bytes`` bytes, directly."""
     ranks, hosts = cluster.ranks, cluster.host_count
     moved = whole_bytes * (ranks - 1) / ranks
     in_host = ranks // hosts
@@ -304,18 +330,21 @@ def acco_reduce_scatter(cluster: Cluster, whole_bytes: float) -> Cost:
 # ---- rounds and steps
 
 
-def round_communication(model: Model, cluster: Cluster) -> Cost:
-    """What every round of ACCO moves."""
-    gradients = acco_reduce_scatter(cluster, model.comm_bytes * model.numel)
+def round_communication(model: Model, cluster: Cluster, estimate_comm: str = "full") -> Cost:
+    """What a round of ACCO moves: every one, or with ``estimate_comm`` int8 or int4 a quantised ESTIMATE."""
     norm = all_reduce(cluster, _NORM_BYTES)
+    if estimate_comm != "full":
+        whole_bytes = _CODE_BYTES[estimate_comm] * model.numel
+        return exchange(cluster, whole_bytes) + norm + all_gather(cluster, whole_bytes)
+    gradients = acco_reduce_scatter(cluster, model.comm_bytes * model.numel)
     return gradients + norm + all_gather(cluster, model.weight_bytes * model.numel)
 
 
-def round_s(model: Model, cluster: Cluster, work: Work, this: Round = COMMIT) -> float:
-    """R: seconds of one round with nothing beside it."""
+def round_s(model: Model, cluster: Cluster, work: Work, this: Round = COMMIT, estimate_comm: str = "full") -> float:
+    """R: seconds of one round with nothing beside it; ``estimate_comm`` is an ESTIMATE's."""
     traffic = _COMMIT_TRAFFIC * this.writes_state + _ESTIMATE_TRAFFIC * (this.predicts or not this.writes_state)
     update = model.numel / cluster.ranks * work.update_s_per_parameter * traffic / _COMMIT_TRAFFIC
-    return round_communication(model, cluster).seconds + update
+    return round_communication(model, cluster, estimate_comm if this is ESTIMATE else "full").seconds + update
 
 
 def bound_s(schedule: str, a_s: float, b_s: float, end_s: float, at_phase_b_s: float = 0.0) -> float:
@@ -362,7 +391,7 @@ def memory_bytes(name: str, model: Model, ranks: int) -> float:
     """Bytes of the model states on one rank."""
     w, g, c, whole = model.weight_bytes, model.accumulation_bytes, model.comm_bytes, model.numel
     shard = -(-whole // ranks)
-    if name in SCHEDULES:
+    if name in MODES:
         return (w + g + max(c, w)) * whole + 16 * shard
     stage = int(name[4])
     if stage == 0:
@@ -414,24 +443,40 @@ def predict(name: str, model: Model, cluster: Cluster, work: Work) -> Prediction
     """
     _require(name in NAMES, "name", name, ", ".join(NAMES))
     compute, memory = work.compute_s, memory_bytes(name, model, cluster.ranks)
-    if name not in SCHEDULES:
+    if name not in MODES:
         communication, exposed = _stage(name, model, cluster, work)
         step = compute + exposed
         return Prediction(name, communication.wire_bytes, communication.seconds, exposed, step, memory, None)
-    schedule = SCHEDULES[name]
-    end = round_s(model, cluster, work, schedule.at_window_end)
-    a, at_phase_b, rounds = 0.0, 0.0, 1
-    if schedule.at_phase_b is not None:
-        a = phase_a_micro_batches(work.n, work.estimate_fraction) * work.micro_batch_s
-        at_phase_b, rounds = round_s(model, cluster, work, schedule.at_phase_b), 2
-    communication = round_communication(model, cluster).times(rounds)
-    step = bound_s(name, a, compute - a, end, at_phase_b)
+    schedule, estimate_comm = MODES[name]
+    communication = round_communication(model, cluster)
+    if name in TWO_PHASES:
+        communication += round_communication(model, cluster, estimate_comm)
+        a = split_of(name, model, cluster, work)
+        step = _step_of_split(name, model, cluster, work, [a])[0]
+    else:
+        step = bound_s(schedule, 0.0, compute, round_s(model, cluster, work, SCHEDULES[schedule].at_window_end))
     return Prediction(name, communication.wire_bytes, communication.seconds, step - compute, step, memory, step)
+
+
+def _step_of_split(name: str, model: Model, cluster: Cluster, work: Work, splits: Iterable[int]) -> list[float]:
+    """The step with so many micro-batches in phase A, for each of ``splits``."""
+    schedule, estimate_comm = MODES[name]
+    commit = round_s(model, cluster, work)
+    estimate = round_s(model, cluster, work, ESTIMATE, estimate_comm)
+    m = work.micro_batch_s
+    return [bound_s(schedule, a * m, (work.n - a) * m, commit, estimate) for a in splits]
+
+
+def split_of(name: str, model: Model, cluster: Cluster, work: Work) -> int:
+    """a of one of ``TWO_PHASES``: as ``estimate_fraction`` says, or its default."""
+    if work.estimate_fraction is not None or name == "acco" or work.n < 2:
+        return phase_a_micro_batches(work.n, 0.5 if work.estimate_fraction is None else work.estimate_fraction)
+    return best_split_of(name, model, cluster, work)
 
 
 def predict_all(model: Model, cluster: Cluster, work: Work) -> list[Prediction]:
     """Of all ``NAMES``; without ``acco`` where n = 1 leaves it no second phase."""
-    return [predict(name, model, cluster, work) for name in NAMES if name != "acco" or work.n > 1]
+    return [predict(name, model, cluster, work) for name in NAMES if name not in TWO_PHASES or work.n > 1]
 
 
 # ---- a measured round
@@ -475,34 +520,44 @@ def best_stage(model: Model, cluster: Cluster, work: Work) -> Prediction | None:
     return min(fitting, key=lambda stage: stage.step_s, default=None)
 
 
-def best_split(model: Model, cluster: Cluster, work: Work) -> Work:
-    """The same work with the ``estimate_fraction`` that makes ``acco`` fastest; of those within 0.1 %, the one nearest
-    to one half, which is the paper's."""
-    splits = [replace(work, estimate_fraction=a / work.n) for a in range(1, work.n)]
-    steps = [predict("acco", model, cluster, split).step_s for split in splits]
-    fast = [split for split, step in zip(splits, steps) if step <= 1.001 * min(steps)]
-    return min(fast, key=lambda split: abs(split.estimate_fraction - 0.5))
+def best_split_of(name: str, model: Model, cluster: Cluster, work: Work) -> int:
+    """The a of 1 to n - 1 that makes ``name`` fastest; of those within 0.1 %, the one nearest to n/2, which is the
+    paper's."""
+    splits = range(1, work.n)
+    steps = _step_of_split(name, model, cluster, work, splits)
+    fast = [a for a, step in zip(splits, steps) if step <= 1.001 * min(steps)]
+    return min(fast, key=lambda a: abs(a / work.n - 0.5))
 
 
-def best_window(model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1) -> Work | None:
-    """n and ``estimate_fraction`` for ``acco`` at the same batch: micro-batches may be cut, never merged, as merged
+def best_split(model: Model, cluster: Cluster, work: Work, name: str = "acco") -> Work:
+    """The same work with the ``estimate_fraction`` of :func:`best_split_of`."""
+    return replace(work, estimate_fraction=best_split_of(name, model, cluster, work) / work.n)
+
+
+def best_window(
+    model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1, name: str = "acco"
+) -> Work | None:
+    """n and ``estimate_fraction`` for ``name`` at the same batch: micro-batches may be cut, never merged, as merged
     ones need more memory. Computation is taken to stay as long. The smallest n within 0.1 % of the best.
 
     Args:
         micro_batch_size: samples of a micro-batch; 1: it cannot be cut.
+        name: one of ``TWO_PHASES``.
 
     Returns:
         None where n = 1 and the micro-batch has one sample.
     """
     cuts = [cut for cut in range(1, micro_batch_size + 1) if micro_batch_size % cut == 0 and cut * work.n > 1]
     windows = [replace(work, n=cut * work.n, micro_batch_s=work.micro_batch_s / cut) for cut in cuts]
-    windows = [best_split(model, cluster, window) for window in windows]
-    steps = [predict("acco", model, cluster, window).step_s for window in windows]
+    windows = [best_split(model, cluster, window, name) for window in windows]
+    steps = [predict(name, model, cluster, window).step_s for window in windows]
     return next((window for window, step in zip(windows, steps) if step <= 1.001 * min(steps)), None)
 
 
-def stops_paying(model: Model, cluster: Cluster, work: Work, against: Iterable[str] = STAGES) -> float | None:
-    """The R/C from which on ``acco`` is not faster than the fastest of ``against``: R stays, the computation varies.
+def stops_paying(
+    model: Model, cluster: Cluster, work: Work, against: Iterable[str] = STAGES, name: str = "acco"
+) -> float | None:
+    """The R/C from which on ``name`` is not faster than the fastest of ``against``: R stays, the computation varies.
 
     Returns:
         None where it is nowhere faster between R/C = 0.01 and 100, infinity where it still is at 100.
@@ -512,8 +567,8 @@ def stops_paying(model: Model, cluster: Cluster, work: Work, against: Iterable[s
 
     def is_faster(ratio: float) -> bool:
         this = replace(work, micro_batch_s=commit / ratio / work.n)
-        steps = [predict(name, model, cluster, this).step_s for name in against]
-        return predict("acco", model, cluster, this).step_s < min(steps) * (1 - 1e-9)
+        steps = [predict(other, model, cluster, this).step_s for other in against]
+        return predict(name, model, cluster, this).step_s < min(steps) * (1 - 1e-9)
 
     if commit == 0:
         return None
@@ -560,7 +615,8 @@ def seconds(value: float) -> str:
 
 def advise(model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1) -> Advice:
     """Whether ACCO pays here, with what settings, and why. ``acco`` is taken before the faster ``wp``, which costs
-    quality; anything must be at least 2 % faster than the best stage."""
+    quality, and before ``acco-int4`` where that is not 2 % faster; anything must be at least 2 % faster than the best
+    stage. Splits are chosen, whatever ``work.estimate_fraction`` says."""
     baseline = best_stage(model, cluster, work)
     commit, compute = round_s(model, cluster, work), work.compute_s
     said = [
@@ -599,16 +655,28 @@ def advise(model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1
             "n = 1 has no second phase for acco: set gradient_accumulation_steps = 2 and halve the micro-batch."
         )
     else:
+        chosen = acco
         said.append(_regime(acco, delayed, baseline, commit, compute, window.n))
         if acco.step_s > 1.01 * compute:
+            quantised = best_window(model, cluster, work, micro_batch_size, "acco-int4")
+            assert quantised is not None, "it has as many phases as acco"
+            int4 = predict("acco-int4", model, cluster, quantised)
             said.append(_larger_batch(commit, window))
-        said.append(_crossing(stops_paying(model, cluster, window, (baseline.name,)), baseline.name))
-        if baseline.step_s >= _WORTH_IT * acco.step_s:
-            if acco.step_s >= _WORTH_IT * delayed.step_s:
-                faster = acco.step_s / delayed.step_s
-                said.append(f"wp and dpu would be {faster:.2f}x as fast as acco, at a price: {_QUALITY}")
+            if acco.step_s >= _WORTH_IT * int4.step_s:
+                estimate = round_s(model, cluster, quantised, ESTIMATE, "int4")
+                said.append(_int4(acco, int4, quantised, estimate))
+                window, chosen = quantised, int4
+            elif commit > compute / 2:
+                said.append(_no_int4(cluster))
+        anywhere = window if chosen is acco else replace(window, estimate_fraction=None)  # the best split at each R/C
+        crossing = stops_paying(model, cluster, anywhere, (baseline.name,), chosen.name)
+        said.append(_crossing(crossing, baseline.name, chosen.name))
+        if baseline.step_s >= _WORTH_IT * chosen.step_s:
+            if chosen.step_s >= _WORTH_IT * delayed.step_s:
+                faster = chosen.step_s / delayed.step_s
+                said.append(f"wp and dpu would be {faster:.2f}x as fast as {chosen.name}, at a price: {_QUALITY}")
             said.append(_memory_cost(model, cluster.ranks))
-            return decide("acco", window, acco.step_s)
+            return decide(chosen.name, window, chosen.step_s)
     if baseline.step_s >= _WORTH_IT * delayed.step_s:
         said.append(f"What is faster than {baseline.name} here is wp, at a price: {_QUALITY}")
         said.append(_memory_cost(model, cluster.ranks))
@@ -648,6 +716,25 @@ def _regime(acco: Prediction, delayed: Prediction, baseline: Prediction, commit:
     )
 
 
+def _int4(acco: Prediction, int4: Prediction, window: Work, estimate_s: float) -> str:
+    hidden = int4.exposed_s <= 0.01 * window.compute_s
+    hides = "everything is hidden" if hidden else f"{seconds(int4.exposed_s)} of it exposed"
+    return (
+        f'"estimate_comm": "int4" hides more: the ESTIMATE then takes {seconds(estimate_s)}, so phase A, which hides '
+        f"the COMMIT, can have {window.estimate_fraction:.4g} of the computation; a step takes {seconds(int4.step_s)} "
+        f"({hides}), {acco.step_s / int4.step_s:.2f}x the speed of plain acco. The COMMIT stays exact; measure your "
+        "loss with it."
+    )
+
+
+def _no_int4(cluster: Cluster) -> str:
+    in_host = cluster.ranks // cluster.host_count
+    why = ""
+    if in_host > 1 and cluster.backend == "nccl":
+        why = f": its gradients go directly from rank to rank, and the {in_host} ranks of a host share its link"
+    return f'"estimate_comm": "int4" would not be 2 % faster{why}.'
+
+
 def _memory_cost(model: Model, ranks: int) -> str:
     own, zero1 = memory_bytes("acco", model, ranks), memory_bytes("zero1", model, ranks)
     return f"Model states: {own / 2**30:.3g} GiB a rank, {(own - zero1) / 2**30:.3g} GiB more than zero1."
@@ -660,9 +747,9 @@ def _larger_batch(commit: float, work: Work) -> str:
     return f"If the batch may grow: n = {n} (a {n / work.n:.3g} times larger batch) hides everything in acco."
 
 
-def _crossing(ratio: float | None, name: str) -> str:
+def _crossing(ratio: float | None, name: str, mode: str) -> str:
     if ratio is None:
-        return f"acco is at no R/C faster than {name} here."
+        return f"{mode} is at no R/C faster than {name} here."
     if math.isinf(ratio):
-        return f"acco stays faster than {name} up to R/C = 100."
-    return f"acco stops paying against {name} at R/C = {ratio:.3g}."
+        return f"{mode} stays faster than {name} up to R/C = 100."
+    return f"{mode} stops paying against {name} at R/C = {ratio:.3g}."

@@ -33,6 +33,7 @@ _MEASURED_BY_RESULTS = (
     *("dtype", "comm_dtype", "accumulation_dtype"),
 )
 _SWEEP_UP_TO = 4096
+_SWEPT = ("acco", "acco-int4", "wp", "dpu", "sync")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def from_measurement(
     update_s = _UPDATE_S[backend] if update_s_per_parameter is None else update_s_per_parameter
     n, a = header["n"], header.get("a")
     model = Model(header["numel"], header["weight_bytes"], header["comm_bytes"], header["weight_bytes"])
-    work = Work(compute_s / n, n, update_s, 0.5 if a is None else a / n)
+    work = Work(compute_s / n, n, update_s, None if a is None else a / n)
     anywhere = Cluster(header["world_size"], 1.0, latency_s, backend, hosts)
     return Inputs(model, plan.calibrated(model, anywhere, work, round_s), work, header["micro_batch"])
 
@@ -216,7 +217,7 @@ def add_command(commands) -> None:
     add("--micro-batch-size", type=count, help="its samples: lets the advice cut it")
     add("--n", type=count, help="gradient_accumulation_steps")
     add("--round-ms", type=_positive, help="a measured round; the network is then what makes it so long")
-    add("--estimate-fraction", type=_positive, help="ACCO's key (default: 0.5)")
+    add("--estimate-fraction", type=_positive, help="ACCO's key (default: 0.5, the best one for acco-int8 and -int4)")
     add("--dtype", choices=_DTYPE_BYTES, help="of the weights (default: bf16)")
     add("--comm-dtype", choices=_DTYPE_BYTES, help="of the gradients sent (default: that of the weights)")
     add("--accumulation-dtype", choices=_DTYPE_BYTES, help="of the gradients summed (default: that of the weights)")
@@ -341,7 +342,17 @@ def table(inputs: Inputs) -> str:
         "exposed: communication and update that nothing hides. GiB/rank: model states, without activations",
         "zero1, zero2: with overlap_comm; -reduce: with use_multi_rank_bucket_allreduce false",
     ]
+    if inputs.work.n > 1:
+        notes.append(_splits(inputs))
     return _columns(rows) + "\n" + "\n".join(notes)
+
+
+def _splits(inputs: Inputs) -> str:
+    """The ``estimate_fraction`` of the rows that have one."""
+    model, cluster, work = inputs.model, inputs.cluster, inputs.work
+    fractions = {name: plan.split_of(name, model, cluster, work) / work.n for name in plan.TWO_PHASES}
+    given = "as given" if work.estimate_fraction is not None else "acco's default, the best one for int8 and int4"
+    return f"estimate_fraction: {', '.join(f'{name} {f:.3g}' for name, f in fractions.items())} ({given})"
 
 
 def words(advice: plan.Advice) -> str:
@@ -351,9 +362,14 @@ def words(advice: plan.Advice) -> str:
     elif advice.estimate_fraction is None:
         setting = f"Use DeepSpeed's {advice.name}; ACCO does not pay here."
     else:
-        fraction = f', "estimate_fraction": {advice.estimate_fraction:.4g}' if advice.name == "acco" else ""
+        schedule, estimate_comm = plan.MODES[advice.name]
+        keys: dict[str, Any] = {"schedule": schedule}
+        if estimate_comm != "full":
+            keys["estimate_comm"] = estimate_comm
+        if advice.name in plan.TWO_PHASES:
+            keys["estimate_fraction"] = float(f"{advice.estimate_fraction:.4g}")
         setting = (
-            f'Use ACCO: {{"schedule": "{advice.name}"{fraction}}}, "gradient_accumulation_steps": {advice.n}; '
+            f'Use ACCO: {json.dumps(keys)}, "gradient_accumulation_steps": {advice.n}; '
             f"{advice.speedup:.2f}x the speed of {advice.baseline}."
         )
     wrap = textwrap.TextWrapper(width=116, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
@@ -367,7 +383,7 @@ def sweep(inputs: Inputs, ranks: list[int]) -> list[dict[str, Any]]:
     if not ranks:
         powers = (in_host * 2**power for power in range(1, _SWEEP_UP_TO.bit_length()))
         ranks = [number for number in powers if number <= max(_SWEEP_UP_TO, inputs.cluster.ranks)]
-    names = [name for name in ("acco", "wp", "dpu", "sync") if name != "acco" or inputs.work.n > 1]
+    names = [name for name in _SWEPT if name not in plan.TWO_PHASES or inputs.work.n > 1]
     for number in ranks:
         cluster = inputs.cluster.with_ranks(number)
         commit = plan.round_s(inputs.model, cluster, inputs.work)
@@ -382,7 +398,7 @@ def sweep(inputs: Inputs, ranks: list[int]) -> list[dict[str, Any]]:
 
 def sweep_table(rows: list[dict[str, Any]], has_latency: bool) -> str:
     """Of what :func:`sweep` gave."""
-    names = [name for name in ("acco", "wp", "dpu", "sync") if name in rows[0]]
+    names = [name for name in _SWEPT if name in rows[0]]
     lines = [["ranks", "R s", "R/C", "best stage", "s/step", *names, "ACCO GiB/rank"]]
     for row in rows:
         stage = [row["stage"], f"{row['stage_s']:.4g}"] if row["stage"] else ["none fits", "-"]

@@ -103,6 +103,8 @@ def test_reduce_to_each_rank():
         ("zero3", 4 * (1.5 + 1.5 + 3.0)),  # gloo's reduce-scatter: as an all-reduce
         ("sync", 3.0),
         ("acco", 0.0),  # A = B = 4 s, R = 3 s
+        ("acco-int8", 0.0),
+        ("acco-int4", 0.0),
         ("wp", 0.0),
         ("dpu", 0.0),
     ],
@@ -124,6 +126,9 @@ def test_bytes_on_the_wire():
     assert sent["zero1"] == 4500 + norm
     assert sent["zero2"] == 4 * 3000 + 1500 + norm
     assert sent["zero3"] == 4 * (1500 + 1500 + 3000) + norm
+    # 256 parameters: 256 or 128 bytes of codes and 2 of a scale; each way to and from the 3 others.
+    assert sent["acco-int8"] == pytest.approx(sent["dpu"] + 2 * 750 * 258 / 256 + norm)
+    assert sent["acco-int4"] == pytest.approx(sent["dpu"] + 2 * 750 * 130 / 256 + norm)
     on_nccl = replace(slow(), backend="nccl")
     assert predict("zero3", SMALL, on_nccl, WORK).wire_bytes == 4 * 3 * 1500 + norm
     assert predict("zero1-reduce", SMALL, on_nccl, WORK).wire_bytes == 3000 + norm
@@ -139,6 +144,38 @@ def test_acco_takes_the_longer_of_phase_and_round():
     assert plan.bound_s("acco", 4.0, 1.0, 5.0, 0.5) == 6.0
     assert plan.bound_s("dpu", 4.0, 1.0, 6.0) == 6.0
     assert plan.bound_s("sync", 4.0, 1.0, 6.0) == 11.0
+
+
+INT4_S = 2 * 750 * 130 / 256 / 1000 + NORM_S  # R_estimate of SMALL on slow()
+
+
+def test_a_quantised_estimate_by_hand():
+    estimate = plan.round_s(SMALL, slow(), WORK, ESTIMATE, "int4")
+    assert estimate == pytest.approx(INT4_S)
+    assert estimate / plan.round_s(SMALL, slow(), WORK) == pytest.approx(0.26, abs=0.01)
+    assert plan.round_s(SMALL, slow(), WORK, COMMIT, "int4") == plan.round_s(SMALL, slow(), WORK, COMMIT)
+    # R_commit = 3.02 s, R_estimate = 0.79 s. Ten micro-batches of 0.4 s: 8 of them hide the COMMIT, 2 the ESTIMATE.
+    work = Work(0.4, 10, 0.0)
+    assert plan.best_split(SMALL, slow(), work, "acco-int4").estimate_fraction == 0.8
+    assert predict("acco-int4", SMALL, slow(), work).step_s == pytest.approx(4.0)
+    assert predict("acco", SMALL, slow(), work).step_s == pytest.approx(2 * (3.0 + NORM_S))
+    given = replace(work, estimate_fraction=0.5)
+    assert predict("acco-int4", SMALL, slow(), given).step_s == pytest.approx(3.0 + NORM_S + 2.0)
+    assert [row.name for row in plan.predict_all(SMALL, slow(), replace(work, n=1))] == [
+        *plan.STAGES,
+        "wp",
+        "dpu",
+        "sync",
+    ]
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_a_quantised_estimate_on_nccl_goes_from_rank_to_rank(hosts):
+    cluster = replace(slow(4, hosts=hosts), backend="nccl")
+    whole = 1000 * 130 / 256
+    crossing = {4: 3 / 4 * whole, 2: 2 * 2 / 4 * whole}[hosts]  # out of a host: each of its ranks to each one outside
+    expected = (crossing + 3 / 4 * whole) / 1000 + plan.all_reduce(cluster, 16).seconds
+    assert plan.round_s(SMALL, cluster, WORK, ESTIMATE, "int4") == pytest.approx(expected)
 
 
 def test_updates():
@@ -269,6 +306,9 @@ def test_where_acco_stops_paying():
     assert plan.stops_paying(SMALL, cluster, work, ["zero3"]) == math.inf
     assert plan.stops_paying(SMALL, cluster, work) == pytest.approx(1.0)
     assert plan.stops_paying(SMALL, slow(1), work) is None
+    # R + R_estimate = C + R, where no phase is longer than its round: at C = R_estimate.
+    expected = (3.0 + norm) / INT4_S
+    assert plan.stops_paying(SMALL, cluster, work, ["sync"], "acco-int4") == pytest.approx(expected, rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -277,8 +317,10 @@ def test_where_acco_stops_paying():
         (0.01, "zero0", 1.0, "Nothing to win: communication and update make a step of zero0 only 1 % longer"),
         (0.3, "acco", 1.3, "Everything is hidden"),
         (0.5, "acco", 1.5, "Everything is hidden"),
-        (0.8, "acco", 1.8 / 1.6, "A part is hidden"),
-        (1.5, "wp", 2.5 / 1.5, "The network is slower than the computation"),
+        # C = 3.78 s in 8 micro-batches: 6 hide 2.835 of R_commit = 3.024 s, 2 hide R_estimate = 0.786 in 0.945 s.
+        (0.8, "acco-int4", 1.8 * 3.78 / (3.024 + 0.945), "A part is hidden"),
+        # C = 2.016 s: 5 micro-batches are shorter than R_commit, 3 of 0.756 s than R_estimate.
+        (1.5, "acco-int4", 2.5 * 2.016 / (3.024 + INT4_S), "The network is slower than the computation"),
     ],
 )
 def test_advice_over_the_regimes(ratio, name, speedup, says):
@@ -289,6 +331,20 @@ def test_advice_over_the_regimes(ratio, name, speedup, says):
     assert says in text
     assert ("at a price" in text) == (ratio > 0.6)
     assert ("If the batch may grow: n =" in text) == (ratio > 0.6)
+
+
+def test_the_advice_names_int4_only_where_it_hides_more():
+    hidden = plan.advise(SMALL, slow(), _work_at(0.7, n=10))  # R_commit <= 0.7 C, R_estimate = 0.18 C <= 0.3 C
+    assert (hidden.name, hidden.estimate_fraction, hidden.speedup) == ("acco-int4", 0.7, pytest.approx(1.7))
+    text = " ".join(hidden.sentences)
+    assert "the ESTIMATE then takes 786 ms" in text and "everything is hidden" in text and "1.40x the speed" in text
+    assert "acco-int4 stops paying against zero0 at R/C" in text and "at a price" not in text
+    assert "int4" not in " ".join(plan.advise(SMALL, slow(), _work_at(0.45)).sentences), "acco hides all"
+    packed = replace(slow(64, hosts=8), backend="nccl")  # 8 ranks share a link
+    exposed = Work(plan.round_s(SMALL, packed, WORK) / 0.8 / 8, 8, 0.0)
+    advice = plan.advise(SMALL, packed, exposed)
+    assert advice.name != "acco-int4"
+    assert "would not be 2 % faster: its gradients go directly" in " ".join(advice.sentences)
 
 
 def test_the_larger_batch_hides_everything():
@@ -428,6 +484,17 @@ def test_the_command(tmp_path, capsys):
     assert written["cluster"]["memory_bytes"] is None
 
 
+def test_the_command_says_what_to_set_with_int4(capsys):
+    arguments = ["plan", "--params", "1e7", "--ranks", "2", "--micro-batch-ms", "100", "--n", "10"]
+    assert main([*arguments, "--round-ms", "700"]) == 0
+    printed = capsys.readouterr().out
+    setting = '{"schedule": "acco", "estimate_comm": "int4", "estimate_fraction": 0.7}'
+    assert f'Use ACCO: {setting}, "gradient_accumulation_steps": 10; ' in printed
+    assert "acco 0.5, acco-int8 0.7, acco-int4 0.7 (acco's default, the best one for int8 and int4)" in printed
+    assert main([*arguments, "--round-ms", "700", "--estimate-fraction", "0.3"]) == 0
+    assert "acco 0.3, acco-int8 0.3, acco-int4 0.3 (as given)" in capsys.readouterr().out
+
+
 def test_sweep_over_ranks(tmp_path, capsys):
     report = tmp_path / "plan.json"
     arguments = ["plan", "--params", "7e9", "--ranks", "16", "--hosts", "2", "--bandwidth", "100gbit", "--n", "8"]
@@ -487,7 +554,7 @@ HEADER = {
 def test_inputs_from_a_measurement():
     inputs = planning.from_measurement(HEADER, compute_s=2.0, round_s=0.7)
     assert inputs.model == Model(10_000_000, 2, 4, 2)
-    assert (inputs.work.n, inputs.work.micro_batch_s, inputs.work.estimate_fraction) == (8, 0.25, 0.5)
+    assert (inputs.work.n, inputs.work.micro_batch_s, inputs.work.estimate_fraction) == (8, 0.25, None)
     assert (inputs.cluster.ranks, inputs.cluster.backend, inputs.micro_batch_size) == (2, "gloo", 3)
     assert plan.round_s(inputs.model, inputs.cluster, inputs.work) == pytest.approx(0.7)
     # What is not the update moves 2 + 4 bytes for half of the parameters.
