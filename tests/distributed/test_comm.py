@@ -150,7 +150,8 @@ def _own_bytes(config, world_sizes=None):
 def test_storages_stay_within_the_formula(ranks, precision, wire, w, g, c, world_size, estimate_comm):
     from tests import training
 
-    config = training.ds_config(4, precision=precision, estimate_comm=estimate_comm) | ({"communication_data_type": wire} if wire else {})
+    config = training.ds_config(4, precision=precision, estimate_comm=estimate_comm)
+    config |= {"communication_data_type": wire} if wire else {}
     for total, padded in ranks(world_size).run(_own_bytes, config=config):
         allowed = (w + g + max(c, w) + 16 / world_size) * padded
         assert allowed - 1 <= total <= allowed + 64, "the alignment of the flat buffer may add some bytes"
