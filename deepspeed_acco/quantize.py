@@ -10,12 +10,10 @@ gaps, so that any number of them is a message, and a shard's last record is as s
 
 ``scale = max|x| / L`` rounded up to bf16, L = 127 or 7; ``level = x / scale`` rounded to nearest, ties to even. Because
 the scale is rounded up, levels stay within -L..L. A block of zeros has scale 0; one with a value that is not finite has
-scale NaN and levels 0. ``level * scale`` is exact in fp32, so that every device and path gives the same bits.
+scale NaN (0x7FC0) and levels 0. ``level * scale`` is exact in fp32, so that every device and path gives the same bits.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -28,6 +26,7 @@ from .update import AdamWShard, piece_numel
 BLOCK = 256
 LARGEST_LEVEL = {8: 127, 4: 7}
 SCALE_BYTES = 2
+_NAN_SCALE = 0x7FC0  # converting NaN to bf16 gives other bits on other CPUs and devices
 
 
 def record_bytes(bits: int, block_numel: int = BLOCK) -> int:
@@ -101,7 +100,7 @@ def add_change(records: Tensor, is_added: Tensor, live: Tensor, bits: int) -> No
     """
     for at, at_records in _pieces(live, bits):
         part = live[at]
-        changed = part.float().add_(_decode(records[at_records], part.numel(), bits)).to(part.dtype)
+        changed = (part.float() + _decode(records[at_records], part.numel(), bits)).to(part.dtype)
         part.copy_(torch.where(is_added, changed, part))
 
 
@@ -132,13 +131,14 @@ def _encode(values: Tensor, records: Tensor, bits: int) -> None:
     padded = torch.nn.functional.pad(values, (0, blocks * BLOCK - values.numel())).view(blocks, BLOCK)
     largest = padded.abs().amax(dim=1, keepdim=True)
     is_finite = largest.isfinite()
-    scale = _rounded_up(largest / LARGEST_LEVEL[bits])
+    # By a tensor: CUDA divides by a number of the host as a product with its reciprocal, which has other bits.
+    scale = _rounded_up(largest / largest.new_full((), LARGEST_LEVEL[bits]))
     levels = (padded / torch.where(scale == 0, 1.0, scale)).round_()
     levels = torch.where(is_finite, levels, 0.0).to(torch.int8)
     if bits == 4:
         levels = (levels[:, 0::2] & 15) | (levels[:, 1::2] << 4)
-    scale_bytes = torch.where(is_finite, scale, math.nan).to(torch.bfloat16).view(torch.uint8)
-    encoded = torch.cat([scale_bytes, levels.view(torch.uint8)], dim=1).flatten()
+    scale_bits = torch.where(is_finite, scale.view(torch.int32) >> 16, _NAN_SCALE).to(torch.int16)
+    encoded = torch.cat([scale_bits.view(torch.uint8), levels.view(torch.uint8)], dim=1).flatten()
     records.copy_(encoded[: records.numel()])
 
 

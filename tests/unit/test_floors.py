@@ -13,6 +13,7 @@ FLOORS = {
     "plan": 0,
     "ops": 1,
     "update": 1,
+    "quantize": 1,
     "reference": 1,
     "pages": 1,
     "comm": 2,
