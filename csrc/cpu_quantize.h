@@ -66,50 +66,81 @@ inline const int8_t* decode_levels(const uint8_t* __restrict record, int bits, i
   return room;
 }
 
-// f(first element, its number of elements, its first byte) for every record.
-template <class F>
-void for_records(int64_t numel, int bits, int64_t begin, int64_t end, const F& f) {
-  for (int64_t record = begin; record < end; ++record) {
-    const int64_t at = record * kRecordNumel;
-    f(at, record_numel(at, numel), record * record_bytes(bits));
+// products <- values * scale, each rounded once. Returns the largest magnitude.
+template <class Source>
+int32_t scale_block(const typename Source::Storage* __restrict values, float scale, float* __restrict products,
+                    int64_t count) {
+  int32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < count; ++i) {
+    const float product = Source::load(values[i]) * scale;
+    const int32_t magnitude = magnitude_of(product);
+    largest = magnitude > largest ? magnitude : largest;
+    products[i] = product;
+  }
+  return largest;
+}
+
+// changes <- the weights after AdamW's step, in fp32, minus those that stand. Returns the largest magnitude.
+template <class Grad, class Live>
+int32_t change_block(const Factors& factors, const float* __restrict master, const float* __restrict exp_avg,
+                     const float* __restrict exp_avg_sq, const typename Grad::Storage* __restrict grad,
+                     const typename Live::Storage* __restrict live, float* __restrict changes, int64_t count) {
+  int32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < count; ++i) {
+    const Element now = adamw(factors, Element{master[i], exp_avg[i], exp_avg_sq[i]}, Grad::load(grad[i]));
+    const float change = now.master - Live::load(live[i]);
+    const int32_t magnitude = magnitude_of(change);
+    largest = magnitude > largest ? magnitude : largest;
+    changes[i] = change;
+  }
+  return largest;
+}
+
+template <bool kIsFirst>
+void sum_block(const int8_t* __restrict levels, float scale, float* __restrict sum, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = static_cast<float>(levels[i]) * scale;
+    sum[i] = kIsFirst ? value : sum[i] + value;
   }
 }
 
-// records <- values * scale, each product rounded once.
+template <class Live>
+void add_block(const int8_t* __restrict levels, float scale, typename Live::Storage* __restrict live, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    live[i] = Live::store(Live::load(live[i]) + static_cast<float>(levels[i]) * scale);
+  }
+}
+
+// records <- values * scale.
 template <class Source>
 void quantize_range(const typename Source::Storage* values, uint8_t* records, float scale, int bits, int64_t numel,
                     int64_t begin, int64_t end) {
   alignas(64) float products[kRecordNumel];
-  for_records(numel, bits, begin, end, [&](int64_t at, int64_t count, int64_t byte) {
-    const auto* __restrict from = values + at;
-    int32_t largest = 0;
-#pragma omp simd reduction(max : largest)
-    for (int64_t i = 0; i < count; ++i) {
-      products[i] = Source::load(from[i]) * scale;
-      const int32_t magnitude = magnitude_of(products[i]);
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    encode_record(products, largest, records + byte, bits, count);
-  });
+  for (int64_t record = begin; record < end; ++record) {
+    const int64_t at = record * kRecordNumel;
+    const int64_t count = record_numel(at, numel);
+    const int32_t largest = scale_block<Source>(values + at, scale, products, count);
+    encode_record(products, largest, records + record * record_bytes(bits), bits, count);
+  }
 }
 
-// records <- the weights after AdamW's step, in fp32, minus those that stand.
+// records <- how far AdamW's step goes from `live`.
 template <class Grad, class Live>
 void estimate_change_range(const Factors& factors, const float* master, const float* exp_avg, const float* exp_avg_sq,
                            const typename Grad::Storage* grad, const typename Live::Storage* live, uint8_t* records,
                            int bits, int64_t numel, int64_t begin, int64_t end) {
-  alignas(64) float change[kRecordNumel];
-  for_records(numel, bits, begin, end, [&](int64_t at, int64_t count, int64_t byte) {
-    int32_t largest = 0;
-#pragma omp simd reduction(max : largest)
-    for (int64_t i = 0; i < count; ++i) {
-      const Element old{master[at + i], exp_avg[at + i], exp_avg_sq[at + i]};
-      change[i] = adamw(factors, old, Grad::load(grad[at + i])).master - Live::load(live[at + i]);
-      const int32_t magnitude = magnitude_of(change[i]);
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    encode_record(change, largest, records + byte, bits, count);
-  });
+  alignas(64) float changes[kRecordNumel];
+  for (int64_t record = begin; record < end; ++record) {
+    const int64_t at = record * kRecordNumel;
+    const int64_t count = record_numel(at, numel);
+    const int32_t largest = change_block<Grad, Live>(factors, master + at, exp_avg + at, exp_avg_sq + at, grad + at,
+                                                     live + at, changes, count);
+    encode_record(changes, largest, records + record * record_bytes(bits), bits, count);
+  }
 }
 
 // total <- the sum of the messages' values, in their order.
@@ -117,47 +148,35 @@ inline void dequantize_sum_range(const uint8_t* const* messages, int64_t message
                                  int64_t numel, int64_t begin, int64_t end, bool streams) {
   alignas(64) float local[kRecordNumel];
   alignas(64) int8_t room[kRecordNumel];
-  for_records(numel, bits, begin, end, [&](int64_t at, int64_t count, int64_t byte) {
-    float* __restrict sum = streams ? local : total + at;
+  for (int64_t record = begin; record < end; ++record) {
+    const int64_t at = record * kRecordNumel;
+    const int64_t count = record_numel(at, numel);
+    float* sum = streams ? local : total + at;
     for (int64_t message = 0; message < message_count; ++message) {
-      const uint8_t* record = messages[message] + byte;
-      const float scale = value_of_scale(load_scale(record));
-      const int8_t* __restrict levels = decode_levels(record, bits, count, room);
-      if (message == 0) {
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) {
-          sum[i] = static_cast<float>(levels[i]) * scale;
-        }
-      } else {
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) {
-          sum[i] += static_cast<float>(levels[i]) * scale;
-        }
-      }
+      const uint8_t* bytes = messages[message] + record * record_bytes(bits);
+      const auto run = message == 0 ? sum_block<true> : sum_block<false>;
+      run(decode_levels(bytes, bits, count, room), value_of_scale(load_scale(bytes)), sum, count);
     }
     if (streams) {
       copy_past_cache(total + at, local, count * static_cast<int64_t>(sizeof(float)));
     }
-  });
+  }
   if (streams) {
     end_streaming();
   }
 }
 
-// live <- live + the record's values, added in fp32 and rounded once.
+// live <- live + the records' values, added in fp32 and rounded once.
 template <class Live>
 void add_change_range(const uint8_t* records, typename Live::Storage* live, int bits, int64_t numel, int64_t begin,
                       int64_t end) {
   alignas(64) int8_t room[kRecordNumel];
-  for_records(numel, bits, begin, end, [&](int64_t at, int64_t count, int64_t byte) {
-    const float scale = value_of_scale(load_scale(records + byte));
-    const int8_t* __restrict levels = decode_levels(records + byte, bits, count, room);
-    auto* __restrict weights = live + at;
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      weights[i] = Live::store(Live::load(weights[i]) + static_cast<float>(levels[i]) * scale);
-    }
-  });
+  for (int64_t record = begin; record < end; ++record) {
+    const int64_t at = record * kRecordNumel;
+    const int64_t count = record_numel(at, numel);
+    const uint8_t* bytes = records + record * record_bytes(bits);
+    add_block<Live>(decode_levels(bytes, bits, count, room), value_of_scale(load_scale(bytes)), live + at, count);
+  }
 }
 
 }  // namespace acco::cpu

@@ -26,16 +26,18 @@ def test_indices_beyond_32_bits():
 
 @needs_nvcc
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_cuda_kernels_compile(tmp_path, architecture):
-    source = op_builder.csrc() / "cuda" / "adamw.cu"
+@pytest.mark.parametrize("name", ["adamw", "quantize"])
+def test_cuda_kernels_compile(tmp_path, name, architecture):
+    source = op_builder.csrc() / "cuda" / f"{name}.cu"
     command = [NVCC, *op_builder.nvcc_args(), f"-arch={architecture}", "-Werror", "all-warnings"]
-    command += [f"-I{op_builder.csrc()}", "-c", str(source), "-o", str(tmp_path / "adamw.o")]
+    command += [f"-I{op_builder.csrc()}", "-c", str(source), "-o", str(tmp_path / f"{name}.o")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @needs_nvcc
-def test_cuda_ops_are_valid_cpp(tmp_path):
+@pytest.mark.parametrize("name", ["adamw_cuda", "quantize_cuda"])
+def test_cuda_ops_are_valid_cpp(tmp_path, name):
     """The torch side; the CPU build of torch lacks one generated header of macros, for which an empty one stands in."""
     from torch.utils.cpp_extension import include_paths
 
@@ -53,7 +55,6 @@ def test_cuda_ops_are_valid_cpp(tmp_path):
     ]
     standard = [flag for flag in op_builder.cxx_args() if flag.startswith("-std")]
     command = ["c++", "-fsyntax-only", *standard, *(f"-I{folder}" for folder in folders)]
-    done = subprocess.run(
-        [*command, str(op_builder.csrc() / "cuda" / "adamw_cuda.cpp")], capture_output=True, text=True
-    )
+    source = op_builder.csrc() / "cuda" / f"{name}.cpp"
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
