@@ -93,7 +93,7 @@ def adamw_estimate_change(
 
 @torch.no_grad()
 def add_change(records: Tensor, is_added: Tensor, live: Tensor, bits: int) -> None:
-    """``live`` <- ``live + level * scale``, added in fp32 and rounded once to its dtype; nothing where not ``is_added``.
+    """``live`` <- ``live + level * scale``, added in fp32, rounded once to its dtype; nothing where not ``is_added``.
 
     Args:
         records: of one shard. is_added: bool, 0-dim. live: that shard's weights, 1-D.

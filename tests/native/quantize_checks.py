@@ -10,7 +10,7 @@ import math
 import torch
 
 from deepspeed_acco import quantize as plain
-from tests.native.checks import CANARY, DTYPES, HYPER, Case, same_bits
+from tests.native.checks import CANARY, HYPER, Case, same_bits
 
 BITS = (4, 8)
 # Around the records and the halves of a byte; several threads' shares and pieces of the plain path.
@@ -188,5 +188,3 @@ def all_results(ops, numel, bits, device="cpu"):
     live = case.shard.master.to(torch.bfloat16)
     ops.add_change(records, case.is_finite, live, bits)
     return [records, quantized, total, live]
-
-
