@@ -5,7 +5,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
+
+#include "quantize.h"
 
 namespace acco {
 
@@ -32,7 +35,7 @@ inline void check_scalar(const at::Tensor& tensor, const at::Tensor& like, at::S
 }
 
 inline void check_state(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
-                        const at::Tensor& grad, const at::Tensor& out) {
+                        const at::Tensor& grad, const at::Tensor& out, const char* out_name = "out") {
   check_flat(master, master, "master");
   check_flat(exp_avg, master, "exp_avg");
   check_flat(exp_avg_sq, master, "exp_avg_sq");
@@ -41,16 +44,40 @@ inline void check_state(const at::Tensor& master, const at::Tensor& exp_avg, con
                       state.scalar_type());
   }
   check_flat(grad, master, "grad");
-  check_flat(out, master, "out");
+  check_flat(out, master, out_name);
 }
 
 inline void check_update(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
                          const at::Tensor& step, const at::Tensor& grad, const at::Tensor& grad_scale,
-                         const at::Tensor& is_finite, const at::Tensor& out) {
-  check_state(master, exp_avg, exp_avg_sq, grad, out);
+                         const at::Tensor& is_finite, const at::Tensor& out, const char* out_name = "out") {
+  check_state(master, exp_avg, exp_avg_sq, grad, out, out_name);
   check_scalar(step, master, at::kFloat, "step");
   check_scalar(grad_scale, master, at::kFloat, "grad_scale");
   check_scalar(is_finite, master, at::kBool, "is_finite");
+}
+
+// `records` are those of the elements of `like`.
+inline void check_records(const at::Tensor& records, const at::Tensor& like, int64_t bits, const char* name) {
+  TORCH_CHECK_VALUE(bits == 4 || bits == 8, "deepspeed_acco: bits is ", bits, "; allowed: 4, 8");
+  TORCH_CHECK_VALUE(records.dim() == 1 && records.is_contiguous(), "deepspeed_acco: ", name,
+                    " must be 1-D and contiguous, got sizes ", records.sizes(), " and strides ", records.strides());
+  TORCH_CHECK_VALUE(records.scalar_type() == at::kByte, "deepspeed_acco: ", name, " must be uint8, got ",
+                    records.scalar_type());
+  const int64_t bytes = message_bytes(like.numel(), static_cast<int>(bits));
+  TORCH_CHECK_VALUE(records.numel() == bytes, "deepspeed_acco: ", name, " has ", records.numel(), " bytes, expected ",
+                    bytes, ": ", like.numel(), " elements in ", bits, " bits");
+  TORCH_CHECK_VALUE(records.device() == like.device(), "deepspeed_acco: ", name, " is on ", records.device(),
+                    ", expected ", like.device());
+}
+
+inline void check_messages(at::ArrayRef<at::Tensor> messages, const at::Tensor& total, int64_t bits) {
+  check_flat(total, total, "total");
+  TORCH_CHECK_VALUE(total.scalar_type() == at::kFloat, "deepspeed_acco: total must be float32, got ",
+                    total.scalar_type());
+  TORCH_CHECK_VALUE(!messages.empty(), "deepspeed_acco: there must be at least one message");
+  for (const at::Tensor& message : messages) {
+    check_records(message, total, bits, "a message");
+  }
 }
 
 }  // namespace acco

@@ -7,21 +7,10 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+
+#include "bits.h"
 
 namespace acco {
-
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
 
 struct Float32 {
   using Storage = float;

@@ -15,6 +15,13 @@ TORCH_LIBRARY(deepspeed_acco, m) {
       "Tensor(e!) out, int max_blocks=0) -> ()");
   m.def("grad_sumsq(Tensor grad) -> Tensor");
   m.def("pack(Tensor(a!) grads, Tensor(b!) packed, float scale, bool clears) -> ()");
+  m.def("quantize(Tensor values, Tensor(a!) records, int bits, float scale) -> ()");
+  m.def("dequantize_sum(Tensor[] messages, Tensor(a!) total, int bits) -> ()");
+  m.def(
+      "adamw_estimate_change(Tensor master, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, Tensor grad, "
+      "Tensor grad_scale, Tensor is_finite, float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "Tensor live, Tensor(a!) records, int bits, int max_blocks=0) -> ()");
+  m.def("add_change(Tensor records, Tensor is_added, Tensor(a!) live, int bits) -> ()");
   // For `ds_acco kernels` only: the reads and writes of the two rounds, and no arithmetic.
   m.def("traffic_estimate(Tensor master, Tensor exp_avg, Tensor exp_avg_sq, Tensor grad, Tensor(a!) out) -> ()");
   m.def(

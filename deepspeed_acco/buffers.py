@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ops
 from .layout import GroupLayout, pieces
-from .quantize import are_finite, message_bytes
+from .quantize import are_finite, message_bytes, message_stride
 
 _ALIGNMENT_BYTES = 16
 _EXCHANGE_BYTES = 2**22
@@ -71,10 +71,9 @@ class FlatBuffers:
         """This rank's part of the records in X."""
         return [self._message(records, layout, layout.rank) for layout, records in zip(self.layouts, self.comm_records)]
 
-    @staticmethod
-    def _message(records: Tensor, layout: GroupLayout, rank: int) -> Tensor:
-        size = records.numel() // layout.world_size
-        return records.narrow(0, rank * size, size)
+    def _message(self, records: Tensor, layout: GroupLayout, rank: int) -> Tensor:
+        size = message_bytes(layout.shard_numel, self.estimate_bits)
+        return records.narrow(0, rank * (records.numel() // layout.world_size), size)
 
     def clear_gradients(self) -> None:
         """A <- 0."""
@@ -119,7 +118,7 @@ class FlatBuffers:
 
 
 def _records_bytes(layout: GroupLayout, bits: int) -> int:
-    return layout.world_size * message_bytes(layout.shard_numel, bits)
+    return layout.world_size * message_stride(layout.shard_numel, bits)
 
 
 def _allocate_comm(live: list[Tensor], comm_dtype: torch.dtype, records: list[int]) -> tuple[Tensor, list[Tensor]]:

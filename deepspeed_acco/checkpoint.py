@@ -306,10 +306,13 @@ def _check_key(state, optimizer, path) -> str:
             f"{path} has format {state['version']} of deepspeed_acco; this version reads {FORMAT} and older ones. "
             "Install a newer deepspeed_acco, or pass load_optimizer_states=False"
         )
+    fraction = state.get("estimate_fraction")
+    if fraction is not None and not (isinstance(fraction, float) and 0 < fraction < 1):
+        raise CheckpointRefused(f'{path}: estimate_fraction = {fraction!r} in "{KEY}" is no number between 0 and 1')
     standing, reason = from_state(state, optimizer.settings.schedule, optimizer.shard_numels())
     if standing is None:
-        return reason
-    return f"{len(standing.live)} {len(standing.predictions)} {state['window']}"
+        return f"{reason}, {fraction}"
+    return f"{len(standing.live)} {len(standing.predictions)} {state['window']} {fraction}"
 
 
 def _check_universal(engine, folder) -> None:

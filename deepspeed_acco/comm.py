@@ -23,7 +23,7 @@ from .layout import pieces
 
 # gloo needs room for what arrives before it is summed. Two sets of pieces: one arrives while the other is summed.
 STAGING_BYTES = 8 * 2**20
-_SLOT_ALIGNMENT = 16
+_SLOT_ALIGNMENT = 16  # bytes
 
 Taker = Callable[[int, int, list[Tensor]], None]
 

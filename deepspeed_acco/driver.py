@@ -26,7 +26,7 @@ from .ops import (
     sum_of_squares,
 )
 from .pages import use_huge_pages
-from .quantize import BLOCK, record_bytes
+from .quantize import BLOCK, RECORDS_OF_A_PIECE, message_bytes, record_bytes
 from .rounds import COMMIT, ESTIMATE, PREDICT, Place, Round
 from .settings import AdamWHyper
 from .update import sums_of_error_and_step
@@ -394,12 +394,14 @@ class RoundDriver:
         reduced, bits = self.buffers.reduced, self.buffers.estimate_bits
         record = record_bytes(bits)
 
-        def add_up(group: int, start: int, messages: list[Tensor]) -> None:
+        def add_up(group: int, start: int, parts: list[Tensor]) -> None:
             first = start // record * BLOCK
-            values = min(-(-messages[0].numel() // record) * BLOCK, reduced[group].numel() - first)
-            dequantize_sum(messages, reduced[group].narrow(0, first, values), bits)
+            values = min(-(-parts[0].numel() // record) * BLOCK, reduced[group].numel() - first)
+            if values > 0:  # the last piece may be the message's padding alone
+                messages = [part[: message_bytes(values, bits)] for part in parts]
+                dequantize_sum(messages, reduced[group].narrow(0, first, values), bits)
 
-        self.comm.all_to_all(self.buffers.comm_records, record, add_up)
+        self.comm.all_to_all(self.buffers.comm_records, RECORDS_OF_A_PIECE * record, add_up)
 
     def _estimate_records(self, inputs: RoundInputs, scale: Tensor, is_finite: Tensor):
         """The change of this rank's weights to its place in X. The live weights are the true ones now, and nobody

@@ -13,29 +13,33 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from . import ops, update
+from . import ops, quantize, update
 from .pages import use_huge_pages
 from .settings import AdamWHyper
 
 _HYPER = AdamWHyper(lr=1e-4)
 _STATE_BYTES = 12  # master, exp_avg, exp_avg_sq in fp32
+_BITS = 4
+_PLAIN_SHARE = 8  # the torch path in 4 bits is measured on so small a part: it takes many times as long
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; bytes_per_param counts what the work must read and write, once each."""
+    """One line of the table; bytes_per_param counts what the work must read and write, once each. Where a row has no
+    gradient or no weights, the dtypes are those of what it reads and writes."""
 
     name: str
     grad_dtype: str
     weight_dtype: str
     ns_per_param: float
-    bytes_per_param: int
+    bytes_per_param: float
     gb_s: float
     copy_share: float
 
@@ -43,10 +47,11 @@ class Row:
 @dataclass(frozen=True)
 class _Candidate:
     name: str
-    grad_dtype: torch.dtype
-    weight_dtype: torch.dtype
-    bytes_per_param: int
+    grad_dtype: torch.dtype | str
+    weight_dtype: torch.dtype | str
+    bytes_per_param: float
     run: Callable[[], Any]
+    numel: int
 
 
 class _Operands:
@@ -58,7 +63,7 @@ class _Operands:
         self.grad = torch.randn(numel, device=device, generator=generator).mul_(1e-3).to(grad_dtype)
         self.scale = torch.ones((), device=device)
         self.is_finite = torch.ones((), dtype=torch.bool, device=device)
-        self.out = torch.empty(numel, dtype=weight_dtype, device=device)
+        self.out = torch.empty(numel, dtype=weight_dtype, device=device).copy_(self.shard.master)
         self.huge_page_bytes = use_huge_pages((*self.state(), self.grad, self.out))
 
     def state(self):
@@ -68,11 +73,12 @@ class _Operands:
         function = getattr(module, name)
         return lambda: function(self.shard, self.grad, _HYPER, self.scale, self.is_finite, self.out)
 
-    def native_update(self, name, max_blocks) -> Callable[[], Any]:
+    def native_update(self, name, max_blocks, *others) -> Callable[[], Any]:
+        """Args: others: what follows the weights."""
         overload = getattr(torch.ops.deepspeed_acco, name)
         numbers = (_HYPER.lr, _HYPER.beta1, _HYPER.beta2, _HYPER.eps, _HYPER.weight_decay)
         arguments = (*self.state(), self.shard.step, self.grad, self.scale, self.is_finite, *numbers, self.out)
-        return lambda: overload(*arguments, max_blocks=max_blocks)
+        return lambda: overload(*arguments, *others, max_blocks=max_blocks)
 
     def traffic(self, name) -> Callable[[], Any]:
         overload = getattr(torch.ops.deepspeed_acco, name)
@@ -124,6 +130,39 @@ def _deepspeed_candidate(device: torch.device):
         return "", None, f"{type(failure).__name__}: {lines[0] if lines else ''}"
 
 
+def _quantised(low: _Operands, full: _Operands, is_native: bool, max_blocks: int) -> Iterator[_Candidate]:
+    """The kernels of an estimate in 4 bits, and the packing that one of them replaces."""
+    bf16, fp32, int4 = torch.bfloat16, torch.float32, f"int{_BITS}"
+    if is_native:
+        kernels, share, module, pack = "native", 1, ops, ops.pack
+    else:
+        kernels, share, module, pack = "torch path", _PLAIN_SHARE, quantize, update.pack
+    numel = -(-low.grad.numel() // share)
+    gradients, weights, total = full.grad[:numel], low.out[:numel], full.out[:numel]
+    sent = [gradients.new_empty(quantize.message_bytes(numel, _BITS), dtype=torch.uint8) for _ in range(4)]
+    records = torch.empty_like(sent[0])
+    use_huge_pages((*sent, records))
+    for message in sent:
+        module.quantize(gradients, message, _BITS, 1.0)
+    if is_native:
+        estimate = low.native_update("adamw_estimate_change", max_blocks, records, _BITS)
+    else:
+        shard = ops.AdamWShard(*(tensor[:numel] for tensor in low.state()), low.shard.step)
+        operands = (shard, low.grad[:numel], _HYPER, low.scale, low.is_finite, weights, records, _BITS)
+        estimate = partial(quantize.adamw_estimate_change, *operands)
+    size = records.numel() / numel
+    rows: list[tuple[str, torch.dtype | str, torch.dtype | str, float, Callable[[], Any]]] = [
+        (f"estimate to {int4}", bf16, int4, _STATE_BYTES + 4 + size, estimate),
+        ("pack", fp32, bf16, 6, partial(pack, gradients, weights, 0.5, clears=False)),
+        (f"pack to {int4}", fp32, int4, 4 + size, partial(module.quantize, gradients, records, _BITS, 0.5)),
+        (f"sum of 2 in {int4}", int4, fp32, 2 * size + 4, partial(module.dequantize_sum, sent[:2], total, _BITS)),
+        (f"sum of 4 in {int4}", int4, fp32, 4 * size + 4, partial(module.dequantize_sum, sent, total, _BITS)),
+        (f"add {int4}", int4, bf16, size + 4, partial(module.add_change, sent[0], low.is_finite, weights, _BITS)),
+    ]
+    for name, source, target, bytes_per_param, run in rows:
+        yield _Candidate(f"{name}, {kernels}", source, target, bytes_per_param, run, numel)
+
+
 def candidates(numel: int, device: torch.device, max_blocks: int) -> tuple[list[_Candidate], list[str]]:
     """What is measured, and remarks on what could not be."""
     bf16, fp32 = torch.bfloat16, torch.float32
@@ -140,7 +179,7 @@ def candidates(numel: int, device: torch.device, max_blocks: int) -> tuple[list[
     def add(name, operands, state_bytes, run):
         grad_dtype, weight_dtype = operands.grad.dtype, operands.out.dtype
         bytes_per_param = state_bytes + grad_dtype.itemsize + weight_dtype.itemsize
-        found.append(_Candidate(name, grad_dtype, weight_dtype, bytes_per_param, run))
+        found.append(_Candidate(name, grad_dtype, weight_dtype, bytes_per_param, run, numel))
 
     for operands in (low, full) if is_native else ():
         add("commit, native", operands, 2 * _STATE_BYTES, operands.native_update("adamw_commit", max_blocks))
@@ -151,26 +190,29 @@ def candidates(numel: int, device: torch.device, max_blocks: int) -> tuple[list[
         add("estimate, no arithmetic", twin, _STATE_BYTES, twin.traffic("traffic_estimate"))
     add("commit, torch path", low, 2 * _STATE_BYTES, low.update(update, "adamw_commit"))
     add("estimate, torch path", low, _STATE_BYTES, low.update(update, "adamw_estimate"))
+    for kernels_are_native in (True, False) if is_native else (False,):
+        found.extend(_quantised(low, full, kernels_are_native, max_blocks))
+    remarks.append(f"the torch path of the rows in {_BITS} bits is measured on 1/{_PLAIN_SHARE} of the parameters")
 
     # These have no 16-bit copy of the weights: 28 bytes are master, exp_avg, exp_avg_sq twice and the fp32 gradient.
     step_bytes = 2 * _STATE_BYTES + fp32.itemsize
     fused = full.optimizer(lambda params: torch.optim.AdamW(params, lr=_HYPER.lr, fused=True))
     foreach = full.optimizer(lambda params: torch.optim.AdamW(params, lr=_HYPER.lr, foreach=True))
-    found.append(_Candidate("torch AdamW, fused", fp32, fp32, step_bytes, fused.step))
+    found.append(_Candidate("torch AdamW, fused", fp32, fp32, step_bytes, fused.step, numel))
     if full.huge_page_bytes:
         moved = full.optimizer(lambda params: torch.optim.AdamW(params, lr=_HYPER.lr, fused=True), in_huge_pages=True)
-        found.append(_Candidate("torch AdamW, fused, in 2 MiB pages", fp32, fp32, step_bytes, moved.step))
-    found.append(_Candidate("torch AdamW, foreach", fp32, fp32, step_bytes, foreach.step))
+        found.append(_Candidate("torch AdamW, fused, in 2 MiB pages", fp32, fp32, step_bytes, moved.step, numel))
+    found.append(_Candidate("torch AdamW, foreach", fp32, fp32, step_bytes, foreach.step, numel))
     name, make, why_not = _deepspeed_candidate(device)
     if make is None:
         remarks.append(f"DeepSpeed's own Adam is not measured: {why_not}")
     else:
-        found.append(_Candidate(name, fp32, fp32, step_bytes, full.optimizer(make).step))
+        found.append(_Candidate(name, fp32, fp32, step_bytes, full.optimizer(make).step, numel))
     # Clone and restore read and write the state once more each; the copy out reads the weights again.
     restored = full.optimizer(lambda params: torch.optim.AdamW(params, lr=_HYPER.lr, fused=True))
     clone_bytes = step_bytes + 4 * _STATE_BYTES + fp32.itemsize + bf16.itemsize
     run = _clone_step_restore(restored, low.out)
-    found.append(_Candidate("estimate by clone + step + restore", fp32, bf16, clone_bytes, run))
+    found.append(_Candidate("estimate by clone + step + restore", fp32, bf16, clone_bytes, run, numel))
     return found, remarks
 
 
@@ -204,7 +246,7 @@ def measure(
     try:
         found, remarks = candidates(numel, device, max_blocks)
         source, target = (torch.ones(numel, device=device) for _ in range(2))
-        copy = _Candidate("copy", torch.float32, torch.float32, 8, lambda: target.copy_(source))
+        copy = _Candidate("copy", torch.float32, torch.float32, 8, lambda: target.copy_(source), numel)
         order = [copy, *found]
         times: dict[int, list[float]] = {id(candidate): [] for candidate in order}
         shuffled = random.Random(0)
@@ -222,7 +264,7 @@ def measure(
 
     def speed(candidate):
         spent = statistics.median(times[id(candidate)])
-        return spent / numel * 1e9, candidate.bytes_per_param * numel / spent / 1e9
+        return spent / candidate.numel * 1e9, candidate.bytes_per_param * candidate.numel / spent / 1e9
 
     copy_gb_s = speed(copy)[1]
     rows = []
@@ -263,6 +305,6 @@ def table(report: dict[str, Any]) -> str:
     for row in report["rows"]:
         lines.append(
             f"{row['name']:{width}}  {row['grad_dtype']:8}  {row['weight_dtype']:8}  {row['ns_per_param']:8.3f}  "
-            f"{row['bytes_per_param']:11d}  {row['gb_s']:6.1f}  {row['copy_share']:7.2f}"
+            f"{row['bytes_per_param']:11.4g}  {row['gb_s']:6.1f}  {row['copy_share']:7.2f}"
         )
     return "\n".join(lines + [f"({remark})" for remark in report["remarks"]])

@@ -37,9 +37,9 @@ def csrc() -> Path:
 
 
 def sources(with_cuda: bool) -> list[Path]:
-    names = ["registration.cpp", "adamw_cpu.cpp"]
+    names = ["registration.cpp", "adamw_cpu.cpp", "quantize_cpu.cpp"]
     if with_cuda:
-        names += ["cuda/adamw_cuda.cpp", "cuda/adamw.cu"]
+        names += ["cuda/adamw_cuda.cpp", "cuda/adamw.cu", "cuda/quantize_cuda.cpp", "cuda/quantize.cu"]
     return [csrc() / name for name in names]
 
 

@@ -127,6 +127,7 @@ def _is_registered() -> bool:
 
 
 _fakes: list[torch.library.Library] = []
+_QUANTISED = ("quantize", "dequantize_sum", "adamw_estimate_change", "add_change")
 
 
 def _register_fakes() -> None:
@@ -134,7 +135,7 @@ def _register_fakes() -> None:
     if _fakes:
         return
     library = torch.library.Library(_NAMESPACE, "FRAGMENT")
-    for name in ("adamw_estimate", "adamw_commit", "pack", "traffic_estimate", "traffic_commit"):
+    for name in ("adamw_estimate", "adamw_commit", *_QUANTISED, "pack", "traffic_estimate", "traffic_commit"):
         torch.library.register_fake(f"{_NAMESPACE}::{name}", lambda *_, **__: None, lib=library)
     torch.library.register_fake(
         f"{_NAMESPACE}::grad_sumsq", lambda grad: grad.new_empty((), dtype=torch.float64), lib=library
@@ -197,14 +198,20 @@ def pack(grads: Tensor, packed: Tensor, scale: float, *, clears: bool) -> None:
 
 @torch.no_grad()
 def quantize(values: Tensor, records: Tensor, bits: int, scale: float) -> None:
-    """As :func:`quantize.quantize`."""
-    _quantize.quantize(values, records, bits, scale)
+    """As :func:`quantize.quantize`, in one pass."""
+    if _reason(values.device):
+        _quantize.quantize(values, records, bits, scale)
+    else:
+        torch.ops.deepspeed_acco.quantize(values, records, bits, scale)
 
 
 @torch.no_grad()
 def dequantize_sum(messages: list[Tensor], total: Tensor, bits: int) -> None:
-    """As :func:`quantize.dequantize_sum`."""
-    _quantize.dequantize_sum(messages, total, bits)
+    """As :func:`quantize.dequantize_sum`, in one pass over ``total``."""
+    if _reason(total.device):
+        _quantize.dequantize_sum(messages, total, bits)
+    else:
+        torch.ops.deepspeed_acco.dequantize_sum(messages, total, bits)
 
 
 @torch.no_grad()
@@ -218,11 +225,18 @@ def adamw_estimate_change(
     records: Tensor,
     bits: int,
 ) -> None:
-    """As :func:`quantize.adamw_estimate_change`."""
-    _quantize.adamw_estimate_change(shard, grad, hyper, grad_scale, is_finite, live, records, bits)
+    """As :func:`quantize.adamw_estimate_change`, in one pass that writes ``records`` alone."""
+    if _reason(grad.device):
+        _quantize.adamw_estimate_change(shard, grad, hyper, grad_scale, is_finite, live, records, bits)
+    else:
+        arguments = _arguments(shard, grad, hyper, grad_scale, is_finite, live)
+        torch.ops.deepspeed_acco.adamw_estimate_change(*arguments, records, bits)
 
 
 @torch.no_grad()
 def add_change(records: Tensor, is_added: Tensor, live: Tensor, bits: int) -> None:
-    """As :func:`quantize.add_change`."""
-    _quantize.add_change(records, is_added, live, bits)
+    """As :func:`quantize.add_change`, in one pass."""
+    if _reason(live.device):
+        _quantize.add_change(records, is_added, live, bits)
+    else:
+        torch.ops.deepspeed_acco.add_change(records, is_added, live, bits)

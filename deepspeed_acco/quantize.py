@@ -10,12 +10,10 @@ gaps, so that any number of them is a message, and a shard's last record is as s
 
 ``scale = max|x| / L`` rounded up to bf16, L = 127 or 7; ``level = x / scale`` rounded to nearest, ties to even. Because
 the scale is rounded up, levels stay within -L..L. A block of zeros has scale 0; one with a value that is not finite has
-scale NaN and levels 0. ``level * scale`` is exact in fp32, so that every device and path gives the same bits.
+scale NaN (0x7FC0) and levels 0. ``level * scale`` is exact in fp32, so that every device and path gives the same bits.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -28,6 +26,9 @@ from .update import AdamWShard, piece_numel
 BLOCK = 256
 LARGEST_LEVEL = {8: 127, 4: 7}
 SCALE_BYTES = 2
+_ALIGNMENT_BYTES = 16  # NCCL copies what begins elsewhere byte by byte
+RECORDS_OF_A_PIECE = 8  # so many records are a multiple of it, with 4 and with 8 bits
+_NAN_SCALE = 0x7FC0  # converting NaN to bf16 gives other bits on other CPUs and devices
 
 
 def record_bytes(bits: int, block_numel: int = BLOCK) -> int:
@@ -39,6 +40,11 @@ def message_bytes(numel: int, bits: int) -> int:
     """Bytes of the records of a shard of ``numel`` elements."""
     blocks, rest = divmod(numel, BLOCK)
     return blocks * record_bytes(bits) + (record_bytes(bits, rest) if rest else 0)
+
+
+def message_stride(numel: int, bits: int) -> int:
+    """Bytes from one shard's message to the next, where the messages of several ranks lie in one buffer."""
+    return -(-message_bytes(numel, bits) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
 @torch.no_grad()
@@ -94,26 +100,26 @@ def adamw_estimate_change(
 
 @torch.no_grad()
 def add_change(records: Tensor, is_added: Tensor, live: Tensor, bits: int) -> None:
-    """``live`` <- ``live + level * scale``, added in fp32, then rounded to its dtype; nothing where not ``is_added``.
+    """``live`` <- ``live + level * scale``, added in fp32, rounded once to its dtype; nothing where not ``is_added``.
 
     Args:
         records: of one shard. is_added: bool, 0-dim. live: that shard's weights, 1-D.
     """
     for at, at_records in _pieces(live, bits):
         part = live[at]
-        changed = part.float().add_(_decode(records[at_records], part.numel(), bits)).to(part.dtype)
+        changed = (part.float() + _decode(records[at_records], part.numel(), bits)).to(part.dtype)
         part.copy_(torch.where(is_added, changed, part))
 
 
 @torch.no_grad()
 def are_finite(messages: Tensor, shards: int, numel: int, bits: int) -> Tensor:
-    """Whether every block of ``shards`` consecutive messages was finite, by their scales: bool, 0-dim.
+    """Whether every block of ``shards`` messages was finite, by their scales: bool, 0-dim.
 
     Args:
-        messages: uint8, 1-D, of ``shards`` shards of ``numel`` elements each.
+        messages: uint8, 1-D, of ``shards`` shards of ``numel`` elements each, :func:`message_stride` apart.
     """
     blocks = -(-numel // BLOCK)
-    strides = (message_bytes(numel, bits), record_bytes(bits), 1)
+    strides = (message_stride(numel, bits), record_bytes(bits), 1)
     scales = messages.as_strided((shards, blocks, SCALE_BYTES), strides, messages.storage_offset())
     return _as_scales(scales).isfinite().all()
 
@@ -132,13 +138,14 @@ def _encode(values: Tensor, records: Tensor, bits: int) -> None:
     padded = torch.nn.functional.pad(values, (0, blocks * BLOCK - values.numel())).view(blocks, BLOCK)
     largest = padded.abs().amax(dim=1, keepdim=True)
     is_finite = largest.isfinite()
-    scale = _rounded_up(largest / LARGEST_LEVEL[bits])
+    # By a tensor: CUDA divides by a number of the host as a product with its reciprocal, which has other bits.
+    scale = _rounded_up(largest / largest.new_full((), LARGEST_LEVEL[bits]))
     levels = (padded / torch.where(scale == 0, 1.0, scale)).round_()
     levels = torch.where(is_finite, levels, 0.0).to(torch.int8)
     if bits == 4:
         levels = (levels[:, 0::2] & 15) | (levels[:, 1::2] << 4)
-    scale_bytes = torch.where(is_finite, scale, math.nan).to(torch.bfloat16).view(torch.uint8)
-    encoded = torch.cat([scale_bytes, levels.view(torch.uint8)], dim=1).flatten()
+    scale_bits = torch.where(is_finite, scale.view(torch.int32) >> 16, _NAN_SCALE).to(torch.int16)
+    encoded = torch.cat([scale_bits.view(torch.uint8), levels.view(torch.uint8)], dim=1).flatten()
     records.copy_(encoded[: records.numel()])
 
 

@@ -16,7 +16,7 @@ LANES = ("auto", "inline")
 ACCUMULATIONS = ("fixed", "adaptive")
 LR_FOLLOWS = ("samples", "steps")
 ESTIMATE_COMMS = {"full": None, "int8": 8, "int4": 4}  # bits of a value; None: as the dtype is
-AUTO = "auto"
+AUTOS = ("auto", "measured")  # the same; HF Trainer and Accelerate take every "auto" for their own
 FIRST_OF_AUTO = 0.5
 MAX_WINDOW_GROWTH = 8  # default of max_window, in nominal windows
 
@@ -79,8 +79,8 @@ class Settings:
 
     Attributes:
         schedule: ``acco``, ``wp``, ``dpu`` or ``sync`` (rounds.py).
-        estimate_fraction: part of the window's micro-batches that phase A has, in (0, 1); ``auto``: one half, until
-            after 10 windows the split that was measured to be the fastest is taken (split.py).
+        estimate_fraction: part of the window's micro-batches that phase A has, in (0, 1); ``auto`` or ``measured``: one
+            half, until after 10 windows the split that was measured to be the fastest is taken (split.py).
         overlap_warmup_steps: so many first windows run as ``sync``.
         accumulation: ``fixed``: every window has ``gradient_accumulation_steps`` micro-batches; ``adaptive``: it has at
             least so many, and a rank goes on until its running round is finished.
@@ -106,11 +106,16 @@ class Settings:
 
     def __post_init__(self):
         _check_choice("schedule", self.schedule, tuple(SCHEDULES))
-        if self.estimate_fraction != AUTO:
+        if self.estimate_fraction in AUTOS:
+            if self.schedule != "acco":
+                fix = 'Remove it, or set the schedule to "acco": the others have one phase.'
+                allowed = f'a number with schedule = "{self.schedule}"'
+                raise _refuse("estimate_fraction", self.estimate_fraction, allowed, fix)
+        elif isinstance(self.estimate_fraction, str):
+            allowed = 'a number > 0 and < 1, "auto", or "measured", which is the same'
+            raise _refuse("estimate_fraction", self.estimate_fraction, allowed, "Write numbers without quotes.")
+        else:
             _check_number("estimate_fraction", self.estimate_fraction, 0.0, open_low=True, below=1.0)
-        elif self.schedule != "acco":
-            fix = 'Remove it, or set the schedule to "acco": the others have one phase.'
-            raise _refuse("estimate_fraction", AUTO, f'a number with schedule = "{self.schedule}"', fix)
         _check_choice("estimate_comm", self.estimate_comm, tuple(ESTIMATE_COMMS))
         if self.estimate_bits is not None and self.schedule != "acco":
             fix = 'Remove it, or set the schedule to "acco": the others make no estimate, and a COMMIT is sent in full.'

@@ -6,12 +6,12 @@ first windows took (DESIGN.md section 9)."""
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .driver import RoundDriver
-from .lanes import Instant
+from .lanes import Instant, LaneTimes
 from .log import logger
-from .settings import AUTO, Settings, phase_a_micro_batches
+from .settings import FIRST_OF_AUTO, Settings, phase_a_micro_batches
 
 WINDOWS_TO_MEASURE = 10
 WARM_UP_WINDOWS = 2  # of them: they load, build and fill, and are left out
@@ -41,85 +41,98 @@ def fastest_split(n: int, of: Figures) -> int:
     return max(as_fast, key=lambda a: min(a / of.commit_s, (n - a) / of.estimate_s))
 
 
-@dataclass
-class _Measured:
-    micro_batch_s: list[float] = field(default_factory=list)
-    commit_s: list[float] = field(default_factory=list)
-    estimate_s: list[float] = field(default_factory=list)
+class _Measuring:
+    """Some windows' figures."""
+
+    def __init__(self):
+        self.windows = 0
+        self.began: Instant | None = None
+        self.seen: LaneTimes | None = None
+        self.micro_batch_s: list[float] = []
+        self.round_s: dict[str, list[float]] = {"COMMIT": [], "ESTIMATE": []}
+
+    def enter(self, driver: RoundDriver, micro_batches: int) -> None:
+        """The window that ends. Waits for the device, so that its times are known."""
+        now = Instant(driver.comm.device)
+        now.wait()
+        times = driver.lane.times()
+        if self.began is not None and self.seen is not None and self.windows >= WARM_UP_WINDOWS:
+            spent = times.since(self.seen)
+            if micro_batches:
+                self.micro_batch_s.append((now.seconds_since(self.began) - spent.exposed_s) / micro_batches)
+            for kind, values in self.round_s.items():
+                if spent.rounds_of.get(kind):
+                    values.append(spent.round_s_of[kind] / spent.rounds_of[kind])
+        self.began, self.seen = now, times
+        self.windows += 1
+
+    def medians(self) -> list[float | None]:
+        """In the order of :class:`Figures`; None for what no window had."""
+        lists = (self.micro_batch_s, self.round_s["COMMIT"], self.round_s["ESTIMATE"])
+        return [statistics.median(values) if values else None for values in lists]
 
 
 class Split:
-    """The fraction that holds now.
+    """The fraction that holds now. While ``auto`` measures, every window's end waits for its round and on CUDA for the
+    device.
 
     Attributes:
         fraction: part of a window's micro-batches that phase A has.
-        is_chosen: whether ``auto`` has made its choice; True where a number was given.
     """
 
-    def __init__(self, settings: Settings, driver: RoundDriver):
+    def __init__(self, settings: Settings):
         self.fraction = settings.first_estimate_fraction
-        self.is_chosen = settings.estimate_fraction != AUTO
-        self._driver = driver
+        self._is_auto = isinstance(settings.estimate_fraction, str)
         self._first_window = settings.overlap_warmup_steps
-        self._windows = 0
-        self._measured = _Measured()
-        self._began: Instant | None = None
-        self._seen = driver.lane.times()
+        self._measuring = _Measuring() if self._is_auto else None  # None: the fraction is settled
+        self._has_warned = False
 
     def phase_a(self, n: int) -> int:
         """Micro-batches of phase A in a window of ``n``."""
         return phase_a_micro_batches(n, self.fraction)
 
     def to_state(self) -> float | None:
-        """What a checkpoint keeps: the choice of ``auto``; None before it was made."""
-        return self.fraction if self.is_chosen else None
+        """What a checkpoint keeps: the choice of ``auto``; None before it was made, and where a number was given."""
+        return self.fraction if self._is_auto and self._measuring is None else None
 
     def from_state(self, fraction: float | None) -> None:
-        """Takes over the choice that a checkpoint has; with a number in the settings that one holds."""
-        if fraction is not None and not self.is_chosen:
-            self.fraction, self.is_chosen = fraction, True
+        """``auto`` goes on as the run that saved the checkpoint: with its choice, or measuring where it had none. A
+        number in the settings holds, whatever the file says."""
+        if not self._is_auto:
+            return
+        self.fraction = FIRST_OF_AUTO if fraction is None else fraction
+        self._measuring = _Measuring() if fraction is None else None
 
-    def at_window_end(self, window: int, n: int, micro_batches: int, log: bool) -> None:
+    def at_window_end(self, driver: RoundDriver, window: int, n: int, micro_batches: int, *, logs: bool) -> None:
         """Measures the window that ends, before its COMMIT is started; after enough of them chooses, on all ranks at
         the same window and alike.
 
         Args:
             window: its number. n: micro-batches of the next one. micro_batches: this rank's of this one.
-            log: whether this rank tells the choice.
+            logs: whether this rank tells the choice.
         """
-        if self.is_chosen or window < self._first_window:
+        if self._measuring is None or window < self._first_window:
             return
-        self._driver.finish()
-        self._measure(micro_batches)
-        self._windows += 1
-        if self._windows == WINDOWS_TO_MEASURE:
-            self._choose(n, log)
-
-    def _measure(self, micro_batches: int):
-        now, times = Instant(self._driver.comm.device), self._driver.lane.times()
-        spent, self._seen = times.since(self._seen), times
-        if self._began is not None and self._windows >= WARM_UP_WINDOWS:
-            now.wait()
-            computed_s = now.seconds_since(self._began) - spent.exposed_s
-            if micro_batches:
-                self._measured.micro_batch_s.append(computed_s / micro_batches)
-            for kind, values in (("COMMIT", self._measured.commit_s), ("ESTIMATE", self._measured.estimate_s)):
-                if spent.rounds_of.get(kind):
-                    values.append(spent.round_s_of[kind] / spent.rounds_of[kind])
-        self._began = now
-
-    def _choose(self, n: int, log: bool):
-        own = [list(values) for values in vars(self._measured).values()]
-        told = self._driver.comm.gather_objects([statistics.median(values) if values else None for values in own])
-        self._windows, self._measured = 0, _Measured()
+        driver.finish()
+        self._measuring.enter(driver, micro_batches)
+        if self._measuring.windows < WINDOWS_TO_MEASURE:
+            return
+        told = driver.comm.gather_objects(self._measuring.medians())
+        self._measuring = _Measuring()
         if any(value is None or value <= 0 for of_rank in told for value in of_rank):
-            return  # no window had two phases: measure on
+            if logs and not self._has_warned:
+                self._has_warned = True
+                logger().warning(
+                    f"ACCO: estimate_fraction stays {self.fraction:g}: in {WINDOWS_TO_MEASURE} windows some rank had "
+                    "none with two phases. It is measured on. This is said once"
+                )
+            return
         micro_batch_s, commit_s, estimate_s = zip(*told)
         # The slowest rank computes longest; a round's own duration is what the rank saw that came to it last.
         of = Figures(max(micro_batch_s), min(commit_s), min(estimate_s))
         a = fastest_split(n, of)
-        self.fraction, self.is_chosen = a / n, True
-        if log:
+        self.fraction, self._measuring = a / n, None
+        if logs:
             logger().info(
                 f"ACCO: estimate_fraction = {self.fraction:.4g} chosen (a={a} b={n - a}): a COMMIT takes "
                 f"{of.commit_s:.3g} s, an ESTIMATE {of.estimate_s:.3g} s, a micro-batch {of.micro_batch_s:.3g} s, so "

@@ -77,7 +77,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             self._settings.estimate_bits,
         )
         self._driver = RoundDriver(buffers, self._make_shards(), comm, lane)
-        self._split = Split(self._settings, self._driver)
+        self._split = Split(self._settings)
         if self._settings.is_adaptive:
             self._adaptive = AdaptiveWindows(self._settings, self._driver, self._split)
         # A script that ends without engine.destroy(): finish the round and leave the group while threads still work.
@@ -418,9 +418,8 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         """
         driver, schedule, position, engine = self._driver, self._schedule(), self._position, self._engine()
         inputs = self._inputs(1.0, position.micro_batches)
-        self._split.at_window_end(
-            position.window, engine.gradient_accumulation_steps(), position.micro_batches, log=engine.global_rank == 0
-        )
+        n, logs = engine.gradient_accumulation_steps(), engine.global_rank == 0
+        self._split.at_window_end(driver, position.window, n, position.micro_batches, logs=logs)
         self.overflow = self.dtype == torch.float16 and self._has_overflow_now()
         self._update_scale(self.overflow)
         if self.overflow:

@@ -2,58 +2,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The CUDA kernels, without torch. Compile with -fmad=false: ESTIMATE and COMMIT then give the same bits.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "device.h"
 #include "launch.h"
 #include "ranges.h"
 
 namespace acco::cuda {
 namespace {
-
-constexpr uint32_t kThreads = 256;
-constexpr int64_t kBlocksPerMultiprocessor = 8;  // 2048 resident threads
-
-struct Float32 {
-  using Storage = float;
-  static __device__ float load(Storage value) { return value; }
-  static __device__ Storage store(float value) { return value; }
-  static __device__ Storage raw(uint32_t bits) { return __uint_as_float(bits); }
-};
-
-struct BFloat16 {
-  using Storage = unsigned short;
-  static __device__ float load(Storage value) { return __bfloat162float(__ushort_as_bfloat16(value)); }
-  static __device__ Storage store(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
-  static __device__ Storage raw(uint32_t bits) { return static_cast<Storage>(bits >> 16); }
-};
-
-struct Float16 {
-  using Storage = unsigned short;
-  static __device__ float load(Storage value) { return __half2float(__ushort_as_half(value)); }
-  static __device__ Storage store(float value) { return __half_as_ushort(__float2half_rn(value)); }
-  static __device__ Storage raw(uint32_t bits) { return static_cast<Storage>(bits >> 16); }
-};
-
-template <class T>
-struct alignas(4 * sizeof(T)) Four {
-  T at[4];
-};
-
-template <class T>
-__device__ Four<T> load_four(const T* address) {
-  return *reinterpret_cast<const Four<T>*>(address);
-}
-
-template <class T>
-__device__ void store_four(T* address, const Four<T>& values) {
-  *reinterpret_cast<Four<T>*>(address) = values;
-}
-
-template <class T>
-bool is_aligned_for_four(const T* address, int64_t head) {
-  return reinterpret_cast<uintptr_t>(address + head) % sizeof(Four<T>) == 0;
-}
 
 struct AdamW {
   Factors factors;
@@ -165,38 +119,14 @@ __global__ void increment_step(float* step, const bool* is_finite) {
   }
 }
 
-cudaError_t useful_blocks(int64_t* blocks) {
-  int device = 0, multiprocessors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
-  *blocks = multiprocessors * kBlocksPerMultiprocessor;
-  return status;
-}
-
-template <class F>
-cudaError_t with_format(Format format, const F& f) {
-  switch (format) {
-    case Format::kFloat32:
-      return f(Float32{});
-    case Format::kBFloat16:
-      return f(BFloat16{});
-    default:
-      return f(Float16{});
-  }
-}
-
 // f(operands, blocks) with the dtypes as types.
 template <bool kWritesState, class F>
 cudaError_t with_operands(float* master, float* exp_avg, float* exp_avg_sq, const Inputs& inputs, MutableArray out,
                           const F& f) {
-  int64_t most = inputs.max_blocks;
-  if (most <= 0) {
-    const cudaError_t status = useful_blocks(&most);
-    if (status != cudaSuccess) {
-      return status;
-    }
+  int64_t most = 0;
+  const cudaError_t status = useful_blocks(&most, inputs.max_blocks);
+  if (status != cudaSuccess) {
+    return status;
   }
   return with_format(inputs.grad.format, [&](auto grad_format) {
     return with_format(out.format, [&](auto out_format) {

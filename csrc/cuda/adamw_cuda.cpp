@@ -9,25 +9,11 @@
 #include <torch/library.h>
 
 #include "checks.h"
+#include "cuda/cuda_ops.h"
 #include "cuda/launch.h"
 
 namespace acco::cuda {
 namespace {
-
-Format format_of(const at::Tensor& tensor) {
-  return tensor.scalar_type() == at::kFloat      ? Format::kFloat32
-         : tensor.scalar_type() == at::kBFloat16 ? Format::kBFloat16
-                                                 : Format::kFloat16;
-}
-
-Array read(const at::Tensor& tensor) { return {tensor.const_data_ptr(), format_of(tensor)}; }
-MutableArray write(const at::Tensor& tensor) { return {tensor.mutable_data_ptr(), format_of(tensor)}; }
-
-Inputs inputs_of(const Hyper& hyper, const at::Tensor& grad, const at::Tensor& grad_scale, const at::Tensor& is_finite,
-                 int64_t max_blocks) {
-  return {hyper,        read(grad), grad_scale.const_data_ptr<float>(), is_finite.const_data_ptr<bool>(),
-          grad.numel(), max_blocks};
-}
 
 void adamw_estimate(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
                     const at::Tensor& step, const at::Tensor& grad, const at::Tensor& grad_scale,

@@ -51,4 +51,18 @@ cudaError_t launch_sum_of_squares(Array values, int64_t numel, double* sums, dou
 cudaError_t launch_pack(MutableArray grads, MutableArray packed, int64_t numel, float scale, bool clears,
                         cudaStream_t stream);
 
+// The quantised estimate; `bits` is 4 or 8, and records may begin at any address.
+cudaError_t launch_quantize(Array values, int64_t numel, float scale, uint8_t* records, int bits, cudaStream_t stream);
+
+// `messages` lies on the host and may be freed after the call.
+cudaError_t launch_dequantize_sum(const uint8_t* const* messages, int64_t message_count, float* total, int64_t numel,
+                                  int bits, cudaStream_t stream);
+
+cudaError_t launch_estimate_change(const float* master, const float* exp_avg, const float* exp_avg_sq,
+                                   const float* step, const Inputs& inputs, Array live, uint8_t* records, int bits,
+                                   cudaStream_t stream);
+
+cudaError_t launch_add_change(const uint8_t* records, const bool* is_added, MutableArray live, int64_t numel, int bits,
+                              cudaStream_t stream);
+
 }  // namespace acco::cuda

@@ -67,6 +67,46 @@ def test_values(ranks, world_size, numels, staging_bytes, dtype):
     ranks(world_size).run(_reduce_scatter_and_gather, numels=numels, dtype_name=dtype, staging_bytes=staging_bytes)
 
 
+def _all_to_all(part_numels, record_numel, staging_bytes):
+    """Every byte says who sent it to whom and where it lies."""
+    import torch
+    import torch.distributed as dist
+
+    from deepspeed_acco import comm as module
+
+    kept, module.STAGING_BYTES = module.STAGING_BYTES, staging_bytes
+    comm = _communicator()
+    rank, world = dist.get_rank(), dist.get_world_size()
+
+    def part(sender, receiver, group):
+        places = torch.arange(part_numels[group])
+        return ((places * 7 + 31 * sender + 101 * receiver + 13 * group) % 251).to(torch.uint8)
+
+    whole = [torch.cat([part(rank, to, group) for to in range(world)]) for group in range(len(part_numels))]
+    seen = [torch.zeros(numel, dtype=torch.int64) for numel in part_numels]
+
+    def take(group, start, terms):
+        assert start % record_numel == 0 and len(terms) == world
+        for sender, term in enumerate(terms):
+            assert term.equal(part(sender, rank, group)[start : start + term.numel()])
+        seen[group][start : start + terms[0].numel()] += 1
+
+    for times in (1, 2):
+        comm.all_to_all(whole, record_numel, take)
+        assert all((count == times).all() for count in seen), "every element once"
+    assert comm.sent_bytes == 2 * (world - 1) * sum(part_numels)
+    comm.destroy()
+    module.STAGING_BYTES = kept
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("part_numels", "record_numel", "staging_bytes"), [([16], 1040, 2**20), ([1040 * 3 + 48, 16, 2080], 1040, 2500)]
+)
+def test_all_to_all(ranks, world_size, part_numels, record_numel, staging_bytes):
+    ranks(world_size).run(_all_to_all, part_numels=part_numels, record_numel=record_numel, staging_bytes=staging_bytes)
+
+
 def _bytes_moved(numel):
     import torch
     import torch.distributed as dist
@@ -145,7 +185,7 @@ def _own_bytes(config, world_sizes=None):
     ("precision", "wire", "w", "g", "c"),
     [("fp32", None, 4, 4, 4), ("bf16", None, 2, 2, 2), ("bf16+fp32", None, 2, 4, 2), ("bf16", "fp32", 2, 2, 4)],
 )
-@pytest.mark.parametrize("estimate_comm", ["full", "int8"])  # records have no buffer of their own
+@pytest.mark.parametrize("estimate_comm", ["full", pytest.param("int8", marks=pytest.mark.full)])  # no own buffer
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_storages_stay_within_the_formula(ranks, precision, wire, w, g, c, world_size, estimate_comm):
     from tests import training

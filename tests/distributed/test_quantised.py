@@ -71,9 +71,9 @@ def distance(record, reference):
 CASES = [  # estimate_comm, ranks, clipping, groups, n, fraction, staging bytes
     ("int4", 2, 0.0, 1, 4, 0.5, None),
     ("int4", 3, 2.0, 2, 5, 0.8, 600),
-    ("int4", 4, 2.0, 1, 2, 0.5, None),
+    pytest.param("int4", 4, 2.0, 1, 2, 0.5, None, marks=pytest.mark.full),
     ("int8", 2, 2.0, 2, 5, 0.25, 600),
-    ("int8", 4, 0.0, 1, 3, 0.5, None),
+    pytest.param("int8", 4, 0.0, 1, 3, 0.5, None, marks=pytest.mark.full),
 ]
 
 
@@ -94,7 +94,7 @@ def test_equals_the_reference(ranks, estimate_comm, world_size, clip, groups, n,
         assert all(mine.equal(theirs) for mine, theirs in zip(record["live"], records[0]["live"]))
 
 
-@pytest.mark.parametrize(("estimate_comm", "world_size"), [("int4", 2), ("int8", 2), ("int4", 3), ("int4", 4)])
+@pytest.mark.parametrize(("estimate_comm", "world_size"), [("int8", 2), ("int4", 3), ("int4", 4)])
 def test_equals_the_reference_to_rounding(ranks, estimate_comm, world_size):
     """So few levels that none is near a tie."""
     config = training.ds_config(4, estimate_comm=estimate_comm)
@@ -112,7 +112,7 @@ def test_equals_the_reference_to_rounding(ranks, estimate_comm, world_size):
     assert oracle.distance(records[0]["weights"], reference["weights"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("precision", ["bf16", "bf16+fp32", "fp16static"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16static", pytest.param("bf16+fp32", marks=pytest.mark.full)])
 def test_sixteen_bit(ranks, precision):
     config = training.ds_config(4, 2.0, precision=precision, estimate_comm="int4")
     records = ranks(2).run(train_wide, config=config, windows=6, precision=precision)
@@ -124,7 +124,7 @@ def test_sixteen_bit(ranks, precision):
     assert records[1]["replicas"] == records[0]["replicas"]
 
 
-@pytest.mark.parametrize("estimate_comm", BITS)
+@pytest.mark.parametrize("estimate_comm", ["int4", pytest.param("int8", marks=pytest.mark.full)])
 def test_the_lanes_have_the_same_bits(ranks, estimate_comm):
     runs = [
         ranks(2).run(
@@ -185,6 +185,52 @@ def test_a_block_that_is_not_finite_skips_the_estimate_everywhere(ranks, precisi
         assert distance(records[0], reference) < TOLERANCE_WITH_TIES
 
 
+def _train_with_bad_change(config, windows, bad_window, precision):
+    """One block of rank 1's change of the weights is not finite; what training stands on after every window."""
+    import torch.distributed as dist
+
+    from deepspeed_acco import driver
+
+    original, window = driver.adamw_estimate_change, [0]
+
+    def spoiled(*arguments):
+        original(*arguments)
+        records = arguments[6]
+        if dist.get_rank() == 1 and window[0] == bad_window:
+            records[:2] = records.new_tensor([0xC0, 0x7F])  # NaN in bf16
+
+    driver.adamw_estimate_change = spoiled
+    try:
+        with wide_network():
+            engine = training.start_engine(config)
+            record = {"standing": [], "true": [], "skipped": []}
+            dtype = training.DTYPES[precision]
+            for window[0] in range(windows):
+                for micro_batch in range(engine.gradient_accumulation_steps()):
+                    engine.backward(engine(*training.batch(dist.get_rank(), window[0], micro_batch, dtype)))
+                    if micro_batch == 2:  # phase B has begun: its weights are the true ones
+                        record["true"].append(training.live_weights(engine))
+                    engine.step()
+                record["standing"].append(training.live_weights(engine))
+                record["skipped"].append(engine.skipped_steps)
+            engine.destroy()
+            return record
+    finally:
+        driver.adamw_estimate_change = original
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_change_that_is_not_finite_is_installed_nowhere(ranks, precision):
+    config = training.ds_config(4, precision=precision, estimate_comm="int8")
+    records = ranks(2).run(_train_with_bad_change, config=config, windows=4, bad_window=2, precision=precision)
+    for window in range(4):
+        for record in records:
+            stays = all(a.equal(b) for a, b in zip(record["standing"][window], record["true"][window]))
+            assert stays == (window == 2), window
+        assert all(a.equal(b) for a, b in zip(records[0]["standing"][window], records[1]["standing"][window]))
+    assert records[0]["skipped"] == [0, 0, 0, 0], "the COMMIT has nothing to do with it"
+
+
 # ---- bytes
 
 
@@ -216,7 +262,7 @@ def _bytes_of_steps(config, steps, numel):
     return wire, int(everyone)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_bytes_of_a_step(ranks, world_size, capsys):
     """In the schedule ``sync`` a step is one reduce-scatter and one all-gather, both in full."""
     steps, numel = 3, 2**20
@@ -283,6 +329,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(ranks, tmp_path, fraction):
         assert record["again"]["losses"] == record["first"]["losses"]
         assert all(a.equal(b) for a, b in zip(record["first"]["live"], record["again"]["live"]))
         assert record["fractions"][0] == record["fractions"][1]
+        assert fraction != "auto" or record["fractions"][0] != 0.5, "it has chosen, and 0.5 is no multiple of 1/5"
 
 
 def _train_slowly(config, windows, micro_batch_s, delays_s):
@@ -320,9 +367,9 @@ def _train_slowly(config, windows, micro_batch_s, delays_s):
 
 def test_auto_chooses_the_split_once_and_alike(ranks):
     config = training.ds_config(5, estimate_comm="int4", estimate_fraction="auto", overlap_warmup_steps=1)
-    delays = {"COMMIT": 0.13, "ESTIMATE": 0.01}
+    delays = {"COMMIT": 0.26, "ESTIMATE": 0.01}
     records = ranks(2).run(
-        _train_slowly, per_rank=[{"micro_batch_s": 0.02}, {"micro_batch_s": 0.04}], config=config, windows=13,
+        _train_slowly, per_rank=[{"micro_batch_s": 0.02}, {"micro_batch_s": 0.08}], config=config, windows=13,
         delays_s=delays,
     )  # fmt: skip
     for record in records:

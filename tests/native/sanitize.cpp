@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu_kernels.h"
+#include "cpu_quantize.h"
 
 using namespace acco;
 using namespace acco::cpu;
@@ -77,7 +78,58 @@ static void run(int64_t count, int64_t shift, bool streams) {
   }
 }
 
+// f(begin, end) for three unequal parts of the records, as threads would have it.
+template <class F>
+static void for_three_parts(int64_t count, const F& f) {
+  const int64_t records = pieces_of(count, kRecordNumel);
+  for (int64_t part = 0; part < 3; ++part) {
+    f(part_begin(records, 3, part), part_begin(records, 3, part + 1));
+  }
+}
+
+template <class Grad, class Live>
+static void run_quantised(int64_t count, int64_t shift, int bits, bool streams) {
+  const int64_t bytes = message_bytes(count, bits);
+  Exact<float> master(count, shift), exp_avg(count, 0), exp_avg_sq(count, shift), weights(count, 0), total(count, shift);
+  Exact<typename Grad::Storage> grad(count, shift);
+  Exact<typename Live::Storage> live(count, 3 * shift);
+  Exact<uint8_t> records(bytes, shift), expected(bytes, 0);
+  const float values[] = {0.5f, -1e-3f, 1e-30f, 3e38f, -0.0f, std::numeric_limits<float>::infinity(), std::nanf("")};
+  for (int64_t i = 0; i < count; ++i) {
+    master.data()[i] = 0.01f * static_cast<float>(i % 13);
+    grad.data()[i] = Grad::store(i % 512 < 256 ? 0.01f : values[i % 7]);
+  }
+  const Factors factors = make_factors(Hyper{1e-3, 0.9, 0.999, 1e-8, 0.01}, 4.0f, 0.5f);
+  for_three_parts(count, [&](int64_t begin, int64_t end) {
+    estimate_change_range<Grad, Live>(factors, master.data(), exp_avg.data(), exp_avg_sq.data(), grad.data(),
+                                      live.data(), records.data(), bits, count, begin, end);
+  });
+  // `live` is 0 still.
+  update_range<Grad, Float32, false>(AdamW{factors}, master.data(), exp_avg.data(), exp_avg_sq.data(), grad.data(),
+                                     weights.data(), 0, count, false);
+  quantize_range<Float32>(weights.data(), expected.data(), 1.0f, bits, count, 0, pieces_of(count, kRecordNumel));
+  if (bytes > 0 && std::memcmp(records.data(), expected.data(), static_cast<size_t>(bytes))) {
+    std::printf("the change's records differ at count %lld\n", static_cast<long long>(count));
+    std::exit(1);
+  }
+  const uint8_t* messages[] = {records.data(), expected.data(), records.data()};
+  for_three_parts(count, [&](int64_t begin, int64_t end) {
+    quantize_range<Grad>(grad.data(), expected.data(), 0.5f, bits, count, begin, end);
+    dequantize_sum_range(messages, 3, total.data(), bits, count, begin, end, streams);
+    add_change_range<Live>(records.data(), live.data(), bits, count, begin, end);
+  });
+}
+
 int main() {
+  for (const int64_t count : {0, 1, 2, 3, 31, 255, 256, 257, 511, 513, 4099}) {
+    for (const int64_t shift : {0, 1, 3}) {
+      for (const int bits : {4, 8}) {
+        run_quantised<Float32, Float32>(count, shift, bits, false);
+        run_quantised<BFloat16, BFloat16>(count, shift, bits, true);
+        run_quantised<Float16, Float16>(count, shift, bits, true);
+      }
+    }
+  }
   for (const int64_t count : {0, 1, 2, 15, 16, 17, 31, 63, 64, 65, 1023, 1024, 1025, 4099, 16383, 16385, 40000}) {
     for (const int64_t shift : {0, 1, 3}) {
       for (const bool streams : {false, true}) {

@@ -8,6 +8,8 @@ import pytest
 
 from deepspeed_acco import cli
 
+INT4_ROWS = ("estimate to int4", "pack", "pack to int4", "sum of 2 in int4", "sum of 4 in int4", "add int4")
+
 
 def test_env(native, capsys):
     assert cli.main(["env"]) == 0
@@ -40,12 +42,15 @@ def test_kernels(native, capsys, tmp_path):
         "estimate, no arithmetic",
         "commit, torch path",
         "estimate, torch path",
+        *(f"{what}, {path}" for what in INT4_ROWS for path in ("native", "torch path")),
         "torch AdamW, fused",
         "torch AdamW, foreach",
         "estimate by clone + step + restore",
     }
     budgets = {row["name"]: row["bytes_per_param"] for row in report["rows"] if row["grad_dtype"] == "bfloat16"}
     assert budgets["commit, native"] == 28 and budgets["estimate, native"] == 16
+    # 12 bytes of state, 2 of gradient and 2 of the weights that stand; half a byte of levels and a scale per block
+    assert budgets["estimate to int4, native"] == pytest.approx(16.5 + 2 / 256, abs=1e-3)
 
 
 @pytest.mark.parametrize("arguments", [["kernels", "--numel", "0"], ["kernels", "--device", "tpu"], []])

@@ -26,17 +26,19 @@ def test_indices_beyond_32_bits():
 
 @needs_nvcc
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_cuda_kernels_compile(tmp_path, architecture):
-    source = op_builder.csrc() / "cuda" / "adamw.cu"
+@pytest.mark.parametrize("name", ["adamw", "quantize"])
+def test_cuda_kernels_compile(tmp_path, name, architecture):
+    source = op_builder.csrc() / "cuda" / f"{name}.cu"
     command = [NVCC, *op_builder.nvcc_args(), f"-arch={architecture}", "-Werror", "all-warnings"]
-    command += [f"-I{op_builder.csrc()}", "-c", str(source), "-o", str(tmp_path / "adamw.o")]
+    command += [f"-I{op_builder.csrc()}", "-c", str(source), "-o", str(tmp_path / f"{name}.o")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @needs_nvcc
 def test_cuda_ops_are_valid_cpp(tmp_path):
-    """The torch side; the CPU build of torch lacks one generated header of macros, for which an empty one stands in."""
+    """The torch side; the CPU build of torch lacks one generated header of macros, for which an empty one stands in.
+    Both files as one, since reading torch's headers takes most of the time."""
     from torch.utils.cpp_extension import include_paths
 
     macros = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
@@ -53,7 +55,7 @@ def test_cuda_ops_are_valid_cpp(tmp_path):
     ]
     standard = [flag for flag in op_builder.cxx_args() if flag.startswith("-std")]
     command = ["c++", "-fsyntax-only", *standard, *(f"-I{folder}" for folder in folders)]
-    done = subprocess.run(
-        [*command, str(op_builder.csrc() / "cuda" / "adamw_cuda.cpp")], capture_output=True, text=True
-    )
+    both = tmp_path / "both.cpp"
+    both.write_text('#include "cuda/adamw_cuda.cpp"\n#include "cuda/quantize_cuda.cpp"\n')
+    done = subprocess.run([*command, str(both)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

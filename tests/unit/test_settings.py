@@ -70,8 +70,15 @@ def test_a_value_out_of_range_names_key_value_and_what_is_allowed(key, value):
     assert "allowed:" in message
 
 
+def test_a_misspelt_auto_is_told_what_is_meant():
+    with pytest.raises(ValueError, match='allowed: a number > 0 and < 1, "auto", or "measured"'):
+        _make(estimate_fraction="Auto")
+
+
 @pytest.mark.parametrize("schedule", ["wp", "dpu", "sync"])
-@pytest.mark.parametrize(("key", "value"), [("estimate_comm", "int4"), ("estimate_fraction", "auto")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("estimate_comm", "int4"), ("estimate_fraction", "auto"), ("estimate_fraction", "measured")]
+)
 def test_what_only_an_estimate_has_is_refused_elsewhere(schedule, key, value):
     with pytest.raises(ValueError, match=f'{key} = .{value}. is not allowed; .* schedule = "{schedule}"'):
         _make(schedule=schedule, **{key: value})

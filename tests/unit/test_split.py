@@ -59,62 +59,76 @@ def clock(monkeypatch):
     monkeypatch.setattr("deepspeed_acco.lanes.time", SimpleNamespace(perf_counter=lambda: next(now)))
 
 
-def _run(split, windows, n=10, first=0):
+def _run(split, driver, windows, n=10, first=0):
     for window in range(first, first + windows):
-        split.at_window_end(window, n, n, log=False)
+        split.at_window_end(driver, window, n, n, logs=False)
 
 
 def test_a_number_stays_and_measures_nothing(clock):
     driver = _Driver({"COMMIT": 8.0, "ESTIMATE": 1.0})
-    split = Split(Settings(estimate_fraction=0.3), driver)
-    _run(split, 30)
-    assert split.fraction == 0.3 and split.phase_a(10) == 3 and not driver.waits and split.to_state() == 0.3
+    split = Split(Settings(estimate_fraction=0.3))
+    _run(split, driver, 30)
+    assert split.fraction == 0.3 and split.phase_a(10) == 3 and not driver.waits
+    assert split.to_state() is None, "nothing was chosen"
 
 
-def test_auto_is_one_half_and_then_the_fastest(clock):
+@pytest.mark.parametrize("word", ["auto", "measured"])
+def test_auto_is_one_half_and_then_the_fastest(clock, word):
     driver = _Driver({"COMMIT": 8.0, "ESTIMATE": 1.0})
-    split = Split(Settings(estimate_fraction="auto"), driver)
-    _run(split, WINDOWS_TO_MEASURE - 1)
+    split = Split(Settings(estimate_fraction=word))
+    _run(split, driver, WINDOWS_TO_MEASURE - 1)
     assert split.fraction == 0.5 and split.to_state() is None
-    _run(split, 1, first=WINDOWS_TO_MEASURE - 1)
+    _run(split, driver, 1, first=WINDOWS_TO_MEASURE - 1)
     assert split.fraction == 0.8 and split.phase_a(10) == 8 and split.to_state() == 0.8
     waits = driver.waits
-    _run(split, 20)
+    _run(split, driver, 20)
     assert split.fraction == 0.8 and driver.waits == waits, "chosen once"
 
 
 def test_the_slowest_computation_and_the_shortest_rounds_count(clock):
     # The other rank's micro-batch takes 2 s; its rounds seemed shorter, since it came to them last.
     driver = _Driver({"COMMIT": 14.0, "ESTIMATE": 8.0}, other=[2.0, 12.0, 1.0])
-    split = Split(Settings(estimate_fraction="auto"), driver)
-    _run(split, WINDOWS_TO_MEASURE)
-    assert split.phase_a(10) == fastest_split(10, Figures(2.0, 12.0, 1.0))
+    split = Split(Settings(estimate_fraction="auto"))
+    _run(split, driver, WINDOWS_TO_MEASURE)
+    assert split.phase_a(10) == fastest_split(10, Figures(2.0, 12.0, 1.0)) == 7
 
 
 def test_warm_up_windows_are_not_measured(clock):
-    split = Split(Settings(estimate_fraction="auto", overlap_warmup_steps=4), _Driver({"COMMIT": 8.0, "ESTIMATE": 1.0}))
-    _run(split, 4 + WINDOWS_TO_MEASURE - 1)
-    assert not split.is_chosen
-    _run(split, 1, first=4 + WINDOWS_TO_MEASURE - 1)
-    assert split.is_chosen
-
-
-def test_without_estimates_it_measures_on(clock):
-    driver = _Driver({"COMMIT": 8.0})
-    split = Split(Settings(estimate_fraction="auto"), driver)
-    _run(split, 2 * WINDOWS_TO_MEASURE)
-    assert not split.is_chosen and split.fraction == 0.5
-    driver._rounds = {"COMMIT": 8.0, "ESTIMATE": 1.0}
-    _run(split, WINDOWS_TO_MEASURE, first=2 * WINDOWS_TO_MEASURE)
+    driver = _Driver({"COMMIT": 8.0, "ESTIMATE": 1.0})
+    split = Split(Settings(estimate_fraction="auto", overlap_warmup_steps=4))
+    _run(split, driver, 4 + WINDOWS_TO_MEASURE - 1)
+    assert split.fraction == 0.5
+    _run(split, driver, 1, first=4 + WINDOWS_TO_MEASURE - 1)
     assert split.fraction == 0.8
 
 
-def test_a_checkpoint_brings_the_choice(clock):
-    split = Split(Settings(estimate_fraction="auto"), _Driver({}))
-    split.from_state(None)
-    assert not split.is_chosen
+def test_without_estimates_it_measures_on_and_says_so_once(clock, caplog):
+    from deepspeed_acco.log import logger
+
+    driver, split = _Driver({"COMMIT": 8.0}), Split(Settings(estimate_fraction="auto"))
+    logger().addHandler(caplog.handler)
+    for window in range(2 * WINDOWS_TO_MEASURE):
+        split.at_window_end(driver, window, 10, 10, logs=True)
+    logger().removeHandler(caplog.handler)
+    assert split.fraction == 0.5 and split.to_state() is None
+    assert [record.message for record in caplog.records if "estimate_fraction stays 0.5" in record.message] != []
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+    driver._rounds = {"COMMIT": 8.0, "ESTIMATE": 1.0}
+    _run(split, driver, WINDOWS_TO_MEASURE, first=2 * WINDOWS_TO_MEASURE)
+    assert split.fraction == 0.8
+
+
+def test_a_checkpoint_decides_for_auto_alone(clock):
+    driver = _Driver({"COMMIT": 8.0, "ESTIMATE": 1.0})
+    split = Split(Settings(estimate_fraction="auto"))
+    _run(split, driver, WINDOWS_TO_MEASURE)
+    assert split.fraction == 0.8
     split.from_state(0.7)
-    assert split.is_chosen and split.phase_a(10) == 7
-    given = Split(Settings(estimate_fraction=0.25), _Driver({}))
+    assert split.phase_a(10) == 7 and split.to_state() == 0.7, "it goes on as the run that saved it"
+    split.from_state(None)
+    assert split.fraction == 0.5 and split.to_state() is None, "that run had not chosen"
+    _run(split, driver, WINDOWS_TO_MEASURE)
+    assert split.fraction == 0.8
+    given = Split(Settings(estimate_fraction=0.25))
     given.from_state(0.7)
     assert given.fraction == 0.25, "what the JSON says holds"

@@ -1,0 +1,83 @@
+// Copyright (c) the deepspeed_acco authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the files of CUDA kernels share: formats, four elements at a time, grids.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "launch.h"
+
+namespace acco::cuda {
+
+constexpr uint32_t kThreads = 256;
+constexpr int64_t kBlocksPerMultiprocessor = 8;  // 2048 resident threads
+
+struct Float32 {
+  using Storage = float;
+  static __device__ float load(Storage value) { return value; }
+  static __device__ Storage store(float value) { return value; }
+  static __device__ Storage raw(uint32_t bits) { return __uint_as_float(bits); }
+};
+
+struct BFloat16 {
+  using Storage = unsigned short;
+  static __device__ float load(Storage value) { return __bfloat162float(__ushort_as_bfloat16(value)); }
+  static __device__ Storage store(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+  static __device__ Storage raw(uint32_t bits) { return static_cast<Storage>(bits >> 16); }
+};
+
+struct Float16 {
+  using Storage = unsigned short;
+  static __device__ float load(Storage value) { return __half2float(__ushort_as_half(value)); }
+  static __device__ Storage store(float value) { return __half_as_ushort(__float2half_rn(value)); }
+  static __device__ Storage raw(uint32_t bits) { return static_cast<Storage>(bits >> 16); }
+};
+
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+  T at[4];
+};
+
+template <class T>
+__device__ Four<T> load_four(const T* address) {
+  return *reinterpret_cast<const Four<T>*>(address);
+}
+
+template <class T>
+__device__ void store_four(T* address, const Four<T>& values) {
+  *reinterpret_cast<Four<T>*>(address) = values;
+}
+
+template <class T>
+bool is_aligned_for_four(const T* address, int64_t head) {
+  return reinterpret_cast<uintptr_t>(address + head) % sizeof(Four<T>) == 0;
+}
+
+// How many thread blocks a kernel is given at most: those that are resident at once, or the caller's cap above 0.
+inline cudaError_t useful_blocks(int64_t* blocks, int64_t cap = 0) {
+  int device = 0, multiprocessors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  *blocks = cap > 0 ? cap : multiprocessors * kBlocksPerMultiprocessor;
+  return status;
+}
+
+template <class F>
+cudaError_t with_format(Format format, const F& f) {
+  switch (format) {
+    case Format::kFloat32:
+      return f(Float32{});
+    case Format::kBFloat16:
+      return f(BFloat16{});
+    default:
+      return f(Float16{});
+  }
+}
+
+}  // namespace acco::cuda

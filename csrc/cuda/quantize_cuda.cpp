@@ -1,0 +1,74 @@
+// Copyright (c) the deepspeed_acco authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The CUDA ops of the quantised estimate: arguments checked, then launches on the current stream of the tensors' device.
+// Nothing waits for it.
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "checks.h"
+#include "cuda/cuda_ops.h"
+#include "cuda/launch.h"
+
+namespace acco::cuda {
+namespace {
+
+void quantize(const at::Tensor& values, at::Tensor records, int64_t bits, double scale) {
+  check_flat(values, values, "values");
+  check_records(records, values, bits, "records");
+  const c10::cuda::CUDAGuard guard(values.device());
+  C10_CUDA_CHECK(launch_quantize(read(values), values.numel(), static_cast<float>(scale),
+                                 records.mutable_data_ptr<uint8_t>(), static_cast<int>(bits),
+                                 c10::cuda::getCurrentCUDAStream()));
+}
+
+void dequantize_sum(at::TensorList messages, at::Tensor total, int64_t bits) {
+  check_messages(messages, total, bits);
+  std::vector<const uint8_t*> bytes;
+  for (const at::Tensor& message : messages) {
+    bytes.push_back(message.const_data_ptr<uint8_t>());
+  }
+  const c10::cuda::CUDAGuard guard(total.device());
+  C10_CUDA_CHECK(launch_dequantize_sum(bytes.data(), static_cast<int64_t>(bytes.size()),
+                                       total.mutable_data_ptr<float>(), total.numel(), static_cast<int>(bits),
+                                       c10::cuda::getCurrentCUDAStream()));
+}
+
+void adamw_estimate_change(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
+                           const at::Tensor& step, const at::Tensor& grad, const at::Tensor& grad_scale,
+                           const at::Tensor& is_finite, double lr, double beta1, double beta2, double eps,
+                           double weight_decay, const at::Tensor& live, at::Tensor records, int64_t bits,
+                           int64_t max_blocks) {
+  check_update(master, exp_avg, exp_avg_sq, step, grad, grad_scale, is_finite, live, "live");
+  check_records(records, master, bits, "records");
+  const c10::cuda::CUDAGuard guard(master.device());
+  C10_CUDA_CHECK(launch_estimate_change(
+      master.const_data_ptr<float>(), exp_avg.const_data_ptr<float>(), exp_avg_sq.const_data_ptr<float>(),
+      step.const_data_ptr<float>(),
+      inputs_of(Hyper{lr, beta1, beta2, eps, weight_decay}, grad, grad_scale, is_finite, max_blocks), read(live),
+      records.mutable_data_ptr<uint8_t>(), static_cast<int>(bits), c10::cuda::getCurrentCUDAStream()));
+}
+
+void add_change(const at::Tensor& records, const at::Tensor& is_added, at::Tensor live, int64_t bits) {
+  check_flat(live, live, "live");
+  check_records(records, live, bits, "records");
+  check_scalar(is_added, live, at::kBool, "is_added");
+  const c10::cuda::CUDAGuard guard(live.device());
+  C10_CUDA_CHECK(launch_add_change(records.const_data_ptr<uint8_t>(), is_added.const_data_ptr<bool>(), write(live),
+                                   live.numel(), static_cast<int>(bits), c10::cuda::getCurrentCUDAStream()));
+}
+
+}  // namespace
+}  // namespace acco::cuda
+
+TORCH_LIBRARY_IMPL(deepspeed_acco, CUDA, m) {
+  m.impl("quantize", acco::cuda::quantize);
+  m.impl("dequantize_sum", acco::cuda::dequantize_sum);
+  m.impl("adamw_estimate_change", acco::cuda::adamw_estimate_change);
+  m.impl("add_change", acco::cuda::add_change);
+}

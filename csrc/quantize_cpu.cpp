@@ -1,0 +1,100 @@
+// Copyright (c) the deepspeed_acco authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The CPU ops of the quantised estimate: arguments checked, dtypes resolved, records shared out over torch's threads.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <cstring>
+#include <vector>
+
+#include "checks.h"
+#include "cpu_ops.h"
+#include "cpu_quantize.h"
+
+namespace acco::cpu {
+namespace {
+
+// f(begin, end) over the records of `numel` elements.
+template <class F>
+void for_record_parts(int64_t numel, const F& f) {
+  for_parts(pieces_of(numel, kRecordNumel), kThreadNumel / kRecordNumel, f);
+}
+
+void quantize(const at::Tensor& values, at::Tensor records, int64_t bits, double scale) {
+  check_flat(values, values, "values");
+  check_records(records, values, bits, "records");
+  with_format(values.scalar_type(), [&](auto format) {
+    using Source = decltype(format);
+    for_record_parts(values.numel(), [&](int64_t begin, int64_t end) {
+      quantize_range<Source>(read<Source>(values), records.mutable_data_ptr<uint8_t>(), static_cast<float>(scale),
+                             static_cast<int>(bits), values.numel(), begin, end);
+    });
+  });
+}
+
+void dequantize_sum(at::TensorList messages, at::Tensor total, int64_t bits) {
+  check_messages(messages, total, bits);
+  std::vector<const uint8_t*> bytes;
+  for (const at::Tensor& message : messages) {
+    bytes.push_back(message.const_data_ptr<uint8_t>());
+  }
+  const bool streams = total.numel() * static_cast<int64_t>(sizeof(float)) >= kStreamingBytes;
+  for_record_parts(total.numel(), [&](int64_t begin, int64_t end) {
+    dequantize_sum_range(bytes.data(), static_cast<int64_t>(bytes.size()), write<Float32>(total),
+                         static_cast<int>(bits), total.numel(), begin, end, streams);
+  });
+}
+
+void adamw_estimate_change(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
+                           const at::Tensor& step, const at::Tensor& grad, const at::Tensor& grad_scale,
+                           const at::Tensor& is_finite, double lr, double beta1, double beta2, double eps,
+                           double weight_decay, const at::Tensor& live, at::Tensor records, int64_t bits,
+                           int64_t /*max_blocks*/) {
+  check_update(master, exp_avg, exp_avg_sq, step, grad, grad_scale, is_finite, live, "live");
+  check_records(records, master, bits, "records");
+  auto* bytes = records.mutable_data_ptr<uint8_t>();
+  if (!*is_finite.const_data_ptr<bool>()) {
+    std::memset(bytes, 0, static_cast<size_t>(records.numel()));
+    return;
+  }
+  const Factors factors =
+      make_factors(Hyper{lr, beta1, beta2, eps, weight_decay}, *read<Float32>(step), *read<Float32>(grad_scale));
+  with_format(grad.scalar_type(), [&](auto grad_format) {
+    with_format(live.scalar_type(), [&](auto live_format) {
+      using Grad = decltype(grad_format);
+      using Live = decltype(live_format);
+      for_record_parts(master.numel(), [&](int64_t begin, int64_t end) {
+        estimate_change_range<Grad, Live>(factors, read<Float32>(master), read<Float32>(exp_avg),
+                                          read<Float32>(exp_avg_sq), read<Grad>(grad), read<Live>(live), bytes,
+                                          static_cast<int>(bits), master.numel(), begin, end);
+      });
+    });
+  });
+}
+
+void add_change(const at::Tensor& records, const at::Tensor& is_added, at::Tensor live, int64_t bits) {
+  check_flat(live, live, "live");
+  check_records(records, live, bits, "records");
+  check_scalar(is_added, live, at::kBool, "is_added");
+  if (!*is_added.const_data_ptr<bool>()) {
+    return;
+  }
+  with_format(live.scalar_type(), [&](auto format) {
+    using Live = decltype(format);
+    for_record_parts(live.numel(), [&](int64_t begin, int64_t end) {
+      add_change_range<Live>(records.const_data_ptr<uint8_t>(), write<Live>(live), static_cast<int>(bits),
+                             live.numel(), begin, end);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace acco::cpu
+
+TORCH_LIBRARY_IMPL(deepspeed_acco, CPU, m) {
+  m.impl("quantize", acco::cpu::quantize);
+  m.impl("dequantize_sum", acco::cpu::dequantize_sum);
+  m.impl("adamw_estimate_change", acco::cpu::adamw_estimate_change);
+  m.impl("add_change", acco::cpu::add_change);
+}

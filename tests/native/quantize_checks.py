@@ -1,0 +1,190 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels of the quantised estimate must do, the same on every device: the bits of quantize.py."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from deepspeed_acco import quantize as plain
+from tests.native.checks import CANARY, HYPER, Case, same_bits
+
+BITS = (4, 8)
+# Around the records and the halves of a byte; several threads' shares and pieces of the plain path.
+SIZES = (0, 1, 2, 255, 256, 257, 511, 513, 100_003)
+SIZES_AND_SHIFTS = [(numel, shift) for numel in SIZES for shift in (0, 1, 3) if numel < 1000 or shift == 1]
+CANARY_BYTE = 0xA5
+
+
+class Bytes:
+    """Records that begin at any address, and what lies around them."""
+
+    def __init__(self, numel, bits, *, shift=0, device="cpu"):
+        count = plain.message_bytes(numel, bits)
+        self._buffer = torch.full((count + shift + 5,), CANARY_BYTE, dtype=torch.uint8, device=device)
+        self.view = self._buffer.narrow(0, shift, count)
+        self._shift, self._end = shift, shift + count
+
+    def require_untouched_around(self):
+        assert (self._buffer[: self._shift] == CANARY_BYTE).all() and (self._buffer[self._end :] == CANARY_BYTE).all()
+
+
+@functools.cache
+def hurting_values(numel, dtype, seed=0):
+    """Blocks of every kind: ordinary, zeros of both signs, one huge value, subnormal, not finite, ties, tiny."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(numel, generator=generator) * 0.02
+    kinds = (
+        lambda block: None,
+        lambda block: block.zero_(),
+        lambda block: block.zero_().neg_(),
+        lambda block: block[-1:].fill_(3e38),
+        lambda block: block[block.numel() // 2 :][:1].fill_(-6e4),
+        lambda block: block.mul_(1e-38),  # subnormal values, normal scale or subnormal scale
+        lambda block: block.mul_(1e-43),  # a scale of 0, or far above the values
+        lambda block: block[:1].fill_(math.nan),
+        lambda block: block[-1:].fill_(math.inf),
+        lambda block: block[block.numel() // 3 :][:1].fill_(-math.inf),
+        lambda block: block.copy_(torch.randint(-14, 15, block.shape, generator=generator) / 2),  # ties of 4 bits
+        lambda block: block.copy_(torch.randint(-254, 255, block.shape, generator=generator) / 2),  # and of 8
+    )
+    for number, block in enumerate(values.split(plain.BLOCK)):
+        kinds[(number + numel) % len(kinds)](block)
+    return values.to(dtype)
+
+
+def check_quantize(ops, numel, dtype, bits, device="cpu", shift=0):
+    buffer = torch.full((numel + 4,), CANARY, dtype=dtype, device=device)
+    values = buffer.narrow(0, min(shift, 4), numel)
+    values.copy_(hurting_values(numel, dtype))
+    for scale in (1.0, 1 / 3):
+        records, expected = (Bytes(numel, bits, shift=shift, device=device) for _ in range(2))
+        ops.quantize(values, records.view, bits, scale)
+        plain.quantize(values, expected.view, bits, scale)
+        assert torch.equal(records.view, expected.view)
+        records.require_untouched_around()
+
+
+def random_messages(count, numel, bits, *, device="cpu", shift=0):
+    """Any levels at all, with scales as they come: ordinary, 0, subnormal, NaN; each message at its own address."""
+    generator = torch.Generator().manual_seed(numel + bits)
+    scales = torch.tensor([0.01, -0.0, 1e-40, 3e38, math.nan, 0.5, 1e-3], dtype=torch.bfloat16).view(torch.uint8)
+    messages = []
+    blocks = -(-numel // plain.BLOCK)
+    for number in range(count):
+        table = torch.randint(0, 256, (blocks, plain.record_bytes(bits)), dtype=torch.uint8, generator=generator)
+        table[:, : plain.SCALE_BYTES] = scales.view(-1, plain.SCALE_BYTES)[(torch.arange(blocks) + number) % 7]
+        message = Bytes(numel, bits, shift=shift + number, device=device).view
+        messages.append(message.copy_(table.flatten()[: message.numel()]))
+    return messages
+
+
+def check_dequantize_sum(ops, numel, bits, messages=3, device="cpu", shift=0):
+    sent = random_messages(messages, numel, bits, device=device, shift=shift)
+    buffers = [torch.full((numel + 9,), CANARY, device=device) for _ in range(2)]
+    total, expected = (buffer.narrow(0, shift, numel) for buffer in buffers)
+    ops.dequantize_sum(sent, total, bits)
+    plain.dequantize_sum(sent, expected, bits)
+    assert same_bits(total, expected)
+    assert torch.equal(total.signbit() | total.isnan(), expected.signbit() | expected.isnan()), "-0 is not 0"
+    assert (buffers[0][:shift] == CANARY).all() and (buffers[0][shift + numel :] == CANARY).all()
+
+
+def check_add_change(ops, numel, dtype, bits, device="cpu", shift=0):
+    (records,) = random_messages(1, numel, bits, device=device, shift=shift)
+    for is_added in (True, False):
+        buffers = [torch.full((numel + 9,), CANARY, dtype=dtype, device=device) for _ in range(2)]
+        live, expected = (buffer.narrow(0, shift, numel) for buffer in buffers)
+        for weights in (live, expected):
+            weights.copy_(hurting_values(numel, dtype, seed=1))
+        flag = torch.tensor(is_added, device=device)
+        ops.add_change(records, flag, live, bits)
+        plain.add_change(records, flag, expected, bits)
+        assert same_bits(live, expected)
+        assert (buffers[0][:shift] == CANARY).all() and (buffers[0][shift + numel :] == CANARY).all()
+
+
+def run_change(ops, case, live, records, bits):
+    ops.adamw_estimate_change(case.shard, case.grad, HYPER, case.scale, case.is_finite, live, records, bits)
+
+
+def check_estimate_change(ops, numel, grad_dtype, live_dtype, bits, device="cpu", shift=0):
+    """The records of the very weights that the estimate writes, minus those that stand; no state is written."""
+    case = Case(numel, grad_dtype, torch.float32, device=device, shift=shift)
+    for place, bad in ((0, math.inf), (300, math.nan), (700, 1e30)):
+        case.grad[place : place + 1] = bad
+    case.shard.exp_avg_sq[1000:1001] = math.inf
+    before = case.snapshot()
+    live = torch.full((numel + shift,), CANARY, dtype=live_dtype, device=device)[shift:]
+    live.copy_(case.shard.master)
+    lived = live.clone()
+    records, expected = (Bytes(numel, bits, shift=shift, device=device) for _ in range(2))
+    run_change(ops, case, live, records.view, bits)
+    for name, tensor in case.state().items():
+        assert same_bits(tensor, before[name]), name
+    assert same_bits(live, lived)
+    records.require_untouched_around()
+    case.run(ops.adamw_estimate)
+    plain.quantize(case.out - live.float(), expected.view, bits)
+    assert torch.equal(records.view, expected.view)
+
+    case.is_finite.fill_(False)
+    case.scale.fill_(math.nan)
+    run_change(ops, case, live, records.view, bits)
+    assert not records.view.any()
+    records.require_untouched_around()
+
+
+def check_change_of_plain_path(ops, grad_dtype, live_dtype, bits, device="cpu"):
+    """Both paths' changes differ by no more than a step of their levels: their weights differ in the last place."""
+    numel = 5003
+    case = Case(numel, grad_dtype, torch.float32, device=device)
+    case.shard.exp_avg_sq.clamp_(min=1e-5)  # no element moves so far that the levels of its block's others are 0
+    live = case.shard.master.to(live_dtype)
+    changes = []
+    for module in (ops, plain):
+        records = torch.empty(plain.message_bytes(numel, bits), dtype=torch.uint8, device=device)
+        run_change(module, case, live, records, bits)
+        change = torch.empty(numel, device=device)
+        plain.dequantize_sum([records], change, bits)
+        changes.append(change)
+    native, expected = changes
+    largest = torch.nn.functional.pad(expected.abs(), (0, -numel % plain.BLOCK)).view(-1, plain.BLOCK).amax(1)
+    step = (largest / plain.LARGEST_LEVEL[bits]).repeat_interleave(plain.BLOCK)[:numel]
+    error = (native - expected).abs()
+    # A scale may be rounded up to the next bf16 number in one path alone: every level's value moves by up to 2^-7.
+    assert (error <= 1.01 * step + 2.0**-7 * expected.abs()).all()
+    assert (error > 2.0**-7 * expected.abs()).sum() <= numel // 100
+    assert native.count_nonzero() > numel // 2
+
+
+def opcheck_arguments(device="cpu"):
+    """(operator, arguments) for torch.library.opcheck."""
+    overloads = torch.ops.deepspeed_acco
+    numbers = (HYPER.lr, HYPER.beta1, HYPER.beta2, HYPER.eps, HYPER.weight_decay)
+    for bits, dtype in ((4, torch.bfloat16), (8, torch.float32)):
+        case = Case(300, dtype, dtype, device=device)
+        shard = case.shard
+        records = Bytes(300, bits, device=device).view
+        change = (shard.master, shard.exp_avg, shard.exp_avg_sq, shard.step, case.grad, case.scale, case.is_finite)
+        yield overloads.adamw_estimate_change.default, (*change, *numbers, case.out, records, bits)
+        yield overloads.quantize.default, (case.grad, records, bits, 0.5)
+        yield overloads.dequantize_sum.default, ([records, records.clone()], torch.zeros(300, device=device), bits)
+        yield overloads.add_change.default, (records, case.is_finite, case.out, bits)
+
+
+def all_results(ops, numel, bits, device="cpu"):
+    """What each kernel writes, of everything that hurts."""
+    case = Case(numel, torch.bfloat16, torch.float32, device=device, shift=1)
+    records = Bytes(numel, bits, shift=1, device=device).view
+    run_change(ops, case, case.grad, records, bits)
+    quantized = Bytes(numel, bits, device=device).view
+    ops.quantize(hurting_values(numel, torch.float32).to(device), quantized, bits, 1 / 3)
+    total = torch.empty(numel, device=device)
+    ops.dequantize_sum([records, quantized, records], total, bits)
+    live = case.shard.master.to(torch.bfloat16)
+    ops.add_change(records, case.is_finite, live, bits)
+    return [records, quantized, total, live]
