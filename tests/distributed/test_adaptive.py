@@ -74,7 +74,7 @@ def replay(record, schedule, world_size, n, a, **options):
     )
 
 
-def check(records, reference):
+def check(records, reference, tolerance=TOLERANCE):
     """Weights, losses, norms and books of every rank against the replay and each other."""
     first = records[0]
     counts = [window.micro_batches for window in first["windows"]]
@@ -83,9 +83,9 @@ def check(records, reference):
         assert record["windows"] == first["windows"] and record["lr"] == first["lr"]
         assert record["own"] == [window[rank] for window in counts], "told is what was computed"
         assert record["samples"] == first["samples"]
-    assert oracle.distance(first["weights"], reference["weights"]) < TOLERANCE
-    assert first["losses"] == pytest.approx(reference["losses"], rel=1e-5, abs=1e-6)
-    assert first["norms"] == pytest.approx([0.0, *reference["norms"]][: len(counts)], rel=1e-5)
+    assert oracle.distance(first["weights"], reference["weights"]) < tolerance
+    assert first["losses"] == pytest.approx(reference["losses"], rel=tolerance, abs=tolerance / 10)
+    assert first["norms"] == pytest.approx([0.0, *reference["norms"]][: len(counts)], rel=tolerance)
     # a step knows the samples of the steps before it, the end those of all
     sums = [4 * sum(window) for window in counts]
     assert first["samples"] == [sum(sums[:window]) for window in range(len(sums))]

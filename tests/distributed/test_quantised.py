@@ -289,18 +289,16 @@ def test_bytes_of_a_step(ranks, world_size, capsys):
 # ---- with the rest of the optimizer
 
 
-def _train_adaptive(**arguments):
-    with wide_network():
-        return adaptive.train(**arguments)
-
-
 def test_adaptive_windows_in_the_reference(ranks):
     config = training.ds_config(4, 2.0, accumulation="adaptive", estimate_comm="int4")
     speeds = [{"slowness": [1]}, {"slowness": [4, 1, 2]}]
-    records = ranks(2).run(_train_adaptive, per_rank=speeds, config=config, windows=8)
-    with wide_network():
-        options = dict(clip=2.0, estimate_bits=4, shard_numels=shard_numels(2))
-        adaptive.check(records, adaptive.replay(records[0], "acco", 2, 4, 2, **options))
+    records = ranks(2).run(adaptive.train, per_rank=speeds, config=config, windows=12)
+    size = sum(param.numel() for param in training.param_groups(training.make_network(), 1))
+    reference = adaptive.replay(
+        records[0], "acco", 2, 4, 2, clip=2.0, estimate_bits=4, shard_numels=[-(-size // 4) * 2]
+    )
+    # The counts, and with them the values near a tie, are other ones in every run.
+    adaptive.check(records, reference, tolerance=1e-3)
 
 
 def _resume(config, folder, windows, save_at):
