@@ -29,6 +29,7 @@ from . import hosts, launches, pictures, summary
 from .settings import ADAMW_KEYS
 
 REFERENCE = "reference"  # the runs of schedule sync that C and R come from
+REFERENCE_KEYS = ("lane", "comm_timeout_s")  # ACCO's keys that it takes over
 EMULATED = ("--module", "deepspeed_acco.emulated")
 EXAMPLE = Path("examples") / "train_gpt.py"
 EXAMPLE_SEQ_LEN = 128  # its default of --seq_len
@@ -305,8 +306,9 @@ def reference_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         )
     derived = copy.deepcopy(dict(config))
     params = derived["optimizer"].get("params", {})
+    # ACCO's other keys are of no meaning without overlap, or refused there.
+    params = {key: params[key] for key in (*ADAMW_KEYS, *REFERENCE_KEYS) if key in params}
     if derived["optimizer"].get("type") != "ACCO":
-        params = {key: params[key] for key in ADAMW_KEYS if key in params}
         derived["zero_optimization"] = {"stage": 1}
     derived["optimizer"] = {"type": "ACCO", "params": {**params, "schedule": "sync"}}
     return derived

@@ -59,7 +59,8 @@ def from_measurement(
 
     Args:
         header: the first line of a rank's record: ``world_size``, ``numel``, ``weight_bytes``, ``comm_bytes``, ``n``,
-            ``micro_batch`` (samples) and ``device``; ``a``, if there and not None, becomes ``estimate_fraction``.
+            ``micro_batch`` (samples) and ``device``; ``a``, if there and not None, becomes ``estimate_fraction``, and
+            without ``accumulation_bytes`` gradients are taken to be summed in the weights' dtype.
         compute_s: C, the computation of one whole step.
         round_s: R, one round with nothing beside it.
         latency_s: the part of R that does not depend on the bytes, per message; 0: all of R scales with its bytes.
@@ -79,7 +80,9 @@ def from_measurement(
     backend = "nccl" if header["device"] == "cuda" else "gloo"
     update_s = _UPDATE_S[backend] if update_s_per_parameter is None else update_s_per_parameter
     n, a = header["n"], header.get("a")
-    model = Model(header["numel"], header["weight_bytes"], header["comm_bytes"], header["weight_bytes"])
+    weight_bytes = header["weight_bytes"]
+    summed_bytes = header.get("accumulation_bytes") or weight_bytes
+    model = Model(header["numel"], weight_bytes, header["comm_bytes"], summed_bytes)
     work = Work(compute_s / n, n, update_s, None if a is None else a / n)
     anywhere = Cluster(header["world_size"], 1.0, latency_s, backend, hosts)
     return Inputs(model, plan.calibrated(model, anywhere, work, round_s), work, header["micro_batch"])
