@@ -315,7 +315,7 @@ class FakeRuns:
         self.seen = []
         self.stop_at = None
 
-    def __call__(self, script, arguments, folder, place):
+    def __call__(self, script, arguments, folder, place, watch=None):
         if len(self.seen) == self.stop_at:
             (folder / "rank0.jsonl").write_text("half")
             raise KeyboardInterrupt
@@ -426,7 +426,7 @@ def test_the_scripts_arguments_are_filled_in(monkeypatch, tmp_path, fake):
     script.write_text("")
     seen = []
 
-    def run(script, arguments, folder, place):
+    def run(script, arguments, folder, place, watch):
         seen.append((script, arguments))
         return fake(script, ["--deepspeed_config", arguments[1], *arguments], folder, place)
 
