@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -29,6 +29,7 @@ from . import hosts, launches, pictures, summary
 from .settings import ADAMW_KEYS
 
 REFERENCE = "reference"  # the runs of schedule sync that C and R come from
+REFERENCE_KEYS = ("lane", "comm_timeout_s")  # ACCO's keys that it takes over
 EMULATED = ("--module", "deepspeed_acco.emulated")
 EXAMPLE = Path("examples") / "train_gpt.py"
 EXAMPLE_SEQ_LEN = 128  # its default of --seq_len
@@ -38,7 +39,10 @@ EMULATED_NUMEL = 10_000_000
 DEFAULT_OUT = Path("runs") / "compare"
 DONE = "done.json"
 COMMAND = "command.json"
+RESULTS = "results.json"
+CONFIGS, RUNS = "configs", "runs"  # folders
 INTERRUPTED = 130
+_CLEAR = "\r\x1b[2K"  # the terminal's line
 LOG_LINES = 3  # of a failed run, in its sentence
 
 
@@ -55,9 +59,18 @@ def add_command(commands) -> None:
         "{config}, the JSON, which else is given by --deepspeed_config.",
     )
     parser.add_argument("configs", nargs="+", metavar="CONFIG", type=Path, help="DeepSpeed JSONs; the stem is the name")
+    parser.add_argument("--hosts", type=_positive, help="so many shaped hosts on this machine (root, iproute2)")
+    add_run_arguments(parser, EXAMPLE_STEPS, EMULATED_STEPS)
+    parser.add_argument("--passes", type=_positive, default=3, help="runs of each JSON (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="of weights and data (default: 1)")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder (default: %(default)s)")
+    parser.set_defaults(run=run, takes_script_arguments=True)
+
+
+def add_run_arguments(parser: argparse._ActionsContainer, example_steps: int, emulated_steps: int) -> None:
+    """What says what is run and where, but for ``--hosts``."""
     parser.add_argument("--script", type=Path, help="imports deepspeed_acco (default: examples/train_gpt.py)")
     parser.add_argument("--num_accelerators", type=_positive, help="ranks, of each host (default: as the launcher)")
-    parser.add_argument("--hosts", type=_positive, help="so many shaped hosts on this machine (root, iproute2)")
     parser.add_argument("--rate", help="of each shaped host's link, as tc spells it, for example 300mbit")
     parser.add_argument("--hostfile", type=Path, help="DeepSpeed's hostfile of real hosts, which all see --out")
     parser.add_argument(
@@ -66,13 +79,11 @@ def add_command(commands) -> None:
     parser.add_argument(
         "--numel", type=_positive, help=f"parameters of the emulated model (default: {EMULATED_NUMEL:,})"
     )
-    parser.add_argument("--passes", type=_positive, default=3, help="runs of each JSON (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=_positive, help=f"optimizer steps (default: {EXAMPLE_STEPS}, emulated {EMULATED_STEPS})"
+        "--steps",
+        type=_positive,
+        help=f"optimizer steps of the example (default: {example_steps}) or the emulated model ({emulated_steps})",
     )
-    parser.add_argument("--seed", type=int, help="of weights and data (default: 1)")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder (default: %(default)s)")
-    parser.set_defaults(run=run, takes_script_arguments=True)
 
 
 def _positive(text: str) -> int:
@@ -121,13 +132,15 @@ class Comparison:
 # ---- what is asked for
 
 
-def comparison_of(options: argparse.Namespace) -> Comparison:
+def comparison_of(
+    options: argparse.Namespace, example_steps: int = EXAMPLE_STEPS, emulated_steps: int = EMULATED_STEPS
+) -> Comparison:
     """Raises ValueError for options that cannot be, or that do not go together."""
     configs, files = _read_configs(options.configs)
     _require_together(options)
     world_size, network = _ranks(options)
     _require_alike(configs, world_size)
-    script, arguments, tokens_per_sample = _script(options)
+    script, arguments, tokens_per_sample = _script(options, example_steps, emulated_steps)
     return Comparison(
         configs=configs,
         files=files,
@@ -193,8 +206,7 @@ def _ranks(options: argparse.Namespace) -> tuple[int, str]:
     if options.hosts is not None:
         return options.hosts * (slots or 1), f"{options.hosts} hosts, {options.rate}"
     if options.hostfile is not None:
-        lines = [line.split("#")[0].split() for line in options.hostfile.read_text().splitlines()]
-        counts = [words[1].removeprefix("slots=") for words in lines if len(words) == 2]
+        counts = _slots_of(options.hostfile.read_text())
         if not counts or not all(count.isdecimal() for count in counts):
             raise ValueError(f"--hostfile {options.hostfile}: lines like 'worker-1 slots=4' are expected")
         world_size = slots * len(counts) if slots else sum(map(int, counts))
@@ -206,11 +218,25 @@ def _ranks(options: argparse.Namespace) -> tuple[int, str]:
     return slots, "this machine"
 
 
-def _script(options: argparse.Namespace) -> tuple[list[str], list[str], int | None]:
+def _slots_of(hostfile: str) -> list[str]:
+    """Of each host, as written."""
+    lines = [line.split("#")[0].split() for line in hostfile.splitlines()]
+    return [words[1].removeprefix("slots=") for words in lines if len(words) == 2]
+
+
+def host_count(comparison: Comparison) -> int | None:
+    """How many hosts share the ranks equally; None where that is not known."""
+    count = len(_slots_of(comparison.hostfile)) if comparison.hostfile is not None else comparison.hosts
+    return count if count and comparison.world_size % count == 0 else None
+
+
+def _script(
+    options: argparse.Namespace, example_steps: int, emulated_steps: int
+) -> tuple[list[str], list[str], int | None]:
     """The script, its arguments, and the tokens of a sample where they are known."""
     steps, seed = options.steps, 1 if options.seed is None else options.seed
     if options.emulate_compute is not None:
-        arguments = ["--steps", str(steps or EMULATED_STEPS), "--seed", str(seed)]
+        arguments = ["--steps", str(steps or emulated_steps), "--seed", str(seed)]
         arguments += ["--micro_batch_ms", str(options.emulate_compute)]
         return list(EMULATED), [*arguments, "--numel", str(options.numel or EMULATED_NUMEL)], None
     given = list(options.script_arguments)
@@ -227,7 +253,7 @@ def _script(options: argparse.Namespace) -> tuple[list[str], list[str], int | No
         if steps is not None or options.seed is not None:
             raise ValueError("--steps and --seed are the example's: give your script its own arguments behind --")
         return [str(script)], given, None
-    arguments = ["--steps", str(steps or EXAMPLE_STEPS), "--seed", str(seed), "--out", "{out}", *given]
+    arguments = ["--steps", str(steps or example_steps), "--seed", str(seed), "--out", "{out}", *given]
     lengths = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     lengths.add_argument("--seq_len", type=int, default=EXAMPLE_SEQ_LEN)
     return [str(script)], arguments, lengths.parse_known_args(given)[0].seq_len
@@ -305,8 +331,9 @@ def reference_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         )
     derived = copy.deepcopy(dict(config))
     params = derived["optimizer"].get("params", {})
+    # ACCO's other keys are of no meaning without overlap, or refused there.
+    params = {key: params[key] for key in (*ADAMW_KEYS, *REFERENCE_KEYS) if key in params}
     if derived["optimizer"].get("type") != "ACCO":
-        params = {key: params[key] for key in ADAMW_KEYS if key in params}
         derived["zero_optimization"] = {"stage": 1}
     derived["optimizer"] = {"type": "ACCO", "params": {**params, "schedule": "sync"}}
     return derived
@@ -330,10 +357,10 @@ def prepare(out: Path, comparison: Comparison) -> None:
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is not empty and holds no comparison. Give another --out")
-    (out / "configs").mkdir(parents=True, exist_ok=True)
+    (out / CONFIGS).mkdir(parents=True, exist_ok=True)
     configs = {**comparison.configs, **_extra_reference(comparison)}
     for name, config in configs.items():
-        (out / "configs" / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n")
+        (out / CONFIGS / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n")
     _write_whole(path, asked)
 
 
@@ -385,28 +412,44 @@ class _Runs:
         self.failed: dict[str, str] = {}
         self.finished: dict[str, list[summary.Run]] = {}
         self._spent_s: list[float] = []
+        self._begin = time.monotonic()
+        self._which, self._following = "", list[str]()
+        self._line = _Line()
 
     def all(self) -> None:
         """Runs what is not finished yet; a configuration that fails is left out from then on."""
         comparison = self._comparison
         names = [*_extra_reference(comparison), *comparison.configs]
         runs = order(names, comparison.passes)
-        begin = time.monotonic()
         for index, (number, name) in enumerate(runs):
             if name in self.failed:
                 continue
+            self._which = f"[{index + 1}/{len(runs)}] pass {number} {name}"
+            self._following = [later for _, later in runs[index + 1 :]]
             said = self._one(number, name)
-            elapsed_s = time.monotonic() - begin
-            left = sum(name not in self.failed for _, name in runs[index + 1 :])
-            remaining = f", about {_minutes(left * self._mean_s())} to go" if left and self._spent_s else ""
-            _say(f"[{index + 1}/{len(runs)}] pass {number} {name}: {said} | {_minutes(elapsed_s)} gone{remaining}")
+            self._line.say(f"{self._which}: {said} | {self._times(self._later() * self._mean_s())}")
+
+    def _later(self) -> int:
+        """How many runs come after this one."""
+        return sum(name not in self.failed for name in self._following)
 
     def _mean_s(self) -> float:
-        return sum(self._spent_s) / len(self._spent_s)
+        """Of the runs so far; 0 before the first."""
+        return sum(self._spent_s) / max(1, len(self._spent_s))
+
+    def _times(self, left_s: float) -> str:
+        gone = f"{_minutes(time.monotonic() - self._begin)} gone"
+        return f"{gone}, about {_minutes(left_s)} to go" if left_s > 0 else gone
+
+    def _watch(self, folder: Path, begin: float) -> None:
+        """Shows how far the run is that began then."""
+        whole = next((f" of {run.steps}" for some in self.finished.values() for run in some), "")
+        left_s = (1 + self._later()) * self._mean_s() - (time.monotonic() - begin)
+        self._line.show(lambda: f"{self._which}: step {launches.steps_so_far(folder)}{whole} | {self._times(left_s)}")
 
     def _one(self, number: int, name: str) -> str:
         """Runs it unless it was finished before; returns what there is to say of it."""
-        relative = f"runs/{name}/{number}"
+        relative = f"{RUNS}/{name}/{number}"
         folder = self._out / relative
         was_finished = (folder / DONE).is_file()
         if not was_finished:
@@ -414,7 +457,13 @@ class _Runs:
                 shutil.rmtree(folder)
             folder.mkdir(parents=True)
             begin = time.monotonic()
-            code = launches.run(self._comparison.script, self._arguments(name, folder), folder, self._place)
+            code = launches.run(
+                self._comparison.script,
+                self._arguments(name, folder),
+                folder,
+                self._place,
+                watch=lambda: self._watch(folder, begin),
+            )
             self._spent_s.append(time.monotonic() - begin)
             if code:
                 return self._fail(name, folder, f"the launcher ended with exit code {code}")
@@ -435,10 +484,11 @@ class _Runs:
         errors = [line for line in lines if "Error" in line or "error:" in line] or lines
         last = " / ".join(dict.fromkeys(errors[-LOG_LINES:]))
         self.failed[name] = f"{why}; the end of {log}: {last}"
-        return f"FAILED, {self.failed[name]}"
+        is_last_word = self._comparison.passes == 1 and len(self._comparison.configs) == 1  # the command ends with it
+        return "FAILED" if is_last_word else f"FAILED, {self.failed[name]}"
 
     def _arguments(self, name: str, folder: Path) -> list[str]:
-        config = str((self._out / "configs" / f"{name}.json").resolve())
+        config = str((self._out / CONFIGS / f"{name}.json").resolve())
         given = self._comparison.arguments
         own = [] if any("{config}" in argument for argument in given) else ["--deepspeed_config", config]
         filled = [a.replace("{out}", str(folder.resolve())).replace("{config}", config) for a in given]
@@ -449,12 +499,32 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+class _Line:
+    """What is told of the progress: on a terminal one line that is written anew every second, else one a minute."""
+
+    def __init__(self):
+        self._is_terminal = sys.stderr.isatty()
+        self._last_s = time.monotonic()
+
+    def show(self, text: Callable[[], str]) -> None:
+        """Of a state that passes; not every one is shown."""
+        now = time.monotonic()
+        if now - self._last_s < (1 if self._is_terminal else 60):
+            return
+        self._last_s = now
+        if self._is_terminal:
+            width = shutil.get_terminal_size().columns - 1
+            print(_CLEAR + text()[:width], end="", file=sys.stderr, flush=True)
+        else:
+            self.say(text())
+
+    def say(self, text: str) -> None:
+        """What stays."""
+        print((_CLEAR if self._is_terminal else "") + text, file=sys.stderr, flush=True)
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt once; more of them do not disturb the cleaning up."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup it is ignored, and stays so
@@ -490,8 +560,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"ds_acco compare: {cause}", file=sys.stderr)
         return 1
     try:
-        with _interruptible():
-            runs = _run_all(comparison, options)
+        with interruptible():
+            runs = run_all(comparison, options.out, options.hostfile)
             return _finish(comparison, options.out, runs)
     except KeyboardInterrupt:
         print("ds_acco compare: interrupted; the same command goes on from here", file=sys.stderr)
@@ -501,17 +571,22 @@ def run(options: argparse.Namespace) -> int:
         return 1
 
 
-def _run_all(comparison: Comparison, options: argparse.Namespace) -> _Runs:
+def run_all(comparison: Comparison, out: Path, hostfile: Path | None) -> _Runs:
+    """Runs what is not finished yet in the folder that :func:`prepare` made.
+
+    Raises:
+        RuntimeError: the shaped hosts could not be made.
+    """
     shaped = hosts.ShapedHosts(comparison.hosts, comparison.rate) if comparison.hosts else nullcontext()
     with shaped as entered:
         place = launches.Place(
             world_size=comparison.world_size,
             slots=comparison.slots,
-            hostfile=options.hostfile,
+            hostfile=hostfile,
             hosts=entered,
             is_cpu=comparison.hosts is not None or comparison.emulated_ms is not None,
         )
-        runs = _Runs(comparison, options.out, place)
+        runs = _Runs(comparison, out, place)
         runs.all()
     return runs
 
@@ -520,13 +595,18 @@ def _finish(comparison: Comparison, out: Path, runs: _Runs) -> int:
     """Writes results.json and report.html and prints the verdict."""
     from . import report
 
-    path = out / "results.json"
-    results = results_of(comparison, runs.finished, runs.failed)
-    _write_whole(path, results)
+    path, results = write_results(comparison, out, runs)
     page = report.write(path)
     print("\n".join(results["verdict"]))
     print(f"{path}\n{page}")
     return 1 if runs.failed else 0
+
+
+def write_results(comparison: Comparison, out: Path, runs: _Runs) -> tuple[Path, dict[str, Any]]:
+    """results.json: its path and content."""
+    path, results = out / RESULTS, results_of(comparison, runs.finished, runs.failed)
+    _write_whole(path, results)
+    return path, results
 
 
 def results_of(comparison: Comparison, finished, failed: Mapping[str, str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,12 @@ class Record:
 
 
 def run(
-    script: Sequence[str], arguments: Sequence[str], folder: Path, place: Place, limit_s: float | None = None
+    script: Sequence[str],
+    arguments: Sequence[str],
+    folder: Path,
+    place: Place,
+    limit_s: float | None = None,
+    watch: Callable[[], None] = lambda: None,
 ) -> int:
     """Runs the script to its end, its output in ``folder/log.txt``; no process of it is left on return or exception.
 
@@ -71,6 +76,7 @@ def run(
         script: a path, or ``--module`` and a module's name.
         folder: where the ranks' records go; it exists.
         limit_s: a run that takes longer is ended.
+        watch: called again and again while it runs.
 
     Returns:
         The launcher's exit code, 0 when all went well; 124 at the limit.
@@ -92,7 +98,7 @@ def run(
                         start_new_session=True,
                     )
                 )
-        return _wait(launchers, limit_s)
+        return _wait(launchers, limit_s, watch)
     finally:
         if place.hostfile is not None:
             _let_end(launchers)
@@ -102,7 +108,7 @@ def run(
         _remove_shared_memory(port)
 
 
-def _wait(launchers: list[subprocess.Popen], limit_s: float | None) -> int:
+def _wait(launchers: list[subprocess.Popen], limit_s: float | None, watch: Callable[[], None]) -> int:
     """0 once all have ended well, else the code of the first that has not."""
     begin = time.monotonic()
     while limit_s is None or time.monotonic() - begin < limit_s:
@@ -110,6 +116,7 @@ def _wait(launchers: list[subprocess.Popen], limit_s: float | None) -> int:
         failed = [code for code in codes if code]
         if failed or None not in codes:
             return failed[0] if failed else 0
+        watch()
         time.sleep(POLL_S)
     return TIMED_OUT
 
@@ -223,6 +230,14 @@ def _remove_shared_memory(port: int) -> None:
     for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
         with contextlib.suppress(OSError):
             left.unlink()
+
+
+def steps_so_far(folder: Path) -> int:
+    """Optimizer steps that rank 0 of the run in ``folder`` has recorded."""
+    try:
+        return max(0, (folder / "rank0.jsonl").read_bytes().count(b"\n") - 1)  # the first line is the header
+    except OSError:
+        return 0
 
 
 def read(folder: Path, world_size: int) -> list[Record]:

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import plan
+from . import calibration, plan
+from .compare import INTERRUPTED
 from .plan import Cluster, Model, Work, seconds
 
 _DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -29,7 +30,7 @@ _BYTE_RATE_UNITS = {"B/s": 1.0, "kB/s": 1e3, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1
 _TIME_UNITS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 _SIZE_UNITS = {"MB": 1e6, "GB": 1e9, "MiB": 2.0**20, "GiB": 2.0**30}
 _MEASURED_BY_RESULTS = (
-    *("params", "model", "ranks", "micro_batch_ms", "micro_batch_size", "n", "round_ms", "backend"),
+    *("params", "model", "micro_batch_ms", "micro_batch_size", "n", "round_ms", "backend"),
     *("dtype", "comm_dtype", "accumulation_dtype"),
 )
 _SWEEP_UP_TO = 4096
@@ -38,12 +39,14 @@ _SWEPT = ("acco", "acco-int4", "wp", "dpu", "sync")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a plan is made of; ``micro_batch_size`` is in samples, 1 where it is not known."""
+    """What a plan is made of; ``micro_batch_size`` is in samples, 1 where it is not known. ``measured_ranks``: those
+    that were measured, where the plan is for another number of them."""
 
     model: Model
     cluster: Cluster
     work: Work
     micro_batch_size: int = 1
+    measured_ranks: int | None = None
 
 
 def from_measurement(
@@ -59,7 +62,8 @@ def from_measurement(
 
     Args:
         header: the first line of a rank's record: ``world_size``, ``numel``, ``weight_bytes``, ``comm_bytes``, ``n``,
-            ``micro_batch`` (samples) and ``device``; ``a``, if there and not None, becomes ``estimate_fraction``.
+            ``micro_batch`` (samples) and ``device``; ``a``, if there and not None, becomes ``estimate_fraction``, and
+            without ``accumulation_bytes`` gradients are taken to be summed in the weights' dtype.
         compute_s: C, the computation of one whole step.
         round_s: R, one round with nothing beside it.
         latency_s: the part of R that does not depend on the bytes, per message; 0: all of R scales with its bytes.
@@ -79,7 +83,9 @@ def from_measurement(
     backend = "nccl" if header["device"] == "cuda" else "gloo"
     update_s = _UPDATE_S[backend] if update_s_per_parameter is None else update_s_per_parameter
     n, a = header["n"], header.get("a")
-    model = Model(header["numel"], header["weight_bytes"], header["comm_bytes"], header["weight_bytes"])
+    weight_bytes = header["weight_bytes"]
+    summed_bytes = header.get("accumulation_bytes") or weight_bytes
+    model = Model(header["numel"], weight_bytes, header["comm_bytes"], summed_bytes)
     work = Work(compute_s / n, n, update_s, None if a is None else a / n)
     anywhere = Cluster(header["world_size"], 1.0, latency_s, backend, hosts)
     return Inputs(model, plan.calibrated(model, anywhere, work, round_s), work, header["micro_batch"])
@@ -199,12 +205,14 @@ def add_command(commands) -> None:
         help="predicts time and memory of a step under each ZeRO stage and ACCO schedule, and says what to set",
         description="Predicts time and memory of a step under each ZeRO stage and ACCO schedule. The terms and their "
         "sources are in the docstring of deepspeed_acco/plan.py.",
+        usage="%(prog)s (--params N | --model CONFIG | --results FILE | --calibrate CONFIG) [options] "
+        "[-- ARGUMENTS OF THE SCRIPT]",
     )
     add = parser.add_argument
     add("--params", type=count, help="trainable parameters, for example 7e9")
     add("--model", metavar="CONFIG", help="instead: a transformers config (name, folder or .json), built and counted")
     add("--results", metavar="FILE", help="instead of all of it: results.json of ds_acco compare")
-    add("--ranks", type=count, help="data-parallel ranks")
+    add("--ranks", type=count, help="data-parallel ranks; with measured figures: predict for so many")
     add("--hosts", type=count, help="they share the ranks equally (default: one rank in each)")
     add("--bandwidth", type=bandwidth, help="of one host in one direction: 300mbit, 100gbit, 12.5GB/s")
     add("--latency", type=duration, help="of one message (default: 10us with nccl, 50us with gloo)")
@@ -232,7 +240,8 @@ def add_command(commands) -> None:
         help=f"also a table over ranks (default: to {_SWEEP_UP_TO})",
     )
     add("--json", metavar="FILE", help="also write the figures there")
-    parser.set_defaults(run=run)
+    calibration.add_arguments(parser)
+    parser.set_defaults(run=run, takes_script_arguments=True)
 
 
 def _require_options(options: argparse.Namespace, names: list[str], reason: str) -> None:
@@ -242,12 +251,15 @@ def _require_options(options: argparse.Namespace, names: list[str], reason: str)
 
 
 def inputs_of(options: argparse.Namespace) -> Inputs:
-    """What the parsed arguments describe.
+    """What the parsed arguments describe; ``--calibrate`` measures it first.
 
     Raises:
         ValueError: for arguments that are missing, contradict one another, or that plan.py refuses.
+        MeasurementFailed: the measured run failed.
     """
-    if options.results is not None:
+    if options.calibrate is None:
+        calibration.refuse_without(options)
+    if options.results is not None or options.calibrate is not None:
         inputs = _inputs_of_results(options)
     else:
         inputs = _inputs_of_arguments(options)
@@ -263,23 +275,27 @@ def _update_s(options: argparse.Namespace) -> float | None:
 
 
 def _inputs_of_results(options: argparse.Namespace) -> Inputs:
-    for name in _MEASURED_BY_RESULTS:
+    measured = "--results" if options.calibrate is None else "--calibrate"
+    for name in ("results", *_MEASURED_BY_RESULTS) if measured == "--calibrate" else _MEASURED_BY_RESULTS:
         if getattr(options, name) is not None:
             raise ValueError(
-                f"plan: --{name.replace('_', '-')} cannot be given with --results, which has it. Remove one"
+                f"plan: --{name.replace('_', '-')} cannot be given with {measured}, which has it. Remove one"
             )
-    return from_results(
-        options.results,
-        latency_s=options.latency or 0.0,
-        hosts=options.hosts,
-        update_s_per_parameter=_update_s(options),
+    path, hosts = options.results, options.hosts
+    if options.calibrate is not None:
+        path, hosts = calibration.measure(options)
+    inputs = from_results(
+        path, latency_s=options.latency or 0.0, hosts=hosts, update_s_per_parameter=_update_s(options)
     )
+    if options.ranks is not None:
+        inputs = replace(inputs, cluster=inputs.cluster.with_ranks(options.ranks), measured_ranks=inputs.cluster.ranks)
+    return inputs
 
 
 def _inputs_of_arguments(options: argparse.Namespace) -> Inputs:
     if (options.params is None) == (options.model is None):
-        raise ValueError("plan: give one of --params, --model and --results")
-    _require_options(options, ["ranks", "micro_batch_ms", "n"], "or give --results with a measured run")
+        raise ValueError("plan: give one of --params, --model, --results and --calibrate")
+    _require_options(options, ["ranks", "micro_batch_ms", "n"], "or give --results or --calibrate for a measured run")
     if options.round_ms is None:
         _require_options(options, ["bandwidth"], "or give a measured --round-ms")
     backend = options.backend or "nccl"
@@ -309,8 +325,11 @@ def _describe(inputs: Inputs, is_measured: bool) -> str:
     model, cluster, work = inputs.model, inputs.cluster, inputs.work
     rate = f"{cluster.payload_rate * 8 / 1e9:.3g} Gbit/s of payload"
     hosts = f" on {cluster.host_count} hosts" if cluster.host_count != cluster.ranks else ""
+    source = "network from a measured round" if is_measured else "from formulas alone"
+    if inputs.measured_ranks is not None:
+        source += f" of {inputs.measured_ranks} ranks"
     return (
-        f"PREDICTION, not a measurement ({'network from a measured round' if is_measured else 'from formulas alone'}; "
+        f"PREDICTION, not a measurement ({source}; "
         "terms and sources: deepspeed_acco/plan.py)\n"
         f"{model.numel:,} parameters of {model.weight_bytes} bytes, {cluster.ranks} ranks{hosts}, {cluster.backend}, "
         f"{rate}, {seconds(cluster.latency_s) if cluster.latency_s else 'no'} latency, "
@@ -447,7 +466,8 @@ def _report(inputs: Inputs, advice: plan.Advice, sweep_rows: list[dict[str, Any]
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the plan; returns the exit status: 2 for arguments that cannot be used."""
+    """Prints the plan; returns the exit status: 2 for arguments that cannot be used, 1 when the measured run failed,
+    130 when it was interrupted."""
     try:
         inputs = inputs_of(options)
         advice = plan.advise(inputs.model, inputs.cluster, inputs.work, inputs.micro_batch_size)
@@ -455,7 +475,13 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"ds_acco {error}", file=sys.stderr)
         return 2
-    is_measured = options.results is not None or options.round_ms is not None
+    except calibration.MeasurementFailed as error:
+        print(f"ds_acco {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("ds_acco plan: interrupted; nothing was measured", file=sys.stderr)
+        return INTERRUPTED
+    is_measured = any(given is not None for given in (options.results, options.calibrate, options.round_ms))
     print(_describe(inputs, is_measured), table(inputs), words(advice), sep="\n\n")
     if is_measured and options.bandwidth is not None:
         print(_bandwidth_alone(options, inputs))

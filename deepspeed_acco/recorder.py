@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .lanes import Instant, LaneTimes
+from .rounds import ESTIMATE
 from .settings import phase_a_micro_batches
 
 RECORD_FOLDER = "DEEPSPEED_ACCO_RECORD"
@@ -54,6 +55,7 @@ class Recorder:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = open(folder / f"rank{engine.global_rank}.jsonl", "w", buffering=1, encoding="utf-8")
         self._seen = _lane_times(engine)
+        self._seen_bytes = _wire_bytes(engine)
         self._steps = 0
         self._last_end: Instant | None = None
         self._looked: list[bool] = []  # one entry for each look since the last step
@@ -85,7 +87,8 @@ class Recorder:
         yield
         end = Instant(device)
         self._steps += 1
-        line = {"step": self._steps, "step_s": None, "inside_s": None, **self._rounds()}
+        line = {"step": self._steps, "step_s": None, "inside_s": None, **self._rounds(), **self._wire()}
+        line.update(samples=_samples(self.engine()))
         line.update(peak_bytes=_peak_bytes(device), looked=bool(self._looked), loss=None)
         self._looked.clear()
         self._pending.append((line, self._last_end, begin, end))
@@ -96,12 +99,29 @@ class Recorder:
             self._write_first_pending()
 
     def _rounds(self) -> dict[str, Any]:
-        """The rounds that finished since the previous line: seconds, seconds waited for them, number."""
+        """The rounds that finished since the previous line: seconds, seconds waited for them, number, and the mean
+        seconds of an ESTIMATE."""
         times = _lane_times(self.engine())
         if times is None:
-            return {"round_s": None, "exposed_s": None, "rounds": None}
+            return {"round_s": None, "exposed_s": None, "rounds": None, "estimate_s": None}
         spent, self._seen = times.since(self._seen), times
-        return {"round_s": spent.round_s, "exposed_s": spent.exposed_s, "rounds": spent.rounds}
+        estimates = spent.rounds_of.get(ESTIMATE.name, 0)
+        estimate_s = spent.round_s_of[ESTIMATE.name] / estimates if estimates else None
+        return {
+            "round_s": spent.round_s,
+            "exposed_s": spent.exposed_s,
+            "rounds": spent.rounds,
+            "estimate_s": estimate_s,
+        }
+
+    def _wire(self) -> dict[str, Any]:
+        """The payload bytes that this rank sent and received in those rounds, where the optimizer counts them."""
+        now = _wire_bytes(self.engine())
+        if now is None:
+            return {"sent_bytes": None, "received_bytes": None}
+        before, self._seen_bytes = self._seen_bytes, now
+        sent, received = (after - earlier for after, earlier in zip(now, before))
+        return {"sent_bytes": sent, "received_bytes": received}
 
     def _write_first_pending(self) -> None:
         line, last_end, begin, end = self._pending.pop(0)
@@ -125,20 +145,37 @@ def _lane_times(engine) -> LaneTimes | None:
     return engine.optimizer.lane_times() if hasattr(engine.optimizer, "lane_times") else None
 
 
+def _wire_bytes(engine) -> tuple[int, int] | None:
+    """(sent, received) since the start; None with an optimizer that does not count."""
+    counted = getattr(engine.optimizer, "wire_bytes", None)
+    return None if counted is None else tuple(counted)
+
+
+def _samples(engine) -> int | None:
+    """What this rank computed in an adaptive window that has just ended; None where windows are fixed."""
+    if getattr(engine.optimizer, "adaptive", None) is None:
+        return None
+    return engine.optimizer.last_micro_batches * engine.train_micro_batch_size_per_gpu()
+
+
 def _header(engine) -> dict[str, Any]:
     settings = getattr(engine.optimizer, "settings", None)
     n = engine.gradient_accumulation_steps()
     parameters = list(engine.module.parameters())
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    summed_in = getattr(engine.optimizer, "gradient_accumulation_dtype", None)
     return {
         "rank": engine.global_rank,
         "world_size": engine.dp_world_size,
         "optimizer": type(engine.basic_optimizer).__name__,
         "schedule": settings.schedule if settings else None,
+        "accumulation": settings.accumulation if settings else None,
+        "estimate_comm": getattr(settings, "estimate_comm", None),
         "stage": engine.zero_optimization_stage(),
         "numel": sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable),  # ZeRO-3: the whole
         "weight_bytes": trainable[0].element_size(),
         "comm_bytes": torch.empty((), dtype=engine.communication_data_type).element_size(),
+        "accumulation_bytes": torch.empty((), dtype=summed_in).element_size() if summed_in else None,
         "n": n,
         "a": None if settings is None or settings.schedule != "acco" else _phase_a(engine, n),
         "micro_batch": engine.train_micro_batch_size_per_gpu(),

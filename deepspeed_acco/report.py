@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import itertools
 import re
 import statistics
 import sys
@@ -25,7 +26,8 @@ _PART_COLOURS = ("#4C5B73", "#D55E00", "#C9CDD3", "#9AA3B0")
 _BOUND_WORDS = (
     "The bound is what a step takes at best: max(A, R) + max(B, R) for acco, max(C, R) for wp and dpu, C + R for sync."
 )
-_PER_STEP = {"s": "seconds per optimizer step", "ms": "milliseconds per optimizer step"}
+_ADAPTIVE_BOUND = "With adaptive windows it is what the samples take when no rank ever waits."
+_UNIT_NAMES = {"s": "seconds", "ms": "milliseconds"}
 _WARM_UP_STEPS = 2
 _MOST_POINTS = 400
 _MOST_RANKS = 32
@@ -147,6 +149,29 @@ def measured(results: dict) -> list[tuple[int, dict]]:
     return [(index, config) for index, config in configs if not config["failed"] and config["step_s"]]
 
 
+def is_adaptive(config: dict) -> bool:
+    """Whether its steps differ in size."""
+    return config["accumulation"] == "adaptive"
+
+
+def to_nominal(results: dict, config: dict) -> float:
+    """What a time per step is multiplied with to be one per nominal batch, as every fixed step has: 1 but for adaptive
+    windows."""
+    own, nominal = config["samples_per_step"], results["samples_per_step"]
+    return nominal / own if is_adaptive(config) and own and nominal else 1.0
+
+
+def batch_lines(results: dict) -> list[Line]:
+    """Samples of each optimizer step, one line per pass of each adaptive configuration that did not fail."""
+    lines = []
+    for index, config in enumerate(results["configs"]):
+        for run in [] if config["failed"] else config["runs"]:
+            if run["batch"]:
+                steps = range(1, len(run["batch"]) + 1)
+                lines.append(Line(config["name"], index, *thinned(steps, run["batch"])))
+    return lines
+
+
 def loss_lines(results: dict, key: str, factor: float) -> list[Line]:
     """One line per pass of each configuration that did not fail: ``val_loss`` against ``factor`` times ``key``
     ("seconds" or "samples"). Points without one of both are left out."""
@@ -165,11 +190,12 @@ def _points(curve: Sequence[dict], x_key: str, y_key: str, factor: float) -> tup
 
 
 def step_bars(results: dict, unit: tuple[float, str]) -> list[Bar]:
-    """Step time of each measured configuration, split; in ``unit``."""
+    """Time of each measured configuration per nominal batch, split; in ``unit``."""
     bars = []
     for index, config in measured(results):
-        step, factor = config["step_s"], unit[0]
-        remark = f"{_time(step['median'], unit)} {unit[1]}"
+        step, scale = config["step_s"], to_nominal(results, config)
+        factor = unit[0] * scale
+        remark = f"{_time(step['median'] * scale, unit)} {unit[1]}"
         if config["of_bound"] is not None:
             remark += f"   {config['of_bound']:.3f} × bound"
         low, high, bound = (
@@ -350,6 +376,7 @@ def comparison_page(results: dict) -> str:
         _section("Verdict", _paragraphs(results["verdict"] or ["results.json holds no verdict."]), kind="verdict"),
         _failures(results),
         _section("Step time", _step_picture(results)),
+        _batch_picture(results),
         _section("Validation loss", _loss_picture(results)),
         _section("Memory per rank", _memory_picture(results)),
         _section("Figures", _figures_table(results)),
@@ -381,7 +408,9 @@ def _step_picture(results: dict) -> str:
     bars = step_bars(results, unit)
     if not bars:
         return _paragraphs(["No configuration has a step time, so there is nothing to draw."])
-    words = [f"Step time in {unit[1]} of each configuration."]
+    adaptive = [config["name"] for _, config in measured(results) if is_adaptive(config)]
+    what = "optimizer step" if not adaptive else f"{results['samples_per_step']:,} samples"
+    words = [f"Time per {what} in {unit[1]} of each configuration."]
     for bar in bars:
         parts = [f"{name} {part:.4g}" for name, part in zip(_PART_NAMES, bar.parts) if part]
         bound = "" if bar.bound is None else f", bound {bar.bound:.4g}"
@@ -389,16 +418,37 @@ def _step_picture(results: dict) -> str:
     caption = ["Medians; shorter is better."]
     if any(bar.bound is not None for bar in bars):
         caption.append(_BOUND_WORDS)
+    if adaptive:
+        caption.append(f"The steps of {_listed(adaptive)} have more samples, so all times are per nominal batch.")
+        caption.append(_ADAPTIVE_BOUND)
     notes = dict.fromkeys(
         config["split"]["note"] for _, config in measured(results) if config["split"] and config["split"]["note"]
     )
     caption += [note if note.endswith(".") else note + "." for note in notes]
     if any(config["split"] and min(_split_parts(config)) < 0 for _, config in measured(results)):
         caption.append("A part that is negative in the table is drawn as nothing.")
+    x_label = f"{_UNIT_NAMES[unit[1]]} per {what}"
     figure = pictures.draw_bars(
-        bars, _PART_NAMES, _PART_COLOURS, _PER_STEP[unit[1]], interval_name="95 % interval", bound_name="bound"
+        bars, _PART_NAMES, _PART_COLOURS, x_label, interval_name="95 % interval", bound_name="bound"
     )
     return _picture(figure, " ".join(words), " ".join(caption))
+
+
+def _batch_picture(results: dict) -> str:
+    """Empty where no configuration is adaptive."""
+    lines = batch_lines(results)
+    if not lines:
+        return ""
+    nominal = results["samples_per_step"]
+    level = None if nominal is None else (float(nominal), f"nominal, {nominal:,}")
+    words = ["Samples per optimizer step. Median and last:"]
+    words += [f"{line.label} {statistics.median(line.y):,.0f}, {line.y[-1]:,.0f};" for line in lines]
+    caption = "All ranks together. A window grows until the round behind it is finished, on each rank by itself."
+    caption += " One line per pass." if results["passes"] > 1 else ""
+    panel = Panel("optimizer step", "samples per step", lines, from_zero=True, level=level)
+    return _section(
+        "Batch size over steps", _picture(pictures.draw_lines([panel], height=3.4), " ".join(words), caption)
+    )
 
 
 def _split_parts(config: dict) -> list[float]:
@@ -475,29 +525,48 @@ def _figures_table(results: dict) -> str:
     bound = _Html(f"bound, {unit[1]}<small>step / bound</small>")
     head: list[object] = ["", f"step, {unit[1]}", bound, "compute", "exposed", "overhead", "hidden", "idle"]
     head += [f"memory, {memory[1]}", "final validation loss"]
+    has_batches = any(is_adaptive(config) for _, config in measured(results))
+    if has_batches:
+        head.insert(2, _Html("samples/s<small>samples / step</small>"))
+    sent = _wire_unit([config["sent_bytes"] for config in results["configs"] if config["sent_bytes"] is not None])
+    if sent:
+        head.insert(-1, _Html(f"sent, {sent[1]}<small>step and rank</small>"))
     rows = []
     for index, config in enumerate(results["configs"]):
         setting = config["schedule"] or (None if config["stage"] is None else f"ZeRO-{config['stage']}")
-        detail = " · ".join(part for part in (config["optimizer"], setting) if part)
+        more = ["adaptive"] if is_adaptive(config) else []
+        more += [config["estimate_comm"]] if config["estimate_comm"] not in (None, "full") else []
+        detail = " · ".join(part for part in (config["optimizer"], setting, *more) if part)
         name = _Html(f"{_chip(index, config['name'])}<small>{html.escape(detail)}</small>")
         if config["failed"]:
             rows.append([name, "failed", *["–"] * (len(head) - 2)])
             continue
         split = _split_parts(config) if config["split"] else [None] * 3
         own = [peak for peak in config["peak_bytes"] or [] if peak is not None]
-        rows.append(
-            [
-                name,
-                _with_interval(config["step_s"], lambda value: _time(value, unit)),
-                _Html(f"{_time(config['bound_s'], unit)}<small>{_of_bound(config)}</small>"),
-                *(_time(part, unit) for part in split),
-                _share(config["hidden_share"]),
-                _share(config["idle_share"]),
-                _figure(max(own, default=None), 0 if memory[1] == "MiB" else 2, memory[0]),
-                _with_interval(config["final_val_loss"], lambda value: _figure(value, 4)),
-            ]
-        )
+        row: list[object] = [
+            name,
+            _with_interval(config["step_s"], lambda value: _time(value, unit)),
+            _Html(f"{_time(config['bound_s'], unit)}<small>{_of_bound(config)}</small>"),
+            *(_time(part, unit) for part in split),
+            _share(config["hidden_share"]),
+            _share(config["idle_share"]),
+            _figure(max(own, default=None), 0 if memory[1] == "MiB" else 2, memory[0]),
+            _with_interval(config["final_val_loss"], lambda value: _figure(value, 4)),
+        ]
+        if has_batches:
+            speed = config["samples_per_s"] and config["samples_per_s"]["median"]
+            row.insert(2, _Html(f"{_figure(speed, 1)}<small>{_figure(config['samples_per_step'], 0)}</small>"))
+        if sent:
+            row.insert(-1, _figure(config["sent_bytes"], 1, sent[0]))
+        rows.append(row)
     return _table(head, rows) + _pass_note(results)
+
+
+def _wire_unit(values: Sequence[float]) -> tuple[float, str] | None:
+    """(what bytes are multiplied with, unit); None without any: it was not counted."""
+    if not values:
+        return None
+    return (1e-6, "MB") if max(values) < 1e9 else (1e-9, "GB")
 
 
 def _of_bound(config: dict) -> str:
@@ -525,7 +594,9 @@ def _speedup_table(results: dict) -> str:
             cell = _with_interval(ratio and ratio["speedup"], _figure)
             cells.append(_Html(cell + f"<small>{html.escape(ratio['verdict'])}</small>") if ratio else cell)
         rows.append([_chip(places.get(name, 0), name), *cells])
-    note = "Step time of the configuration on top divided by that of the row, pass by pass: above 1 the row is faster."
+    is_per_sample = any(is_adaptive(config) for _, config in measured(results))
+    note = f"{'Time per sample' if is_per_sample else 'Step time'} of the configuration on top divided by that of the "
+    note += "row, pass by pass: above 1 the row is faster."
     return (
         _table(["", *(_Html(f"over<br>{_name(baseline)}") for baseline in baselines)], rows)
         + f'<p class="note">{note}</p>\n'
@@ -553,7 +624,8 @@ def _manager_table(results: dict) -> str:
         )
     head: list[object] = ["", "instead of", "accelerators idle", "idle before", "communication hidden", "time saved"]
     head.append(_Html("accelerator-hours<br>saved of 1000"))
-    note = "For the same number of steps. A negative figure is a loss."
+    is_per_sample = any(is_adaptive(config) for _, config in measured(results))
+    note = f"For the same number of {'samples' if is_per_sample else 'steps'}. A negative figure is a loss."
     return _table(head, rows) + f'<p class="note">{note}</p>\n'
 
 
@@ -613,9 +685,15 @@ _TERMS: list[tuple[object, object]] = [
     (
         "bound",
         "what a step takes at best. acco runs one round behind each phase: max(A, R) + max(B, R). wp and dpu run one "
-        "behind the whole step: max(C, R). sync hides nothing: C + R. For DeepSpeed's own stages none is given.",
+        "behind the whole step: max(C, R). sync hides nothing: C + R. For DeepSpeed's own stages none is given. The R "
+        "of a quantised ESTIMATE (int8, int4) is its own, measured in the runs of that configuration. With adaptive "
+        "windows: what a step's samples take when every rank computes all the time at its own speed.",
     ),
-    ("computation", "C, measured in a run of the schedule sync, the same for every configuration."),
+    (
+        "computation",
+        "C, measured in a run of the schedule sync; the same for every configuration, but in adaptive ones of "
+        "as many samples as the step has.",
+    ),
     ("exposed", "how long training stood waiting for communication; for DeepSpeed's own stages all of the step but C."),
     ("overhead", "what remains: the step without computation and exposed communication."),
     ("hidden", "part of the rounds' time that cost training nothing."),
@@ -636,7 +714,7 @@ def windows(run: Run) -> dict[str, tuple[list[float], list[float]]]:
     """
     series = {name: values for name, values in run.events.items() if values[0]}
     if run.headers:
-        per_step = run.headers[0]["samples_per_step"]
+        samples = samples_so_far(run)
         lines = [step for step in run.steps[0] if step["round_s"] and step["exposed_s"] is not None]
         recorded = {
             "exposed_wait_ms": [1e3 * step["exposed_s"] for step in lines],
@@ -645,8 +723,26 @@ def windows(run: Run) -> dict[str, tuple[list[float], list[float]]]:
         }
         for name, values in recorded.items():
             if lines:
-                series.setdefault(name, ([float(step["step"] * per_step) for step in lines], values))
+                series.setdefault(name, ([samples[step["step"]] for step in lines], values))
     return series
+
+
+def batch_sizes(run: Run) -> list[int]:
+    """Samples of each recorded step, all ranks together; empty unless windows are adaptive and every rank is there."""
+    own = [[step["samples"] for step in steps] for steps in run.steps]
+    is_whole = run.headers and len(own) == (run.headers[0]["world_size"] or len(own))
+    if not is_whole or any(None in samples for samples in own):
+        return []
+    return [sum(of_step) for of_step in zip(*own)]
+
+
+def samples_so_far(run: Run) -> dict[int, float]:
+    """Step number -> samples trained at its end, as recorded or, with fixed windows, as the batch size says."""
+    per_step, sizes = run.headers[0]["samples_per_step"], batch_sizes(run)
+    steps = [step["step"] for step in run.steps[0]]
+    if len(sizes) < len(steps):
+        return {step: float(step * per_step) for step in steps}
+    return dict(zip(steps, map(float, itertools.accumulate(sizes))))
 
 
 def timed_steps(run: Run) -> list[list[dict]]:
@@ -699,6 +795,7 @@ def run_page(run: Run) -> str:
         _section("Loss", _run_loss_picture(run)),
         _section("Rounds, window by window", _rounds_picture(series)),
         _section("Step time", _run_step_picture(run)),
+        _run_batch_picture(run),
         _section("Error of the estimate", _error_picture(series)),
         _section("Memory per rank", _run_memory_picture(run)),
         _section("Figures", _run_table(run, series)),
@@ -810,8 +907,23 @@ def _run_step_picture(run: Run) -> str:
             "What happens inside of engine.step() is communication and update; what the engine communicates during "
             "backward is outside. " + caption
         )
-    figure = pictures.draw_bars(bars[:_MOST_RANKS], names, colours, _PER_STEP[unit[1]])
+    x_label = f"{_UNIT_NAMES[unit[1]]} per optimizer step"
+    figure = pictures.draw_bars(bars[:_MOST_RANKS], names, colours, x_label)
     return _picture(figure, " ".join(words), caption)
+
+
+def _run_batch_picture(run: Run) -> str:
+    """Empty unless windows are adaptive."""
+    sizes = batch_sizes(run)
+    if not sizes:
+        return ""
+    nominal = run.headers[0]["samples_per_step"]
+    line = Line("samples per step", 0, *thinned([step["step"] for step in run.steps[0]], sizes))
+    level = (float(nominal), f"nominal, {nominal:,}")
+    panel = Panel("optimizer step", "samples per step", [line], from_zero=True, level=level)
+    words = f"Samples per optimizer step: median {statistics.median(sizes):,.0f}, last {sizes[-1]:,}."
+    caption = "All ranks together. A window grows until the round behind it is finished, on each rank by itself."
+    return _section("Batch size over steps", _picture(pictures.draw_lines([panel], height=3.4), words, caption))
 
 
 def _rank_words(count: int) -> str:
@@ -860,6 +972,15 @@ def _run_table(run: Run, series: dict) -> str:
     timed = timed_steps(run)[0] if run.steps else []
     if timed:
         kinds.insert(0, ("optimizer step of rank 0, ms", [1e3 * step["step_s"] for step in timed], 1))
+    recorded = run.steps[0] if run.steps else []
+    for what, key in (
+        ("sent by rank 0, MB per step", "sent_bytes"),
+        ("received by rank 0, MB per step", "received_bytes"),
+    ):
+        counted = [1e-6 * step[key] for step in recorded[_WARM_UP_STEPS:] if step[key] is not None]
+        kinds += [(what, counted, 1)] if counted else []
+    if batch_sizes(run):
+        kinds.append(("samples per step, all ranks", batch_sizes(run), 0))
     rows: list[list[object]] = []
     for what, values, digits in kinds:
         tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]] * 9

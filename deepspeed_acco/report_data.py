@@ -33,7 +33,13 @@ _CONFIG = {
     "optimizer": _Maybe(_TEXT),
     "schedule": _Maybe(_TEXT),
     "stage": _Maybe(_WHOLE),
+    "accumulation": _Maybe(_TEXT),
+    "estimate_comm": _Maybe(_TEXT),
     "step_s": _Maybe(_INTERVAL),
+    "samples_per_step": _Maybe(_NUMBER),
+    "samples_per_s": _Maybe(_INTERVAL),
+    "estimate_s": _Maybe(_NUMBER),
+    "sent_bytes": _Maybe(_NUMBER),
     "bound_s": _Maybe(_NUMBER),
     "of_bound": _Maybe(_NUMBER),
     "split": _Maybe({"compute_s": _NUMBER, "exposed_s": _NUMBER, "overhead_s": _NUMBER, "note": _Maybe(_TEXT)}),
@@ -41,7 +47,7 @@ _CONFIG = {
     "idle_share": _Maybe(_NUMBER),
     "peak_bytes": _Maybe([_Maybe(_NUMBER)]),
     "failed": _Maybe(_TEXT),
-    "runs": [{"pass": _Maybe(_WHOLE), "curve": _Maybe([_POINT])}],
+    "runs": [{"pass": _Maybe(_WHOLE), "curve": _Maybe([_POINT]), "batch": _Maybe([_WHOLE])}],
     "final_val_loss": _Maybe(_LOSS),
 }
 _RATIO = {"config": _TEXT, "baseline": _TEXT, "speedup": _Maybe(_INTERVAL), "verdict": _TEXT}
@@ -81,6 +87,8 @@ _HEADER = {
     "world_size": _Maybe(_WHOLE),
     "optimizer": _Maybe(_TEXT),
     "schedule": _Maybe(_TEXT),
+    "accumulation": _Maybe(_TEXT),
+    "estimate_comm": _Maybe(_TEXT),
     "stage": _Maybe(_WHOLE),
     "numel": _Maybe(_WHOLE),
     "weight_bytes": _Maybe(_WHOLE),
@@ -93,8 +101,18 @@ _HEADER = {
     "torch": _Maybe(_TEXT),
     "deepspeed": _Maybe(_TEXT),
 }
-_STEP = {"step": _WHOLE, "looked": _Maybe("true or false")} | {
-    key: _Maybe(_NUMBER) for key in ("step_s", "inside_s", "round_s", "exposed_s", "peak_bytes")
+_STEP = {"step": _WHOLE, "looked": _Maybe("true or false"), "samples": _Maybe(_WHOLE)} | {
+    key: _Maybe(_NUMBER)
+    for key in (
+        "step_s",
+        "inside_s",
+        "round_s",
+        "exposed_s",
+        "estimate_s",
+        "peak_bytes",
+        "sent_bytes",
+        "received_bytes",
+    )
 }
 
 

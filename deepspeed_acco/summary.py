@@ -21,6 +21,7 @@ INTERVAL = (2.5, 97.5)  # percentiles of a 95 % interval
 SEED = 20_240_602
 PASSES_FOR_95 = 6  # the median of fewer lies outside all of them more often than in 5 % of the cases: 2 * 0.5^passes
 CURVE_KEYS = ("step", "samples", "seconds", "val_loss", "loss")
+MODEL_KEYS = ("numel", "weight_bytes", "comm_bytes", "accumulation_bytes")
 NOTE_OF_STOCK = "all that is not computation: communication, optimizer, overhead"
 
 
@@ -39,6 +40,11 @@ class Run:
         round_s: [timed] likewise, the rounds.
         compute_s: the slowest rank's median time outside the engine's step.
         fastest_round_s: the median round of the rank that waits least for the others; None without ACCO.
+        estimate_s: the median ESTIMATE of the rank that waits least for the others; None without any.
+        samples: [timed], of all ranks together.
+        samples_per_s_alone: what the ranks compute together where nothing communicates, by ``outside`` of the step.
+        batch: samples of every step of the run, all ranks together; None with fixed windows, which have one size.
+        sent_bytes: what a rank sends in a median step, the mean over the ranks; None where it was not counted.
         peak_bytes: of each rank, after the warm-up.
         curve: the validations, as the script wrote them.
     """
@@ -52,6 +58,11 @@ class Run:
     round_s: numpy.ndarray | None
     compute_s: float
     fastest_round_s: float | None
+    estimate_s: float | None
+    samples: numpy.ndarray
+    samples_per_s_alone: float
+    batch: list[int] | None
+    sent_bytes: float | None
     peak_bytes: list[int | None]
     curve: list[dict[str, Any]]
 
@@ -59,10 +70,12 @@ class Run:
 def summarise_run(number: int, folder: str, records: Sequence[Record], curve: list[dict[str, Any]]) -> Run:
     """Raises ValueError when no step is left to be timed."""
     count = min(len(record.steps) for record in records)
+    batch = _batch(records, count)
     timed = [
         index
         for index in range(WARM_UP_STEPS, count)
         if all(record.steps[index]["step_s"] is not None and not record.steps[index]["looked"] for record in records)
+        and (batch is None or batch[index])
     ]
     if not timed:
         raise ValueError(
@@ -71,11 +84,13 @@ def summarise_run(number: int, folder: str, records: Sequence[Record], curve: li
         )
 
     def table(key: str) -> numpy.ndarray:
-        """[ranks, timed]"""
-        return numpy.array([[record.steps[index][key] for index in timed] for record in records], dtype=float)
+        """[ranks, timed]; NaN where it is not known."""
+        return numpy.array([[record.steps[index].get(key) for index in timed] for record in records], dtype=float)
 
     is_acco = records[0].header["schedule"] is not None
     outside = numpy.median(table("step_s") - table("inside_s"), axis=1)
+    samples = numpy.array([records[0].header["samples_per_step"] if batch is None else batch[i] for i in timed])
+    own_samples = records[0].header["n"] * records[0].header["micro_batch"]
     last = [[line["peak_bytes"] for line in record.steps[WARM_UP_STEPS:]] for record in records]
     return Run(
         number=number,
@@ -87,9 +102,33 @@ def summarise_run(number: int, folder: str, records: Sequence[Record], curve: li
         round_s=table("round_s").mean(axis=0) if is_acco else None,
         compute_s=float(outside.max()),
         fastest_round_s=float(numpy.median(table("round_s"), axis=1).min()) if is_acco else None,
+        estimate_s=_least_median(table("estimate_s")),
+        samples=samples,
+        samples_per_s_alone=float((own_samples / numpy.maximum(outside, 1e-9)).sum()),
+        batch=batch,
+        sent_bytes=_median_of_known(table("sent_bytes").mean(axis=0)),
         peak_bytes=[None if None in peaks else max(peaks) for peaks in last],
         curve=curve,
     )
+
+
+def _batch(records: Sequence[Record], count: int) -> list[int] | None:
+    """The samples of each step, all ranks together; None with fixed windows."""
+    own = [[line.get("samples") for line in record.steps[:count]] for record in records]
+    if any(None in samples for samples in own):
+        return None
+    return [sum(of_step) for of_step in zip(*own)]
+
+
+def _median_of_known(values: numpy.ndarray) -> float | None:
+    known = values[~numpy.isnan(values)]
+    return float(numpy.median(known)) if len(known) else None
+
+
+def _least_median(table: numpy.ndarray) -> float | None:
+    """Of the rows the smallest median; None where nothing is known."""
+    medians = [median for median in map(_median_of_known, table) if median is not None]
+    return min(medians, default=None)
 
 
 def read_curve(folder: Path) -> list[dict[str, Any]]:
@@ -149,11 +188,19 @@ def verdict_of(speedup: Mapping[str, float]) -> str:
     return "slower" if speedup["high"] < 1 else "no difference shown"
 
 
-def bound_s(schedule: str | None, compute_s: float, round_s: float, n: int, a: int | None) -> float | None:
-    """The shortest step that a schedule can have: each round beside the computation that it runs behind."""
+def bound_s(
+    schedule: str | None, compute_s: float, round_s: float, n: int, a: int | None, estimate_s: float | None = None
+) -> float | None:
+    """The shortest step that a schedule can have: each round beside the computation that it runs behind.
+
+    Args:
+        round_s: R, of every round.
+        estimate_s: of an ESTIMATE, where it is another one: a quantised one.
+    """
     if schedule == "acco":
         phase_a_s = compute_s * a / n
-        return max(phase_a_s, round_s) + max(compute_s - phase_a_s, round_s)
+        estimate_s = round_s if estimate_s is None else estimate_s
+        return max(phase_a_s, round_s) + max(compute_s - phase_a_s, estimate_s)
     if schedule in ("wp", "dpu"):
         return max(compute_s, round_s)
     return compute_s + round_s if schedule == "sync" else None
@@ -185,7 +232,7 @@ def summarise(
     summary = {
         "world_size": header.get("world_size"),
         "device": header.get("device"),
-        "model": {key: header.get(key) for key in ("numel", "weight_bytes", "comm_bytes")},
+        "model": {key: header.get(key) for key in MODEL_KEYS},
         "n": header.get("n"),
         "samples_per_step": header.get("samples_per_step"),
         "versions": {key: header.get(key) for key in ("torch", "deepspeed")},
@@ -200,13 +247,15 @@ def summarise(
 
 def _reference(runs: Sequence[Run], failed: str | None) -> dict[str, Any]:
     if failed or not runs:
-        return {"compute_s": None, "round_s": None, "micro_batch_s": None, "failed": failed}
+        unknown = dict.fromkeys(("compute_s", "round_s", "micro_batch_s", "samples_per_s_alone"))
+        return {**unknown, "failed": failed}
     compute_s = statistics.median(run.compute_s for run in runs)
     round_s = statistics.median(run.fastest_round_s for run in runs)
     return {
         "compute_s": compute_s,
         "round_s": round_s,
         "micro_batch_s": compute_s / runs[0].header["n"],
+        "samples_per_s_alone": statistics.median(run.samples_per_s_alone for run in runs),
         "failed": None,
     }
 
@@ -216,9 +265,12 @@ def _config(name: str, file: str, runs: Sequence[Run], base: dict[str, Any], fai
     config = {
         "name": name,
         "file": file,
-        **{key: header.get(key) for key in ("optimizer", "schedule", "stage")},
-        "a": header.get("a"),
+        **{key: header.get(key) for key in ("optimizer", "schedule", "stage", "accumulation", "estimate_comm", "a")},
         "step_s": None,
+        "samples_per_step": None,
+        "samples_per_s": None,
+        "estimate_s": None,
+        "sent_bytes": None,
         "bound_s": None,
         "of_bound": None,
         "split": None,
@@ -234,6 +286,7 @@ def _config(name: str, file: str, runs: Sequence[Run], base: dict[str, Any], fai
                 "timed_steps": len(run.step_s),
                 "step_s": float(numpy.median(run.step_s)),
                 "curve": run.curve,
+                "batch": run.batch,
             }
             for run in runs
         ],
@@ -242,6 +295,12 @@ def _config(name: str, file: str, runs: Sequence[Run], base: dict[str, Any], fai
     if failed or not runs:
         return config
     config["step_s"] = median_of_passes([run.step_s for run in runs])
+    config["samples_per_step"] = statistics.median(float(numpy.median(run.samples)) for run in runs)
+    config["samples_per_s"] = median_of_passes([run.samples / run.step_s for run in runs])
+    estimates = [run.estimate_s for run in runs if run.estimate_s is not None]
+    config["estimate_s"] = statistics.median(estimates) if estimates else None
+    sent = [run.sent_bytes for run in runs if run.sent_bytes is not None]
+    config["sent_bytes"] = statistics.median(sent) if sent else None
     peaks = list(zip(*(run.peak_bytes for run in runs)))
     config["peak_bytes"] = [max(of_rank) for of_rank in peaks] if all(map(all, peaks)) else []
     last_losses = [run.curve[-1]["val_loss"] for run in runs if run.curve]
@@ -257,10 +316,21 @@ def _config(name: str, file: str, runs: Sequence[Run], base: dict[str, Any], fai
     return config
 
 
+def is_adaptive(config: Mapping[str, Any]) -> bool:
+    """Whether its steps differ in size, so that only times per sample can be compared with another's."""
+    return config["accumulation"] == "adaptive"
+
+
 def _add_reference(config, header, base, exposed_s: float | None) -> None:
-    """What is known only beside C and R."""
+    """What is known only beside C and R. The ideal of an adaptive configuration is that no rank ever waits: its step
+    then takes as long as all ranks together need for its samples, each at its own speed."""
     step_s, compute_s = config["step_s"]["median"], base["compute_s"]
-    config["bound_s"] = bound_s(header["schedule"], compute_s, base["round_s"], header["n"], header["a"])
+    if is_adaptive(config):
+        config["bound_s"] = compute_s = step_s * config["samples_per_s"]["median"] / base["samples_per_s_alone"]
+    else:
+        estimate_s = config["estimate_s"] if config["estimate_comm"] not in (None, "full") else None
+        given = (header["schedule"], compute_s, base["round_s"], header["n"], header["a"])
+        config["bound_s"] = bound_s(*given, estimate_s)
     config["of_bound"] = step_s / config["bound_s"] if config["bound_s"] else None
     config["idle_share"] = max(0.0, 1 - compute_s / step_s)
     if exposed_s is None:
@@ -276,14 +346,14 @@ def _add_reference(config, header, base, exposed_s: float | None) -> None:
 
 
 def _ratios(configs, runs: Mapping[str, Sequence[Run]]):
-    """Each ACCO configuration beside each stock one, of those that did not fail."""
+    """Each ACCO configuration beside each stock one, of those that did not fail; by the time that a sample takes."""
     ratios, manager = [], []
     complete = [config for config in configs if config["step_s"]]
     for config in complete:
         for baseline in complete:
             if config["schedule"] is None or baseline["schedule"] is not None:
                 continue
-            slow, fast = ([run.step_s for run in runs[one["name"]]] for one in (baseline, config))
+            slow, fast = ([run.step_s / run.samples for run in runs[one["name"]]] for one in (baseline, config))
             speedup = ratio_of_passes(slow, fast)
             names = {"config": config["name"], "baseline": baseline["name"]}
             saved = 1 - 1 / speedup["median"]
@@ -357,6 +427,8 @@ def _beside(config, best, summary, is_emulated) -> list[str]:
     speedup, name = ratio["speedup"], config["name"]
     interval = f"95 % interval {speedup['low']:.3g} to {speedup['high']:.3g}"
     times = f"{config['step_s']['median']:.3g} s a step against {best['step_s']['median']:.3g} s"
+    if is_adaptive(config):
+        times = f"{config['samples_per_s']['median']:.3g} samples/s against {best['samples_per_s']['median']:.3g}"
     stock = f"{best['name']}, the fastest of DeepSpeed's own here"
     if ratio["verdict"] == "no difference shown":
         said = f"No difference shown between {name} and {stock}: {times}, {speedup['median']:.3g} times ({interval})"
@@ -366,6 +438,16 @@ def _beside(config, best, summary, is_emulated) -> list[str]:
     if ratio["verdict"] == "faster":
         saved = 1 - 1 / speedup["median"]
         sentences.append(f"{name} saves {saved:.0%} of the time: {1000 * saved:.0f} of every 1000 accelerator-hours")
+    if is_adaptive(config):
+        sentences.append(
+            f"{name}'s windows are adaptive: a median step has {config['samples_per_step']:.0f} samples, nominal are "
+            f"{summary['samples_per_step']}. So speed is compared per sample; choose the learning rate for that batch"
+        )
+    if config["estimate_comm"] not in (None, "full") and config["estimate_s"] is not None:
+        sentences.append(
+            f"{name}'s ESTIMATE ({config['estimate_comm']}) takes {config['estimate_s']:.3g} s in its own runs; its "
+            "bound is made with that"
+        )
     if config["idle_share"] is not None:
         sentences.append(
             f"The accelerators compute nothing for {config['idle_share']:.0%} of the time with {name}, for "
@@ -386,15 +468,17 @@ def _beside(config, best, summary, is_emulated) -> list[str]:
 def _reasons(config, best, summary, is_emulated) -> list[str]:
     base, split = summary["reference"], config["split"]
     compute_s, round_s = base["compute_s"], base["round_s"]
+    nominal = best["samples_per_step"] / config["samples_per_step"]  # 1 unless adaptive
     reasons = []
     if config["schedule"] == "sync":
         return ["sync overlaps nothing"]
     if round_s < LITTLE * compute_s:
         reasons.append(f"there is little to hide, a round takes {round_s / compute_s:.1%} of the computation")
-    if config["bound_s"] >= best["step_s"]["median"]:
+    if config["bound_s"] * nominal >= best["step_s"]["median"]:
         reasons.append(f"even its bound of {config['bound_s']:.3g} s is no shorter than a step of {best['name']}")
-    elif config["bound_s"] > compute_s * (1 + LITTLE):
+    elif not is_adaptive(config) and config["bound_s"] > compute_s * (1 + LITTLE):
         reasons.append(f"at R = {round_s / compute_s:.2f} C its bound is {config['bound_s']:.3g} s, not C")
+    compute_s = split["compute_s"]
     unhidden_s = config["bound_s"] - compute_s  # what the bound itself lets be waited for
     if split["exposed_s"] - unhidden_s > LITTLE * compute_s:
         reasons.append(f"it waits {split['exposed_s']:.3g} s a step for rounds; its bound allows {unhidden_s:.3g}")
@@ -420,8 +504,23 @@ def _quality(acco, stock, is_emulated) -> list[str]:
             if beside is not None:
                 other = beside["final_val_loss"]["median"]
                 sentence += f", that of {beside['name']} {other:.4f} ({loss / other - 1:+.2%})"
-            sentences.append(sentence + ", after equal tokens")
+            sentences.append(f"{sentence}, {_after(config, beside)}")
     return sentences
+
+
+def _after(config, beside) -> str:
+    """After how much data the last losses were taken."""
+    own, other = (_last_samples(one) if one is not None else None for one in (config, beside))
+    if other is None or own == other:
+        return "after equal tokens"
+    if own is None:
+        return "after as many steps"
+    return f"after {own:,.0f} samples and {other:,.0f}: at equal tokens only the curves compare them"
+
+
+def _last_samples(config) -> float | None:
+    known = [run["curve"][-1]["samples"] for run in config["runs"] if run["curve"]]
+    return statistics.median(known) if known and None not in known else None
 
 
 def _memory(acco, best) -> list[str]:

@@ -209,6 +209,11 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         return self._position.window
 
     @property
+    def last_micro_batches(self) -> int:
+        """How many micro-batches this rank had in the window that ended last; 0 before the first."""
+        return self._last_micro_batches
+
+    @property
     def is_between_windows(self) -> bool:
         """Whether nothing of the running window was computed or sent yet."""
         return self._position.phase is Phase.A and not self._position.micro_batches

@@ -107,6 +107,40 @@ def test_recording_changes_no_bit_and_tells_the_truth(ranks, tmp_path, name):
             assert all(line["round_s"] > 0 and line["exposed_s"] >= 0 for line in steps[1:])
 
 
+def _train_adaptively(folder):
+    """Rank 1 takes three times as long; the windows as ``on_window`` tells them."""
+    import torch.distributed as dist
+
+    import deepspeed_acco
+    from deepspeed_acco import recorder
+
+    recorder._recorders.clear()
+    os.environ[RECORD] = folder
+    engine = training.start_engine(training.ds_config(4, accumulation="adaptive"))
+    told = []
+    deepspeed_acco.on_window(engine, lambda counts: told.append(counts.micro_batches))
+    index = 0
+    while engine.global_steps < 6:
+        time.sleep(0.002 * (1 + 2 * dist.get_rank()))
+        engine.backward(engine(*training.batch(dist.get_rank(), 0, index)))
+        engine.step()
+        index += 1
+    engine.destroy()
+    recorder._recorders.pop()._close()
+    del os.environ[RECORD]
+    return told
+
+
+def test_the_samples_of_adaptive_windows_are_recorded(ranks, tmp_path):
+    told, _ = ranks(2).run(_train_adaptively, folder=str(tmp_path))
+    assert len(told) == 6
+    for rank in (0, 1):
+        header, *steps = (json.loads(line) for line in (tmp_path / f"rank{rank}.jsonl").read_text().splitlines())
+        assert header["accumulation"] == "adaptive"
+        assert [line["samples"] for line in steps] == [4 * counts[rank] for counts in told]
+        assert all(0 < line["estimate_s"] < line["round_s"] for line in steps[1:])
+
+
 # ---- the command
 
 TRAIN = """
@@ -184,7 +218,8 @@ def test_a_comparison_and_one_that_fails(operators, tmp_path, capfd):
     assert "break_it is set" in broken["failed"] and "log.txt" in broken["failed"] and "FAILED" in printed.err
     assert (mine["optimizer"], mine["schedule"], stock["optimizer"], stock["stage"]) == ("ACCO", "sync", "AdamW", 1)
     assert results["world_size"] == 2 and results["device"] == "cpu" and results["samples_per_step"] == 32
-    assert results["model"] == {"numel": 64 * 65 + 65, "weight_bytes": 4, "comm_bytes": 4}
+    widths = {"weight_bytes": 4, "comm_bytes": 4, "accumulation_bytes": 4}
+    assert results["model"] == {"numel": 64 * 65 + 65, **widths}
     base = results["reference"]
     assert base["compute_s"] > 0 and base["round_s"] > 0
     assert mine["step_s"]["median"] > 0 and mine["split"]["exposed_s"] > 0 and mine["hidden_share"] < 0.2
@@ -199,6 +234,20 @@ def test_a_comparison_and_one_that_fails(operators, tmp_path, capfd):
     assert all(name in page for name in ("mine", "stock", "break_it is set"))
     assert not _processes_with(str(out))
     assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*_" + _port(out / "runs/mine/1/log.txt") + "_*"))
+
+
+def test_a_plan_from_a_short_run(operators, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["plan", "--calibrate", _write_config(tmp_path, "mine", schedule="acco"), "--emulate-compute", "40"]
+    arguments += ["--numel", "100000", "--steps", "5", "--num_accelerators", "2", "--ranks", "4", "--json", "plan.json"]
+    assert cli.main(arguments) == 0
+    printed = capfd.readouterr()
+    assert "measured round of 2 ranks" in printed.out and "100,000 parameters of 4 bytes, 4 ranks, gloo" in printed.out
+    planned = json.loads(Path("plan.json").read_text())
+    assert planned["work"]["n"] == 2 and planned["work"]["micro_batch_s"] > 0.040  # it waits at least so long
+    reference = json.loads(Path("runs/calibrate/results.json").read_text())["reference"]
+    assert planned["compute_s"] == pytest.approx(reference["compute_s"]) and reference["round_s"] > 0
+    assert not _processes_with(str(tmp_path))
 
 
 def _port(log: Path) -> str:

@@ -120,6 +120,27 @@ def test_a_run_from_its_records():
     assert run.peak_bytes == [1500, 1200]
 
 
+def test_what_an_adaptive_run_computed():
+    first = [{**step(i, 4.0, 2.0, 1.0, 0.5), "samples": s} for i, s in enumerate((8, 8, 32, 40, 0, 48), 1)]
+    second = [{**step(i, 4.0, 1.0, 1.0, 0.5), "samples": s} for i, s in enumerate((8, 16, 32, 80, 0, 16), 1)]
+    for line, estimate_s, sent in zip(first[2:], (1.0, None, 5.0, 3.0), (100, 200, 300, 300)):
+        line.update(estimate_s=estimate_s, sent_bytes=sent)
+    for line, estimate_s in zip(second[2:], (2.0, 2.0, 2.0, 2.0)):
+        line.update(estimate_s=estimate_s, sent_bytes=100)
+    records = [launches.Record(header("acco", rank), steps) for rank, steps in enumerate((first, second))]
+    run = summary.summarise_run(1, "", records, [])
+    assert run.batch == [16, 24, 64, 120, 0, 64]
+    assert run.samples.tolist() == [64, 120, 64], "the fifth step, in which nothing was computed, is not timed"
+    assert run.samples_per_s_alone == pytest.approx(4 * 8 / 2.0 + 4 * 8 / 3.0)
+    assert run.estimate_s == 2.0  # the medians of the ranks over the timed steps: 2 (of 1 and 3) and 2
+    assert run.sent_bytes == pytest.approx(150)  # means over the ranks: 100, 150, 200
+    fixed = summary.summarise_run(
+        1, "", [launches.Record(header("acco"), [step(i, 4.0, 2.0, 1, 0) for i in range(5)])], []
+    )
+    assert fixed.batch is None and fixed.samples.tolist() == [64, 64, 64]
+    assert fixed.estimate_s is None and fixed.sent_bytes is None
+
+
 def test_too_few_steps_are_explained():
     records = [launches.Record(header(None), [step(1, 1, 1), step(2, 1, 1), step(3, 1, 1, looked=True)])]
     with pytest.raises(ValueError, match="none of the 3 steps can be timed.*Train for more steps"):
@@ -130,10 +151,11 @@ def test_too_few_steps_are_explained():
 TIMES = {"sync": (2.5, 0.5, 0.5), "acco": (2.02, 0.02, 0.015), "dpu": (2.02, 0.01, 0.005), None: (2.5, 0.5, None)}
 
 
-def made_run(schedule, number, scale=1.0, curve=(), **other):
+def made_run(schedule, number, scale=1.0, curve=(), lines=None, **other):
     step_s, inside_s, exposed_s = TIMES[schedule]
     round_s = None if schedule is None else 0.5
     steps = [step(i, scale * (step_s + 1e-3 * (i % 3)), inside_s, round_s, exposed_s) for i in range(1, 12)]
+    steps = [{**line, **(lines or {})} for line in steps]
     records = [launches.Record(header(schedule, rank, **other), steps) for rank in (0, 1)]
     return summary.summarise_run(number, f"runs/{schedule}/{number}", records, list(curve))
 
@@ -176,6 +198,49 @@ def test_the_summary_of_known_times():
         assert words in text
     assert "Why" not in text and "2 passes" in text
     json.dumps(found, allow_nan=False)
+
+
+def test_an_adaptive_configuration_is_compared_per_sample():
+    """Its steps take twice as long as ZeRO-1's and have four times the samples: it is twice as fast."""
+    curves = [[{"step": 11, "samples": samples, "seconds": 1.0, "val_loss": 2.0}] for samples in (2816, 704)]
+    adaptive = {"accumulation": "adaptive", "lines": {"samples": 128}}
+    times_step = 5.0 / TIMES["acco"][0]
+    runs = {
+        "many": [made_run("acco", number, times_step, curves[0], **adaptive) for number in (1, 2)],
+        "zero1": [made_run(None, number, 1.0, curves[1]) for number in (1, 2)],
+    }
+    found = summary.summarise({"many": "", "zero1": ""}, runs, [made_run("sync", 1)], {}, False)
+    many, zero1 = found["configs"]
+    assert (many["samples_per_step"], zero1["samples_per_step"]) == (256, 64)
+    assert many["samples_per_s"]["median"] == pytest.approx(256 / 5.0, rel=2e-3)
+    assert zero1["samples_per_s"]["median"] == pytest.approx(64 / 2.5, rel=2e-3)
+    assert found["ratios"][0]["speedup"]["median"] == pytest.approx(2.0, rel=2e-3)
+    assert found["ratios"][0]["verdict"] == "faster"
+    assert found["manager"][0]["saved_share"] == pytest.approx(0.5, abs=2e-3)
+    # The two ranks alone compute 2 x 32 samples in C = 2 s, so these 256 would take them 8 s: made up, it is too fast.
+    assert found["reference"]["samples_per_s_alone"] == pytest.approx(32.0, rel=2e-3)
+    assert many["bound_s"] == pytest.approx(8.0, rel=5e-3) and many["idle_share"] == 0
+    assert many["runs"][0]["batch"] == [256] * 11 and zero1["runs"][0]["batch"] is None
+    text = " ".join(found["verdict"])
+    assert "many is faster than zero1" in text and "51.2 samples/s against 25.6, 2 times as fast" in text
+    assert "a median step has 256 samples, nominal are 64" in text and "500 of every 1000" in text
+    assert "after 2,816 samples and 704: at equal tokens only the curves" in text
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_bound_with_a_quantised_estimate():
+    """R = 2 s where C = 2 s; the ESTIMATE takes 0.25 s: max(1, 2) + max(1, 0.25) s, not 4 s."""
+    lines = {"estimate_s": 0.25, "sent_bytes": 3_000_000}
+    reference = [summary.Run(**{**vars(made_run("sync", 1)), "fastest_round_s": 2.0})]
+    for estimate_comm, expected in (("int4", 3.0), ("full", 4.0), (None, 4.0)):
+        runs = {
+            "mine": [made_run("acco", 1, 1.5, lines=lines, estimate_comm=estimate_comm)],
+            "zero1": [made_run(None, 1)],
+        }
+        found = summary.summarise({"mine": "", "zero1": ""}, runs, reference, {}, True)
+        assert found["configs"][0]["bound_s"] == pytest.approx(expected, abs=5e-3)
+        assert (found["configs"][0]["sent_bytes"], found["configs"][1]["sent_bytes"]) == (3_000_000, None)
+        assert ("ESTIMATE (int4) takes 0.25 s" in " ".join(found["verdict"])) == (estimate_comm == "int4")
 
 
 def test_the_verdict_says_when_acco_loses_and_why():
@@ -230,7 +295,7 @@ def test_the_batch_by_deepspeeds_rules(config, expected):
     assert compare.batch_of(config, 2) == expected
 
 
-@pytest.mark.parametrize("name", ["acco", "zero3", "acco_bf16"])
+@pytest.mark.parametrize("name", ["acco", "zero3", "acco_bf16", "acco_adaptive"])
 def test_the_reference_is_the_first_configs_training_by_sync(name):
     config = json.loads((CONFIGS / f"{name}.json").read_text())
     derived = compare.reference_of(name, config)
@@ -250,7 +315,7 @@ class FakeRuns:
         self.seen = []
         self.stop_at = None
 
-    def __call__(self, script, arguments, folder, place):
+    def __call__(self, script, arguments, folder, place, watch=None):
         if len(self.seen) == self.stop_at:
             (folder / "rank0.jsonl").write_text("half")
             raise KeyboardInterrupt
@@ -361,7 +426,7 @@ def test_the_scripts_arguments_are_filled_in(monkeypatch, tmp_path, fake):
     script.write_text("")
     seen = []
 
-    def run(script, arguments, folder, place):
+    def run(script, arguments, folder, place, watch):
         seen.append((script, arguments))
         return fake(script, ["--deepspeed_config", arguments[1], *arguments], folder, place)
 

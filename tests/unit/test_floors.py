@@ -32,6 +32,7 @@ FLOORS = {
     "op_builder": 4,
     "kernel_bench": 4,
     "planning": 4,
+    "calibration": 4,
     "emulated": 4,
     "hosts": 4,
     "launches": 4,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspeed_acco import plan, planning
+from deepspeed_acco import launches, plan, planning
 from deepspeed_acco.cli import main
 from deepspeed_acco.plan import Cluster, Model, Work, predict
 from deepspeed_acco.rounds import COMMIT, ESTIMATE, PREDICT
@@ -512,7 +512,7 @@ def test_sweep_over_ranks(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plan", "--ranks", "2"], "give one of --params, --model and --results"),
+        (["plan", "--ranks", "2"], "give one of --params, --model, --results and --calibrate"),
         (ARGUMENTS, "--bandwidth is missing; or give a measured --round-ms"),
         ([*ARGUMENTS, "--model", "x", "--bandwidth", "1gbit"], "give one of --params, --model"),
         ([*ARGUMENTS, "--bandwidth", "1gbit", "--hosts", "3"], "hosts = 3 is not allowed"),
@@ -586,6 +586,104 @@ def test_inputs_from_results(tmp_path, capsys):
     path.write_text(json.dumps(results))
     assert main(["plan", "--results", str(path)]) == 2
     assert "no results.json of ds_acco compare: it lacks 'reference'" in capsys.readouterr().err
+
+
+# ---- calibration, with a run that is only written
+
+
+class FakeRun:
+    """Stands in for launches.run: two ranks with C = 2 s in 8 micro-batches and R = 0.7 s."""
+
+    def __init__(self):
+        self.seen, self.end = [], 0
+
+    def __call__(self, script, arguments, folder, place, watch):
+        self.seen.append((script, arguments, folder, place, json.loads(Path(arguments[1]).read_text())))
+        (folder / "log.txt").write_text("ValueError: no such thing\n")
+        if isinstance(self.end, BaseException):
+            raise self.end
+        for rank in (0, 1):
+            lines = [HEADER | {"rank": rank, "accumulation_bytes": 4}]
+            for number in range(1, 6):
+                line = {"step": number, "step_s": 2.75, "inside_s": 0.75, "round_s": 0.7, "exposed_s": 0.7}
+                lines.append(line | {"peak_bytes": 1, "looked": False})
+            (folder / f"rank{rank}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return self.end
+
+
+@pytest.fixture
+def fake_run(monkeypatch, tmp_path):
+    run = FakeRun()
+    monkeypatch.setattr(launches, "run", run)
+    monkeypatch.chdir(tmp_path)
+    return run
+
+
+CALIBRATE = ["plan", "--calibrate", str(ROOT / "ds_configs/acco_adaptive.json"), "--num_accelerators", "2"]
+
+
+def test_a_calibrated_plan(fake_run, tmp_path, capsys):
+    assert main([*CALIBRATE, "--json", "plan.json", "--", "--preset", "tiny"]) == 0
+    script, arguments, folder, place, config = fake_run.seen[0]
+    assert script == [str(ROOT / "examples/train_gpt.py")] and place.world_size == place.slots == 2
+    assert folder == Path("runs/calibrate/runs/reference/1")
+    assert arguments[2:] == ["--steps", "20", "--seed", "1", "--out", str(folder.resolve()), "--preset", "tiny"]
+    assert config == json.loads((ROOT / "ds_configs/sync.json").read_text()), "the reference"
+    written = json.loads(Path("plan.json").read_text())
+    expected = planning.from_measurement(HEADER | {"accumulation_bytes": 4}, 2.0, 0.7)
+    model, cluster, work = expected.model, expected.cluster, expected.work
+    assert written["rows"] == [vars(row) for row in plan.predict_all(model, cluster, work)]
+    assert written["model"]["accumulation_bytes"] == 4 and written["round_s"] == pytest.approx(0.7)
+    printed = capsys.readouterr()
+    assert "network from a measured round;" in printed.out and "[1/1] pass 1 reference" in printed.err
+    # The same from its file, without a run; and for more ranks.
+    assert main(["plan", "--results", "runs/calibrate/results.json", "--ranks", "8", "--sweep-ranks", "4"]) == 0
+    printed = capsys.readouterr()
+    assert "measured round of 2 ranks" in printed.out and ", 8 ranks, gloo" in printed.out and len(fake_run.seen) == 1
+    at_eight = plan.predict("acco", model, cluster.with_ranks(8), work)
+    assert f"{at_eight.step_s:.4g}" in printed.out
+    assert main([*CALIBRATE, "--steps", "9"]) == 0
+    assert len(fake_run.seen) == 2 and "9" in fake_run.seen[1][1], "it is measured anew"
+
+
+def test_a_calibration_that_fails_or_is_interrupted(fake_run, tmp_path, capsys):
+    fake_run.end = 3
+    assert main(CALIBRATE) == 1
+    printed = capsys.readouterr()
+    assert not printed.out and printed.err.count("no such thing") == 1
+    assert "ds_acco plan: the measured run failed: the launcher ended with exit code 3; the end of runs/" in printed.err
+    fake_run.end = KeyboardInterrupt()
+    assert main(CALIBRATE) == 130
+    printed = capsys.readouterr()
+    assert not printed.out and printed.err == "ds_acco plan: interrupted; nothing was measured\n"
+    assert not Path("runs/calibrate/results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--n", "4"], "--n cannot be given with --calibrate, which has it"),
+        (["--results", "x.json"], "--results cannot be given with --calibrate"),
+        (["--params", "5"], "--params cannot be given with --calibrate"),
+        (["--hosts", "2"], "--hosts and --rate belong together"),
+        (["--num_accelerators", "1"], "--calibrate with one rank measures no communication"),
+        (["--emulate-compute", "5", "--", "--preset", "tiny"], "trains a model of its own"),
+        (["--out", "mine"], "--out mine is not empty and holds no comparison"),
+        (["--calibrate", "no.json"], "CONFIG no.json is not a file"),
+    ],
+)
+def test_calibrations_that_are_refused(fake_run, tmp_path, capsys, arguments, message):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("mine")
+    assert main([*CALIBRATE, *arguments]) == 2
+    assert message in capsys.readouterr().err and not fake_run.seen
+    assert (tmp_path / "mine/thesis.txt").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--script", "x.py"], ["--rate", "1gbit"], ["--", "--preset", "tiny"]])
+def test_what_only_a_calibration_takes(capsys, arguments):
+    assert main(["plan", "--params", "5", *arguments]) == 2
+    assert "needs --calibrate CONFIG" in capsys.readouterr().err
 
 
 def test_counting_a_transformers_config(tmp_path):

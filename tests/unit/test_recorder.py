@@ -7,6 +7,7 @@ import json
 import torch
 
 from deepspeed_acco import recorder
+from deepspeed_acco.lanes import LaneTimes
 
 
 class Engine:
@@ -40,3 +41,42 @@ def test_from_the_end_of_a_step_to_the_end_of_the_next(monkeypatch, tmp_path):
     record._close()
     _, *steps = (json.loads(line) for line in (tmp_path / "rank3.jsonl").read_text().splitlines())
     assert [(line["step_s"], line["inside_s"]) for line in steps] == [(None, 1.0), (10.0, 2.0), (20.0, 4.0)]
+    assert all(line["samples"] is line["sent_bytes"] is line["estimate_s"] is None for line in steps)
+
+
+class Optimizer:
+    """ACCO's, as far as the recorder asks it."""
+
+    adaptive = object()
+
+    def __init__(self):
+        self.times = LaneTimes()
+        self.wire_bytes = (100, 10)
+        self.last_micro_batches = 0
+
+    def lane_times(self):
+        return self.times
+
+
+def test_samples_bytes_and_estimates_of_each_step(monkeypatch, tmp_path):
+    monkeypatch.setattr(recorder, "_header", lambda engine: {})
+    engine = Engine()
+    engine.train_micro_batch_size_per_gpu = lambda: 8
+    engine.optimizer = optimizer = Optimizer()
+    optimizer.times.add("ESTIMATE 0", 100.0, 0.0)  # before the recording
+    record = recorder.Recorder(engine, tmp_path)
+    for micro_batches, estimates in ((4, ()), (7, (1.0,)), (0, (2.0, 4.0))):
+        with record.step():
+            optimizer.last_micro_batches = micro_batches
+            optimizer.times.add("COMMIT 1", 5.0, 1.0)
+            for estimate_s in estimates:
+                optimizer.times.add("ESTIMATE 1", estimate_s, 0.5)
+            sent, received = optimizer.wire_bytes
+            optimizer.wire_bytes = (sent + 1000 * (1 + micro_batches), received + 1)
+    record._close()
+    _, *steps = (json.loads(line) for line in (tmp_path / "rank3.jsonl").read_text().splitlines())
+    assert [line["samples"] for line in steps] == [32, 56, 0]
+    assert [line["sent_bytes"] for line in steps] == [5000, 8000, 1000]
+    assert [line["received_bytes"] for line in steps] == [1, 1, 1]
+    assert [line["estimate_s"] for line in steps] == [None, 1.0, 3.0]
+    assert [(line["round_s"], line["rounds"]) for line in steps] == [(5.0, 1), (6.0, 2), (11.0, 3)]

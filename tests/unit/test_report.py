@@ -190,6 +190,7 @@ def test_the_page_of_a_comparison(tmp_path):
         "max(A, R) + max(B, R)",
     ):
         assert words in page.text.replace(" ,", ","), words
+    assert "sent," not in page.text and "Batch size" not in page.text
     assert "<code>ds_acco plan</code>" in text and "nan" not in page.text.lower() and "None" not in page.text
 
 
@@ -231,6 +232,40 @@ def test_pictures_of_a_comparison_show_the_data(tmp_path, figures):
     assert [patch.get_width() for patch in axes.containers[0]] == [3.0, 1.0]
     assert ([3.0, 2.0], [0, 0]) in _lines(axes) and ([1.0], [1]) in _lines(axes)
     assert "GiB" in axes.get_xlabel()
+
+
+def test_adaptive_steps_are_shown_per_nominal_batch(tmp_path, figures):
+    """Of the nominal 16 samples its median step has 32: its times count half."""
+    results = _results() | {"passes": 2}
+    acco = results["configs"][0]
+    acco |= {"accumulation": "adaptive", "samples_per_step": 32.0, "estimate_comm": "int4", "sent_bytes": 123_456_789.0}
+    acco["samples_per_s"] = {"median": 21.25, "low": 20.0, "high": 22.0}
+    acco["runs"] = [acco["runs"][0] | {"batch": [16, 32, 48]}, acco["runs"][0] | {"batch": [16, 40]}]
+    results["configs"][2] |= {"samples_per_step": 16.0, "samples_per_s": {"median": 8.0, "low": 8.0, "high": 8.0}}
+    page = _Page(report.write(_written(tmp_path, results)).read_text())
+    steps, batch, *_ = figures
+    (axes,) = steps.axes
+    assert axes.get_xlabel() == "seconds per 16 samples"
+    widths = [[patch.get_width() for patch in container] for container in axes.containers]
+    assert [part[:2] for part in widths[:2]] == [[0.625, 1.25], [0.0625, 0.75]]
+    assert ([0.625, 0.625], [-0.4, 0.4]) in _lines(axes) and ([0.71875, 0.78125], [0, 0]) in _lines(axes)
+    assert axes.texts[0].get_text() == "0.750 s   1.200 × bound"
+    (axes,) = batch.axes
+    assert _lines(axes)[:2] == [([1, 2, 3], [16, 32, 48]), ([1, 2], [16, 40])]
+    assert axes.texts[0].get_text() == "nominal, 16" and axes.get_ylim()[0] == 0
+    for words in (
+        "Batch size over steps",
+        "1.500 1.438 to 1.562 21.2 32 1.250 1.200",  # the table keeps the times of its own steps
+        "2.000 8.0 16",
+        "ACCO · acco · adaptive · int4",
+        "sent, MB step and rank",
+        "3.00 123.5 2.2500",
+        "so all times are per nominal batch.",
+        "For the same number of samples.",
+        "Time per sample of the configuration",
+    ):
+        assert words in page.text, words
+    assert report.batch_lines(read_results(_written(tmp_path, _results()))) == []
 
 
 def test_a_configuration_has_one_colour(tmp_path, figures):
@@ -406,6 +441,24 @@ def test_the_page_of_one_run(tmp_path, figures):
         "n = 4 micro-batches a step, 2 of them in phase A",
     ):
         assert words in page.text, words
+
+
+def test_the_page_of_an_adaptive_run(tmp_path, figures):
+    for rank, samples in enumerate(((8, 8, 24, 40, 16), (8, 8, 8, 8, 8))):
+        _recorded(tmp_path, rank)
+        path = tmp_path / f"rank{rank}.jsonl"
+        header, *steps = (json.loads(line) for line in path.read_text().splitlines())
+        for line, own in zip(steps, samples):
+            line |= {"samples": own, "sent_bytes": 2_500_000 + line["step"], "received_bytes": 1_500_000}
+        _write_jsonl(path, header | {"accumulation": "adaptive"}, *steps)
+    page = _Page(report.write_run(tmp_path).read_text())
+    rounds, _, batch, _ = figures
+    assert _lines(batch.axes[0])[0] == ([1, 2, 3, 4, 5], [16, 16, 32, 48, 24])
+    assert _lines(rounds.axes[0])[0][0] == [16, 32, 64, 112, 136]  # samples so far, of both ranks
+    for words in ("Batch size over steps", "samples per step, all ranks 24", "sent by rank 0, MB per step 2.5"):
+        assert words in page.text, words
+    (tmp_path / "rank1.jsonl").unlink()
+    assert report.batch_sizes(read_run(tmp_path)) == [], "one rank is not all"
 
 
 def test_what_a_run_lacks_is_said(tmp_path, figures):

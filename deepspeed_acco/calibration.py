@@ -1,0 +1,102 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""The measurement of ``ds_acco plan --calibrate``: one short run of the user's script under the reference that
+``ds_acco compare`` measures C and R in, the schedule ``sync``.
+
+It is a comparison of this one configuration: launched, recorded and written down by the same code, so that the plan
+reads the same ``results.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from . import compare
+
+DEFAULT_OUT = Path("runs") / "calibrate"
+# The example evaluates ten times, and steps behind an evaluation are not timed: this leaves nine.
+EXAMPLE_STEPS = 20
+EMULATED_STEPS = 8
+_ONLY_HERE = ("script", "num_accelerators", "rate", "hostfile", "emulate_compute", "numel", "steps", "out")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--calibrate`` and what belongs to it; ``--hosts`` is the plan's."""
+    group = parser.add_argument_group(
+        "calibrate",
+        "Runs a script under CONFIG, with ACCO's schedule sync in place of its optimizer's, and plans from what it "
+        "measures: parameters and their bytes, n, the micro-batch, one round. The script's own arguments, behind --, "
+        "say how long it runs: about ten steps, since the first two and those after an evaluation are not timed.",
+    )
+    group.add_argument("--calibrate", metavar="CONFIG", type=Path, help="a DeepSpeed JSON; --hosts are shaped then")
+    compare.add_run_arguments(group, EXAMPLE_STEPS, EMULATED_STEPS)
+    group.add_argument("--out", type=Path, help=f"its folder, measured anew each time (default: {DEFAULT_OUT})")
+
+
+def refuse_without(options: argparse.Namespace) -> None:
+    """Raises ValueError for what has a meaning only with ``--calibrate``."""
+    given = [f"--{name.replace('_', '-')}" for name in _ONLY_HERE if getattr(options, name) is not None]
+    given += ["what follows --"] if options.script_arguments else []
+    if given:
+        raise ValueError(f"plan: {given[0]} needs --calibrate CONFIG, the JSON that the script is to run under")
+
+
+class MeasurementFailed(RuntimeError):
+    """The run ended badly, or nothing of it can be timed; says why."""
+
+
+def measure(options: argparse.Namespace) -> tuple[Path, int | None]:
+    """Runs the script to its end and returns the path of results.json and the number of hosts, None where it is not
+    known. No process of it is left, also on KeyboardInterrupt, which a signal raises.
+
+    Raises:
+        ValueError: for options that cannot be, before anything runs.
+        MeasurementFailed: the script failed, with the end of its log.
+    """
+    out = options.out or DEFAULT_OUT
+    try:
+        comparison = _comparison(options)
+        _clear(out)
+        compare.prepare(out, comparison)
+    except ValueError as cause:
+        raise ValueError(f"plan: {cause}") from cause
+    try:
+        with compare.interruptible():
+            runs = compare.run_all(comparison, out, options.hostfile)
+    except RuntimeError as cause:
+        raise MeasurementFailed(f"plan: {cause}") from cause
+    if runs.failed:
+        raise MeasurementFailed(f"plan: the measured run failed: {runs.failed[compare.REFERENCE]}")
+    path, _ = compare.write_results(comparison, out, runs)
+    print(f"measured: {path}; `ds_acco plan --results {path}` plans from it again", file=sys.stderr)
+    return path, compare.host_count(comparison)
+
+
+def _comparison(options: argparse.Namespace) -> compare.Comparison:
+    """Of the reference alone."""
+    asked = argparse.Namespace(**{**vars(options), "configs": [options.calibrate], "passes": 1, "seed": None})
+    comparison = compare.comparison_of(asked, EXAMPLE_STEPS, EMULATED_STEPS)
+    if comparison.world_size == 1:
+        raise ValueError(
+            "--calibrate with one rank measures no communication. Give --num_accelerators 2 or more, --hosts or "
+            "--hostfile"
+        )
+    ((name, config),) = comparison.configs.items()
+    ((_, file),) = comparison.files.items()
+    reference = compare.reference_of(name, config)
+    return replace(comparison, configs={compare.REFERENCE: reference}, files={compare.REFERENCE: file})
+
+
+def _clear(out: Path) -> None:
+    """Removes an earlier measurement; a comparison's folder, and anybody else's, is left to ``compare.prepare``."""
+    command = out / compare.COMMAND
+    if command.is_file() and list(json.loads(command.read_text()).get("configs", {})) == [compare.REFERENCE]:
+        for folder in (compare.CONFIGS, compare.RUNS):
+            shutil.rmtree(out / folder, ignore_errors=True)
+        for file in (compare.RESULTS, compare.COMMAND):
+            (out / file).unlink(missing_ok=True)
