@@ -89,7 +89,7 @@ class Recorder:
         self._steps += 1
         line = {"step": self._steps, "step_s": None, "inside_s": None, **self._rounds(), **self._wire()}
         line.update(samples=_samples(self.engine()))
-        line.update(peak_bytes=_peak_bytes(device), looked=bool(self._looked), loss=None)
+        line.update(peak_bytes=_peak_bytes(device), looked=bool(self._looked), loss=None, a=_phase_a(self.engine()))
         self._looked.clear()
         self._pending.append((line, self._last_end, begin, end))
         self._last_end = end
@@ -177,7 +177,7 @@ def _header(engine) -> dict[str, Any]:
         "comm_bytes": torch.empty((), dtype=engine.communication_data_type).element_size(),
         "accumulation_bytes": torch.empty((), dtype=summed_in).element_size() if summed_in else None,
         "n": n,
-        "a": None if settings is None or settings.schedule != "acco" else _phase_a(engine, n),
+        "a": _phase_a(engine),
         "micro_batch": engine.train_micro_batch_size_per_gpu(),
         "samples_per_step": engine.train_batch_size(),
         "device": engine.device.type,
@@ -186,8 +186,12 @@ def _header(engine) -> dict[str, Any]:
     }
 
 
-def _phase_a(engine, n: int) -> int:
-    return phase_a_micro_batches(n, engine.optimizer.estimate_fraction)
+def _phase_a(engine) -> int | None:
+    """Micro-batches of phase A in a fixed window now ("auto" changes it once); None where there is one phase."""
+    settings = getattr(engine.optimizer, "settings", None)
+    if settings is None or settings.schedule != "acco":
+        return None
+    return phase_a_micro_batches(engine.gradient_accumulation_steps(), engine.optimizer.estimate_fraction)
 
 
 def _deepspeed_version() -> str:

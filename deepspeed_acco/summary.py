@@ -95,7 +95,7 @@ def summarise_run(number: int, folder: str, records: Sequence[Record], curve: li
     return Run(
         number=number,
         folder=folder,
-        header=records[0].header,
+        header={**records[0].header, "a": records[0].steps[-1].get("a", records[0].header["a"])},
         steps=count,
         step_s=table("step_s").mean(axis=0),
         exposed_s=table("exposed_s").mean(axis=0) if is_acco else None,

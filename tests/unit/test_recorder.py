@@ -55,7 +55,7 @@ class Optimizer:
         self.last_micro_batches = 0
 
     def lane_times(self):
-        return self.times
+        return self.times.copy()
 
 
 def test_samples_bytes_and_estimates_of_each_step(monkeypatch, tmp_path):
