@@ -27,7 +27,7 @@ class FlatBuffers:
         layouts: how each group is sharded.
         accumulation_dtype, comm_dtype: dtypes of A and of the gradients in X.
         estimate_bits: an ESTIMATE's gradients and changes of weights lie in X as records of so many bits a value
-            (quantize.py); None: as a COMMIT's.
+            (quantize.py); 0: as a COMMIT's.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class FlatBuffers:
         layouts: list[GroupLayout],
         accumulation_dtype: torch.dtype,
         comm_dtype: torch.dtype,
-        estimate_bits: int | None = None,
+        estimate_bits: int = 0,
     ):
         device = live[0].device
         self.live = [flat.detach() for flat in live]  # older DeepSpeed versions keep the graph of the flattening
@@ -44,7 +44,7 @@ class FlatBuffers:
         self.grads = [torch.zeros(flat.numel(), dtype=accumulation_dtype, device=device) for flat in live]
         self.reduced = [torch.zeros(layout.shard_numel, dtype=torch.float32, device=device) for layout in layouts]
         self.estimate_bits = estimate_bits
-        records = [0 if estimate_bits is None else _records_bytes(layout, estimate_bits) for layout in layouts]
+        records = [_records_bytes(layout, estimate_bits) if estimate_bits else 0 for layout in layouts]
         self._comm, parts = _allocate_comm(live, comm_dtype, records)
         self.comm_grads = [part.view(comm_dtype)[: flat.numel()] for part, flat in zip(parts, live)]
         self.comm_weights = [part.view(flat.dtype)[: flat.numel()] for part, flat in zip(parts, live)]

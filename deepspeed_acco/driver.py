@@ -348,7 +348,7 @@ class RoundDriver:
 
     def _sends_records(self, this: Round) -> bool:
         """Only what is thrown away after half a step may lose bits: its errors do not add up."""
-        return self.buffers.estimate_bits is not None and not this.writes_state
+        return self.buffers.estimate_bits > 0 and not this.writes_state
 
     # ---- the round itself, on the lane's thread or stream
 

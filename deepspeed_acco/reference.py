@@ -150,6 +150,7 @@ class Reference:
         return [tensor / self.loss_scale for tensor in self._quantised(total)]
 
     def _quantised(self, values: list[Tensor]) -> list[Tensor]:
+        assert self.estimate_bits is not None
         return [
             quantised(tensor.double(), self.estimate_bits, shard_numel)
             for tensor, shard_numel in zip(values, self.shard_numels, strict=True)

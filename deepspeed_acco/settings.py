@@ -15,7 +15,7 @@ from .rounds import SCHEDULES
 LANES = ("auto", "inline")
 ACCUMULATIONS = ("fixed", "adaptive")
 LR_FOLLOWS = ("samples", "steps")
-ESTIMATE_COMMS = {"full": None, "int8": 8, "int4": 4}  # bits of a value; None: as the dtype is
+ESTIMATE_COMMS = {"full": 0, "int8": 8, "int4": 4}  # bits of a value; 0: in its dtype
 AUTOS = ("auto", "measured")  # the same; HF Trainer and Accelerate take every "auto" for their own
 FIRST_OF_AUTO = 0.5
 MAX_WINDOW_GROWTH = 8  # default of max_window, in nominal windows
@@ -117,7 +117,7 @@ class Settings:
         else:
             _check_number("estimate_fraction", self.estimate_fraction, 0.0, open_low=True, below=1.0)
         _check_choice("estimate_comm", self.estimate_comm, tuple(ESTIMATE_COMMS))
-        if self.estimate_bits is not None and self.schedule != "acco":
+        if self.estimate_bits and self.schedule != "acco":
             fix = 'Remove it, or set the schedule to "acco": the others make no estimate, and a COMMIT is sent in full.'
             raise _refuse("estimate_comm", self.estimate_comm, f'"full" with schedule = "{self.schedule}"', fix)
         steps = self.overlap_warmup_steps
@@ -143,8 +143,8 @@ class Settings:
         return self.accumulation == "adaptive"
 
     @property
-    def estimate_bits(self) -> int | None:
-        """Bits of a value that an ESTIMATE sends; None: in full."""
+    def estimate_bits(self) -> int:
+        """Bits of a value that an ESTIMATE sends; 0: in full."""
         return ESTIMATE_COMMS[self.estimate_comm]
 
     @property
