@@ -312,6 +312,7 @@ figure { margin: 0; }
 img { display: block; width: 100%; height: auto; }
 figcaption, .note { font-size: 14px; margin-top: 6px; }
 .wide { overflow-x: auto; }
+.wide + .wide { margin-top: 18px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; line-height: 1.35;
   font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 8px; text-align: right; vertical-align: top; border-bottom: 1px solid #e2e5e9; }
@@ -419,12 +420,12 @@ def _step_picture(results: dict) -> str:
     if any(bar.bound is not None for bar in bars):
         caption.append(_BOUND_WORDS)
     if adaptive:
-        caption.append(f"The steps of {_listed(adaptive)} have more samples, so all times are per nominal batch.")
+        caption.append(f"The steps of {_listed(adaptive)} differ in size, so all times are per nominal batch.")
         caption.append(_ADAPTIVE_BOUND)
     notes = dict.fromkeys(
         config["split"]["note"] for _, config in measured(results) if config["split"] and config["split"]["note"]
     )
-    caption += [note if note.endswith(".") else note + "." for note in notes]
+    caption += [f"Exposed in DeepSpeed's own stages: {note.rstrip('.')}." for note in notes]
     if any(config["split"] and min(_split_parts(config)) < 0 for _, config in measured(results)):
         caption.append("A part that is negative in the table is drawn as nothing.")
     x_label = f"{_UNIT_NAMES[unit[1]]} per {what}"
@@ -519,47 +520,59 @@ def _memory_picture(results: dict) -> str:
 
 
 def _figures_table(results: dict) -> str:
+    """Two tables, since one would be too wide for a narrow window or paper."""
+    return _times_table(results) + _costs_table(results) + _pass_note(results)
+
+
+def _row_name(index: int, config: dict) -> _Html:
+    """With what it is in small print."""
+    setting = config["schedule"] or (None if config["stage"] is None else f"ZeRO-{config['stage']}")
+    more = ["adaptive"] if is_adaptive(config) else []
+    more += [config["estimate_comm"]] if config["estimate_comm"] not in (None, "full") else []
+    detail = " · ".join(part for part in (config["optimizer"], setting, *more) if part)
+    return _Html(f"{_chip(index, config['name'])}<small>{html.escape(detail)}</small>")
+
+
+def _times_table(results: dict) -> str:
     unit = _time_unit([config["step_s"]["median"] for _, config in measured(results)])
-    peaks = [peak for config in results["configs"] for peak in config["peak_bytes"] or [] if peak is not None]
-    memory = _bytes_unit(peaks)
-    bound = _Html(f"bound, {unit[1]}<small>step / bound</small>")
-    head: list[object] = ["", f"step, {unit[1]}", bound, "compute", "exposed", "overhead", "hidden", "idle"]
-    head += [f"memory, {memory[1]}", "final validation loss"]
-    has_batches = any(is_adaptive(config) for _, config in measured(results))
-    if has_batches:
-        head.insert(2, _Html("samples/s<small>samples / step</small>"))
-    sent = _wire_unit([config["sent_bytes"] for config in results["configs"] if config["sent_bytes"] is not None])
-    if sent:
-        head.insert(-1, _Html(f"sent, {sent[1]}<small>step and rank</small>"))
-    rows = []
+    head: list[object] = ["", f"step, {unit[1]}", _Html(f"bound, {unit[1]}<small>step / bound</small>")]
+    head += ["compute", "exposed", "overhead", _Html("samples/s<small>samples / step</small>")]
+    rows: list[list[object]] = []
     for index, config in enumerate(results["configs"]):
-        setting = config["schedule"] or (None if config["stage"] is None else f"ZeRO-{config['stage']}")
-        more = ["adaptive"] if is_adaptive(config) else []
-        more += [config["estimate_comm"]] if config["estimate_comm"] not in (None, "full") else []
-        detail = " · ".join(part for part in (config["optimizer"], setting, *more) if part)
-        name = _Html(f"{_chip(index, config['name'])}<small>{html.escape(detail)}</small>")
         if config["failed"]:
-            rows.append([name, "failed", *["–"] * (len(head) - 2)])
+            rows.append([_row_name(index, config), "failed", *["–"] * (len(head) - 2)])
             continue
         split = _split_parts(config) if config["split"] else [None] * 3
+        speed = config["samples_per_s"] and config["samples_per_s"]["median"]
+        rows.append(
+            [
+                _row_name(index, config),
+                _with_interval(config["step_s"], lambda value: _time(value, unit)),
+                _Html(f"{_time(config['bound_s'], unit)}<small>{_of_bound(config)}</small>"),
+                *(_time(part, unit) for part in split),
+                _Html(f"{_figure(speed, 1)}<small>{_figure(config['samples_per_step'], 0)}</small>"),
+            ]
+        )
+    return _table(head, rows)
+
+
+def _costs_table(results: dict) -> str:
+    peaks = [peak for config in results["configs"] for peak in config["peak_bytes"] or [] if peak is not None]
+    memory = _bytes_unit(peaks)
+    sent = _wire_unit([config["sent_bytes"] for config in results["configs"] if config["sent_bytes"] is not None])
+    head: list[object] = ["", "hidden", "idle", f"memory, {memory[1]}"]
+    head += [_Html(f"sent, {sent[1]}<small>step and rank</small>")] if sent else []
+    head.append("final validation loss")
+    rows: list[list[object]] = []
+    for index, config in enumerate(results["configs"]):
+        if config["failed"]:
+            continue
         own = [peak for peak in config["peak_bytes"] or [] if peak is not None]
-        row: list[object] = [
-            name,
-            _with_interval(config["step_s"], lambda value: _time(value, unit)),
-            _Html(f"{_time(config['bound_s'], unit)}<small>{_of_bound(config)}</small>"),
-            *(_time(part, unit) for part in split),
-            _share(config["hidden_share"]),
-            _share(config["idle_share"]),
-            _figure(max(own, default=None), 0 if memory[1] == "MiB" else 2, memory[0]),
-            _with_interval(config["final_val_loss"], lambda value: _figure(value, 4)),
-        ]
-        if has_batches:
-            speed = config["samples_per_s"] and config["samples_per_s"]["median"]
-            row.insert(2, _Html(f"{_figure(speed, 1)}<small>{_figure(config['samples_per_step'], 0)}</small>"))
-        if sent:
-            row.insert(-1, _figure(config["sent_bytes"], 1, sent[0]))
-        rows.append(row)
-    return _table(head, rows) + _pass_note(results)
+        row = [_row_name(index, config), _share(config["hidden_share"]), _share(config["idle_share"])]
+        row.append(_figure(max(own, default=None), 0 if memory[1] == "MiB" else 2, memory[0]))
+        row += [_figure(config["sent_bytes"], 1, sent[0])] if sent else []
+        rows.append([*row, _with_interval(config["final_val_loss"], lambda value: _figure(value, 4))])
+    return _table(head, rows) if rows else ""
 
 
 def _wire_unit(values: Sequence[float]) -> tuple[float, str] | None:

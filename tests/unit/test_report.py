@@ -179,7 +179,8 @@ def test_the_page_of_a_comparison(tmp_path):
         "C = 1.250 s, R = 0.500 s, R/C = 0.400, one micro-batch C/n = 0.250 s",
         "1.500 1.438 to 1.562",  # the interval of acco's step
         "1.250 1.200",  # bound and step / bound
-        "0.125 0.125 93.8 % 16.7 % 3.00 2.2500 2.1250 to 2.3750",
+        "1.250 0.125 0.125 – –",  # its parts; samples are not known
+        "93.8 % 16.7 % 3.00 2.2500 2.1250 to 2.3750",
         "1.250 0.250 −0.500",
         "1.333 0.900 to 1.500 no difference shown",
         "_zero1 16.7 % 37.5 % 93.8 % 25.0 % −250",
@@ -252,11 +253,12 @@ def test_adaptive_steps_are_shown_per_nominal_batch(tmp_path, figures):
     assert axes.texts[0].get_text() == "0.750 s   1.200 × bound"
     (axes,) = batch.axes
     assert _lines(axes)[:2] == [([1, 2, 3], [16, 32, 48]), ([1, 2], [16, 40])]
-    assert axes.texts[0].get_text() == "nominal, 16" and axes.get_ylim()[0] == 0
+    assert [text.get_text() for text in batch.legends[0].get_texts()] == [NASTY, "nominal, 16"]
+    assert _lines(axes)[2][1] == [16, 16] and axes.get_ylim()[0] == 0
     for words in (
         "Batch size over steps",
-        "1.500 1.438 to 1.562 21.2 32 1.250 1.200",  # the table keeps the times of its own steps
-        "2.000 8.0 16",
+        "1.500 1.438 to 1.562 1.250 1.200 1.250 0.125 0.125 21.2 32",  # the table keeps the times of its own steps
+        "0.750 0.000 8.0 16",
         "ACCO · acco · adaptive · int4",
         "sent, MB step and rank",
         "3.00 123.5 2.2500",
