@@ -15,7 +15,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from matplotlib.colors import to_hex
 
-from deepspeed_acco import cli, pictures, report
+from deepspeed_acco import cli, comparison_page, pictures, report, run_page
 from deepspeed_acco.report_data import read_results, read_run
 
 VOID = {"meta", "img", "br"}
@@ -267,7 +267,7 @@ def test_adaptive_steps_are_shown_per_nominal_batch(tmp_path, figures):
         "Time per sample of the configuration",
     ):
         assert words in page.text, words
-    assert report.batch_lines(read_results(_written(tmp_path, _results()))) == []
+    assert comparison_page.batch_lines(read_results(_written(tmp_path, _results()))) == []
 
 
 def test_a_configuration_has_one_colour(tmp_path, figures):
@@ -460,7 +460,7 @@ def test_the_page_of_an_adaptive_run(tmp_path, figures):
     for words in ("Batch size over steps", "samples per step, all ranks 24", "sent by rank 0, MB per step 2.5"):
         assert words in page.text, words
     (tmp_path / "rank1.jsonl").unlink()
-    assert report.batch_sizes(read_run(tmp_path)) == [], "one rank is not all"
+    assert run_page.batch_sizes(read_run(tmp_path)) == [], "one rank is not all"
 
 
 def test_what_a_run_lacks_is_said(tmp_path, figures):
