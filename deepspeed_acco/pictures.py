@@ -139,7 +139,8 @@ def draw_lines(panels: Sequence[Panel], stacked: bool = False, height: float = 4
             axes.set_ylabel(panel.y_label)
             axes.grid(color="#e4e4e4", linewidth=0.8)
             axes.set_axisbelow(True)
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            if max((abs(x) for line in panel.lines for x in line.x), default=0) >= 1000:
+                axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k; of small values it would make 500m
             axes.set_xlabel(panel.x_label)
             if stacked:
                 axes.label_outer()

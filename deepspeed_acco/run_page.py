@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from pathlib import Path
 
 from . import pictures
 from .html_page import (
@@ -113,7 +114,7 @@ def run_page(run: Run) -> str:
     series = windows(run)
     header = run.headers[0] if run.headers else {}
     return whole_page(
-        f"One training run: {run.folder.resolve().name}",
+        f"One training run: {_name_of(run.folder.resolve())}",
         _optimizer_words(header) if header else "No recorder file tells its optimizer and batch.",
         section("What it shows", paragraphs(_run_words(run, series)), kind="verdict"),
         section("Loss", _run_loss_picture(run)),
@@ -128,9 +129,15 @@ def run_page(run: Run) -> str:
     )
 
 
+def _name_of(folder: Path) -> str:
+    """The last part of the path; the last two where that is only a number, as in a comparison's folder."""
+    return f"{folder.parent.name}/{folder.name}" if folder.name.isdecimal() else folder.name
+
+
 def _optimizer_words(header: dict) -> str:
     schedule = f", schedule {header['schedule']}" if header["schedule"] else ""
     words = [f"{header['optimizer'] or 'optimizer not known'}{schedule}"]
+    words += ["adaptive windows"] if header["accumulation"] == "adaptive" else []
     words += [f"ZeRO stage {header['stage']}"] if header["stage"] is not None else []
     words += [f"{header['world_size']} ranks"] if header["world_size"] is not None else []
     words += [f"on {header['device']}"] if header["device"] else []

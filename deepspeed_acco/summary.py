@@ -380,9 +380,7 @@ def verdict(summary: dict[str, Any], is_emulated: bool) -> list[str]:
     complete = [config for config in summary["configs"] if config["step_s"]]
     acco = [config for config in complete if config["schedule"] is not None]
     stock = [config for config in complete if config["schedule"] is None]
-    sentences = [f"{config['name']} failed: {config['failed']}" for config in summary["configs"] if config["failed"]]
-    if summary["reference"]["failed"]:
-        sentences.append(f"The reference (schedule sync) failed: {summary['reference']['failed']}")
+    sentences = []
     best = min(stock, key=lambda config: config["step_s"]["median"], default=None)
     if best is None or not acco:
         sentences.append(
@@ -392,6 +390,9 @@ def verdict(summary: dict[str, Any], is_emulated: bool) -> list[str]:
     else:
         for config in acco:
             sentences += _headline(config, best, summary)
+    sentences += [f"{config['name']} failed: {config['failed']}" for config in summary["configs"] if config["failed"]]
+    if summary["reference"]["failed"]:
+        sentences.append(f"The reference (schedule sync) failed: {summary['reference']['failed']}")
     if summary["reference"]["compute_s"] is not None:
         sentences.append(_regime(summary["reference"]))
     if best is not None:

@@ -457,7 +457,12 @@ def test_the_page_of_an_adaptive_run(tmp_path, figures):
     rounds, _, batch, _ = figures
     assert _lines(batch.axes[0])[0] == ([1, 2, 3, 4, 5], [16, 16, 32, 48, 24])
     assert _lines(rounds.axes[0])[0][0] == [16, 32, 64, 112, 136]  # samples so far, of both ranks
-    for words in ("Batch size over steps", "samples per step, all ranks 24", "sent by rank 0, MB per step 2.5"):
+    for words in (
+        "· adaptive windows ·",
+        "Batch size over steps",
+        "samples per step, all ranks 24",
+        "sent by rank 0, MB per step 2.5",
+    ):
         assert words in page.text, words
     (tmp_path / "rank1.jsonl").unlink()
     assert run_page.batch_sizes(read_run(tmp_path)) == [], "one rank is not all"
