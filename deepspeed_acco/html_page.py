@@ -155,7 +155,7 @@ th, td { padding: 7px 8px; text-align: right; vertical-align: top; border-bottom
 th:first-child, td:first-child { text-align: left; padding-left: 2px; }
 td { white-space: nowrap; }
 thead th { vertical-align: bottom; font-weight: 600; color: #57606a; border-bottom: 1.5px solid #8c959f; }
-tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 110px; }
+tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 140px; }
 th small { white-space: nowrap; }
 small { display: block; font-size: 12px; color: #57606a; font-weight: 400; }
 .name { display: inline-flex; align-items: baseline; min-width: 90px; white-space: normal; overflow-wrap: anywhere; }
