@@ -98,5 +98,5 @@ def _clear(out: Path) -> None:
     if command.is_file() and list(json.loads(command.read_text()).get("configs", {})) == [compare.REFERENCE]:
         for folder in (compare.CONFIGS, compare.RUNS):
             shutil.rmtree(out / folder, ignore_errors=True)
-        for file in (compare.RESULTS, compare.COMMAND):
+        for file in (compare.RESULTS, "report.html", compare.COMMAND):
             (out / file).unlink(missing_ok=True)

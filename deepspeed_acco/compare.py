@@ -445,7 +445,12 @@ class _Runs:
         """Shows how far the run is that began then."""
         whole = next((f" of {run.steps}" for some in self.finished.values() for run in some), "")
         left_s = (1 + self._later()) * self._mean_s() - (time.monotonic() - begin)
-        self._line.show(lambda: f"{self._which}: step {launches.steps_so_far(folder)}{whole} | {self._times(left_s)}")
+
+        def text() -> str:
+            steps = launches.steps_so_far(folder)
+            return f"{self._which}: {f'step {steps}{whole}' if steps else 'starting'} | {self._times(left_s)}"
+
+        self._line.show(text)
 
     def _one(self, number: int, name: str) -> str:
         """Runs it unless it was finished before; returns what there is to say of it."""

@@ -99,7 +99,8 @@ def require_matplotlib() -> None:
 
 
 def draw_lines(panels: Sequence[Panel], stacked: bool = False, height: float = 4.2, legend: bool = True):
-    """A matplotlib Figure with the panels side by side, sharing y, or ``stacked``, sharing x; one legend below.
+    """A matplotlib Figure with the panels side by side, sharing y, or ``stacked``, sharing x; one legend below, of the
+    lines and the levels.
 
     Args:
         height: in inches, of the whole picture without the legend.
@@ -110,7 +111,10 @@ def draw_lines(panels: Sequence[Panel], stacked: bool = False, height: float = 4
     from matplotlib.ticker import EngFormatter
 
     with matplotlib.rc_context(_SETTINGS):
-        labels = list(dict.fromkeys((line.label, line.index) for panel in panels for line in panel.lines))
+        labels: list[tuple[str, int]] = list(
+            dict.fromkeys((line.label, line.index) for panel in panels for line in panel.lines)
+        )
+        labels += dict.fromkeys((panel.level[1], -1) for panel in panels if panel.level)
         longest = max(len(_visible(label)) for label, _ in labels)
         columns = min(len(labels), 4, int(_LEGEND_LETTERS / (longest + _HANDLE_LETTERS)))
         legend_rows = -(-len(labels) // columns) if legend else 0
@@ -124,10 +128,8 @@ def draw_lines(panels: Sequence[Panel], stacked: bool = False, height: float = 4
                 look = {"color": colour(line.index), "linestyle": _dash(line.index), "linewidth": 1.7}
                 (handles[line.label, line.index],) = axes.plot(line.x, line.y, **look, **marker)
             if panel.level:
-                axes.axhline(panel.level[0], color="#555555", linewidth=1, linestyle=":")
-                place = {"xy": (0.99, panel.level[0]), "xycoords": ("axes fraction", "data")}
-                shift = {"xytext": (0, 4), "textcoords": "offset points"}
-                axes.annotate(panel.level[1], **place, **shift, ha="right", va="bottom", fontsize=9.5)
+                look = {"color": "#555555", "linewidth": 1.2, "linestyle": ":"}
+                handles[panel.level[1], -1] = axes.axhline(panel.level[0], **look)
             if panel.from_zero:
                 axes.set_ylim(bottom=0)
             if panel.top is not None:
@@ -137,7 +139,8 @@ def draw_lines(panels: Sequence[Panel], stacked: bool = False, height: float = 4
             axes.set_ylabel(panel.y_label)
             axes.grid(color="#e4e4e4", linewidth=0.8)
             axes.set_axisbelow(True)
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            if max((abs(x) for line in panel.lines for x in line.x), default=0) >= 1000:
+                axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k; of small values it would make 500m
             axes.set_xlabel(panel.x_label)
             if stacked:
                 axes.label_outer()

@@ -255,7 +255,8 @@ def _reference(runs: Sequence[Run], failed: str | None) -> dict[str, Any]:
         "compute_s": compute_s,
         "round_s": round_s,
         "micro_batch_s": compute_s / runs[0].header["n"],
-        "samples_per_s_alone": statistics.median(run.samples_per_s_alone for run in runs),
+        # By the median of times, as C is: of two runs it is their mean.
+        "samples_per_s_alone": 1 / statistics.median(1 / run.samples_per_s_alone for run in runs),
         "failed": None,
     }
 
@@ -380,11 +381,7 @@ def verdict(summary: dict[str, Any], is_emulated: bool) -> list[str]:
     complete = [config for config in summary["configs"] if config["step_s"]]
     acco = [config for config in complete if config["schedule"] is not None]
     stock = [config for config in complete if config["schedule"] is None]
-    sentences = [f"{config['name']} failed: {config['failed']}" for config in summary["configs"] if config["failed"]]
-    if summary["reference"]["failed"]:
-        sentences.append(f"The reference (schedule sync) failed: {summary['reference']['failed']}")
-    if summary["reference"]["compute_s"] is not None:
-        sentences.append(_regime(summary["reference"]))
+    sentences = []
     best = min(stock, key=lambda config: config["step_s"]["median"], default=None)
     if best is None or not acco:
         sentences.append(
@@ -393,7 +390,15 @@ def verdict(summary: dict[str, Any], is_emulated: bool) -> list[str]:
         )
     else:
         for config in acco:
-            sentences += _beside(config, best, summary, is_emulated)
+            sentences += _headline(config, best, summary)
+    sentences += [f"{config['name']} failed: {config['failed']}" for config in summary["configs"] if config["failed"]]
+    if summary["reference"]["failed"]:
+        sentences.append(f"The reference (schedule sync) failed: {summary['reference']['failed']}")
+    if summary["reference"]["compute_s"] is not None:
+        sentences.append(_regime(summary["reference"]))
+    if best is not None:
+        for config in acco:
+            sentences += _details(config, best, summary, is_emulated)
     sentences += _quality(acco, stock, is_emulated)
     sentences += _memory(acco, best)
     passes = max((len(config["runs"]) for config in complete), default=0)
@@ -421,23 +426,37 @@ def _regime(base: dict[str, Any]) -> str:
     )
 
 
-def _beside(config, best, summary, is_emulated) -> list[str]:
+def _ratio(config, best, summary) -> dict[str, Any]:
+    return next(r for r in summary["ratios"] if (r["config"], r["baseline"]) == (config["name"], best["name"]))
+
+
+def _round(value: float) -> str:
+    """Three digits: 0.0234, 1.23, 4,280."""
+    return f"{float(f'{value:.3g}'):,g}"
+
+
+def _headline(config, best, summary) -> list[str]:
     """One ACCO configuration beside the fastest of DeepSpeed's own."""
-    ratio = next(r for r in summary["ratios"] if (r["config"], r["baseline"]) == (config["name"], best["name"]))
+    ratio = _ratio(config, best, summary)
     speedup, name = ratio["speedup"], config["name"]
     interval = f"95 % interval {speedup['low']:.3g} to {speedup['high']:.3g}"
     times = f"{config['step_s']['median']:.3g} s a step against {best['step_s']['median']:.3g} s"
     if is_adaptive(config):
-        times = f"{config['samples_per_s']['median']:.3g} samples/s against {best['samples_per_s']['median']:.3g}"
+        own, other = (_round(one["samples_per_s"]["median"]) for one in (config, best))
+        times = f"{own} samples/s against {other}"
     stock = f"{best['name']}, the fastest of DeepSpeed's own here"
     if ratio["verdict"] == "no difference shown":
-        said = f"No difference shown between {name} and {stock}: {times}, {speedup['median']:.3g} times ({interval})"
-    else:
-        said = f"{name} is {ratio['verdict']} than {stock}: {times}, {speedup['median']:.3g} times as fast ({interval})"
-    sentences = [said]
-    if ratio["verdict"] == "faster":
-        saved = 1 - 1 / speedup["median"]
-        sentences.append(f"{name} saves {saved:.0%} of the time: {1000 * saved:.0f} of every 1000 accelerator-hours")
+        return [f"No difference shown between {name} and {stock}: {times}, {speedup['median']:.3g} times ({interval})"]
+    said = f"{name} is {ratio['verdict']} than {stock}: {times}, {speedup['median']:.3g} times as fast ({interval})"
+    if ratio["verdict"] == "slower":
+        return [said]
+    saved = 1 - 1 / speedup["median"]
+    return [said, f"{name} saves {saved:.0%} of the time: {1000 * saved:.0f} of every 1000 accelerator-hours"]
+
+
+def _details(config, best, summary, is_emulated) -> list[str]:
+    """What it rests on, and why it is not faster."""
+    name, sentences = config["name"], []
     if is_adaptive(config):
         sentences.append(
             f"{name}'s windows are adaptive: a median step has {config['samples_per_step']:.0f} samples, nominal are "
@@ -459,8 +478,9 @@ def _beside(config, best, summary, is_emulated) -> list[str]:
                 f"{name} took less than its bound of {config['bound_s']:.3g} s: the machine was not equally fast "
                 "in all runs, so repeat this with nothing else running"
             )
+            return sentences
         reasons = _reasons(config, best, summary, is_emulated)
-        if reasons and (ratio["verdict"] != "faster" or config["of_bound"] > 1 + LITTLE):
+        if reasons and (_ratio(config, best, summary)["verdict"] != "faster" or config["of_bound"] > 1 + LITTLE):
             sentences.append(f"Why {name} is not faster: {'; '.join(reasons)}")
     return sentences
 

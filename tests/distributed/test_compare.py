@@ -178,8 +178,12 @@ def operators(monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", os.environ.get("TORCH_EXTENSIONS_DIR", operators_folder()))
 
 
-def _write_config(folder: Path, name: str, stage: int = 1, schedule: str | None = None, **keys) -> str:
+def _write_config(
+    folder: Path, name: str, stage: int = 1, schedule: str | None = None, accumulation: str = "fixed", **keys
+) -> str:
     params = {"lr": 1e-3, **({"schedule": schedule} if schedule else {"torch_adam": True})}
+    if accumulation != "fixed":
+        params["accumulation"] = accumulation
     config = {
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": 2,
@@ -371,6 +375,7 @@ def test_two_shaped_hosts_with_emulated_compute(operators, tmp_path):
     shared = {"gradient_accumulation_steps": 4, "bf16": {"enabled": True}}
     names = [_write_config(tmp_path, "acco", schedule="acco", **shared)]
     names += [_write_config(tmp_path, f"zero{stage}", stage=stage, **shared) for stage in (1, 3)]
+    names += [_write_config(tmp_path, "adaptive", schedule="wp", accumulation="adaptive", **shared)]
     arguments = ["compare", *names, "--hosts", "2", "--rate", "200mbit", "--emulate-compute", "250"]
     arguments += ["--numel", "5000000", "--passes", "1", "--steps", "6", "--out", str(out)]
     assert cli.main(arguments) == 0
@@ -380,6 +385,9 @@ def test_two_shaped_hosts_with_emulated_compute(operators, tmp_path):
     assert results["reference"]["round_s"] == pytest.approx(0.4, rel=0.4)
     assert results["ratios"][0]["verdict"] == "faster"
     assert results["configs"][0]["of_bound"] == pytest.approx(1.0, abs=0.25)
+    adaptive = results["configs"][3]
+    assert adaptive["samples_per_s"]["median"] == pytest.approx(64.0, rel=0.25)  # 2 ranks, 8 samples in 0.25 s
+    assert adaptive["of_bound"] == pytest.approx(1.0, abs=0.25) and all(adaptive["runs"][0]["batch"])
     assert "was emulated" in " ".join(results["verdict"])
     left = subprocess.run("ip netns list; ip link", shell=True, capture_output=True, text=True).stdout
     assert f"accohost{os.getpid()}" not in left and f"accobr{os.getpid()}" not in left

@@ -642,6 +642,7 @@ def test_a_calibrated_plan(fake_run, tmp_path, capsys):
     assert "measured round of 2 ranks" in printed.out and ", 8 ranks, gloo" in printed.out and len(fake_run.seen) == 1
     at_eight = plan.predict("acco", model, cluster.with_ranks(8), work)
     assert f"{at_eight.step_s:.4g}" in printed.out
+    Path("runs/calibrate/report.html").write_text("what ds_acco report makes of it")
     assert main([*CALIBRATE, "--steps", "9"]) == 0
     assert len(fake_run.seen) == 2 and "9" in fake_run.seen[1][1], "it is measured anew"
 

@@ -15,7 +15,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from matplotlib.colors import to_hex
 
-from deepspeed_acco import cli, pictures, report
+from deepspeed_acco import cli, comparison_page, pictures, report, run_page
 from deepspeed_acco.report_data import read_results, read_run
 
 VOID = {"meta", "img", "br"}
@@ -179,7 +179,8 @@ def test_the_page_of_a_comparison(tmp_path):
         "C = 1.250 s, R = 0.500 s, R/C = 0.400, one micro-batch C/n = 0.250 s",
         "1.500 1.438 to 1.562",  # the interval of acco's step
         "1.250 1.200",  # bound and step / bound
-        "0.125 0.125 93.8 % 16.7 % 3.00 2.2500 2.1250 to 2.3750",
+        "1.250 0.125 0.125 – –",  # its parts; samples are not known
+        "93.8 % 16.7 % 3.00 2.2500 2.1250 to 2.3750",
         "1.250 0.250 −0.500",
         "1.333 0.900 to 1.500 no difference shown",
         "_zero1 16.7 % 37.5 % 93.8 % 25.0 % −250",
@@ -252,11 +253,12 @@ def test_adaptive_steps_are_shown_per_nominal_batch(tmp_path, figures):
     assert axes.texts[0].get_text() == "0.750 s   1.200 × bound"
     (axes,) = batch.axes
     assert _lines(axes)[:2] == [([1, 2, 3], [16, 32, 48]), ([1, 2], [16, 40])]
-    assert axes.texts[0].get_text() == "nominal, 16" and axes.get_ylim()[0] == 0
+    assert [text.get_text() for text in batch.legends[0].get_texts()] == [NASTY, "nominal, 16"]
+    assert _lines(axes)[2][1] == [16, 16] and axes.get_ylim()[0] == 0
     for words in (
         "Batch size over steps",
-        "1.500 1.438 to 1.562 21.2 32 1.250 1.200",  # the table keeps the times of its own steps
-        "2.000 8.0 16",
+        "1.500 1.438 to 1.562 1.250 1.200 1.250 0.125 0.125 21.2 32",  # the table keeps the times of its own steps
+        "0.750 0.000 8.0 16",
         "ACCO · acco · adaptive · int4",
         "sent, MB step and rank",
         "3.00 123.5 2.2500",
@@ -265,7 +267,7 @@ def test_adaptive_steps_are_shown_per_nominal_batch(tmp_path, figures):
         "Time per sample of the configuration",
     ):
         assert words in page.text, words
-    assert report.batch_lines(read_results(_written(tmp_path, _results()))) == []
+    assert comparison_page.batch_lines(read_results(_written(tmp_path, _results()))) == []
 
 
 def test_a_configuration_has_one_colour(tmp_path, figures):
@@ -455,10 +457,15 @@ def test_the_page_of_an_adaptive_run(tmp_path, figures):
     rounds, _, batch, _ = figures
     assert _lines(batch.axes[0])[0] == ([1, 2, 3, 4, 5], [16, 16, 32, 48, 24])
     assert _lines(rounds.axes[0])[0][0] == [16, 32, 64, 112, 136]  # samples so far, of both ranks
-    for words in ("Batch size over steps", "samples per step, all ranks 24", "sent by rank 0, MB per step 2.5"):
+    for words in (
+        "· adaptive windows ·",
+        "Batch size over steps",
+        "samples per step, all ranks 24",
+        "sent by rank 0, MB per step 2.5",
+    ):
         assert words in page.text, words
     (tmp_path / "rank1.jsonl").unlink()
-    assert report.batch_sizes(read_run(tmp_path)) == [], "one rank is not all"
+    assert run_page.batch_sizes(read_run(tmp_path)) == [], "one rank is not all"
 
 
 def test_what_a_run_lacks_is_said(tmp_path, figures):
