@@ -63,8 +63,6 @@ class Example:
         return [flatten([parameter.grad for parameter in self.parameters])]
 
     def validate(self, weights) -> float:
-        import torch
-
         self.set_weights(weights[0])
         with torch.no_grad():
             batches = self.validation.long().split(MICRO_BATCH)

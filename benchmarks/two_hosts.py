@@ -148,6 +148,8 @@ def worker(arguments) -> None:
 
 def summarise(results: dict, arguments) -> dict:
     """Medians, and for each ACCO schedule its bound: what computes and what communicates at the same time."""
+    from deepspeed_acco.settings import phase_a_micro_batches
+
     median = statistics.median
     micro = median(results["micro_batch_s"])
     compute, commit = arguments.n * micro, median(results["commit_alone"])
@@ -155,7 +157,7 @@ def summarise(results: dict, arguments) -> dict:
 
     def bound_of_two(name):
         fraction = 0.5 if name == "acco" else arguments.estimate_fraction
-        a = min(max(round(arguments.n * fraction), 1), arguments.n - 1)
+        a = phase_a_micro_batches(arguments.n, fraction)
         return max(a * micro, commit) + max((arguments.n - a) * micro, estimates[name])
 
     bounds = {
@@ -168,7 +170,7 @@ def summarise(results: dict, arguments) -> dict:
     for name in arguments.configs:
         step = median(results[name]["step_s"])
         row = {"config": name, "step_s": round(step, 4), "steps": len(results[name]["step_s"])}
-        row["sent_mb_per_step"] = round(median(results[name]["sent_bytes"]) / 1e6, 3)
+        row["sent_mb_per_step"] = round(statistics.mean(results[name]["sent_bytes"]) / 1e6, 3)
         alone_s = sum(results[name]["micro_batches"]) * micro  # of the same micro-batches without anything else
         row["of_compute_only_samples_per_s"] = round(alone_s / sum(results[name]["step_s"]), 4)
         if name in bounds:
@@ -193,7 +195,7 @@ def summarise(results: dict, arguments) -> dict:
         "micro_batch_s": round(micro, 4),
         "compute_s": round(compute, 4),
         "round_alone_s": round(commit, 4),
-        "round_sent_mb": round(median(results["commit_sent_bytes"]) / 1e6, 3),
+        "round_sent_mb": round(statistics.mean(results["commit_sent_bytes"]) / 1e6, 3),
         "estimate_fraction_of_int": arguments.estimate_fraction,
         "estimate_alone_s": {name: round(value, 4) for name, value in estimates.items()},
         "rows": rows,
