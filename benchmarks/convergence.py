@@ -30,12 +30,22 @@ COLOURS = {
     "zero1": "black",
     "sync": "tab:grey",
     "acco": "tab:blue",
+    "acco:estimate_fraction=0.75": "tab:cyan",
     "wp": "tab:orange",
     "dpu": "tab:red",
     "acco_int8": "tab:green",
     "acco_int4": "tab:purple",
 }
-SETTING = ("preset", "seq_len", "steps", "ranks", "batch_factor", "micro_batch", "n")  # what all runs of a row share
+SETTING = (
+    "preset",
+    "seq_len",
+    "steps",
+    "ranks",
+    "batch_factor",
+    "micro_batch",
+    "n",
+    "lr",
+)  # what all runs of a row share
 # Student's t that holds 95 % in the middle, for 1, 2, ... degrees of freedom; 1.96 would make few seeds look sure.
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -47,13 +57,15 @@ def settings_of(arguments) -> dict:
     config = read_config(BASELINE)
     setting = {key: getattr(arguments, key) for key in SETTING if hasattr(arguments, key)}
     n = config["gradient_accumulation_steps"] * arguments.batch_factor
-    return setting | {"micro_batch": config["train_micro_batch_size_per_gpu"], "n": n}
+    lr = config["optimizer"]["params"]["lr"]
+    return setting | {"micro_batch": config["train_micro_batch_size_per_gpu"], "n": n, "lr": lr}
 
 
 def make_run(setting: dict, config: str, seed: int) -> dict:
     own = read_config(config)
-    if own["train_micro_batch_size_per_gpu"] != setting["micro_batch"]:
-        raise SystemExit(f"{config} has another micro-batch than {BASELINE}; give them the same to compare them")
+    theirs = {"micro_batch": own["train_micro_batch_size_per_gpu"], "lr": own["optimizer"]["params"]["lr"]}
+    if not is_of(setting, theirs):
+        raise SystemExit(f"{config} has {theirs}, {BASELINE} another one of them; give both the same to compare them")
     options = {"--preset": setting["preset"], "--seq_len": setting["seq_len"], "--steps": setting["steps"]}
     arguments = [str(word) for option in (options | {"--seed": seed}).items() for word in option]
     begin = time.perf_counter()
@@ -90,7 +102,8 @@ def settings_in(runs: list[dict]) -> list[dict]:
 
 def in_words(setting: dict) -> str:
     batch = setting["micro_batch"] * setting["n"] * setting["ranks"]
-    return f"{setting['ranks']} ranks, {batch} sequences of {setting['seq_len']} a step, {setting['steps']} steps"
+    words = f"{setting['ranks']} ranks, {batch} sequences of {setting['seq_len']} a step, {setting['steps']} steps"
+    return f"{words}, lr {setting['lr']:g}, {setting['preset']}"
 
 
 def summarise(runs: list[dict]) -> list[dict]:
@@ -131,8 +144,8 @@ def table(summary: list[dict]) -> str:
     for row in summary:
         if row["setting"] != setting:
             setting = row["setting"]
-            lines += [f"{setting} (preset {row['preset']})"]
-        text = f"  {row['config']:<12} {row['val_loss']:.4f}"
+            lines.append(setting)
+        text = f"  {row['config']:<28} {row['val_loss']:.4f}"
         if "mean_percent" in row:
             text += f"  {row['mean_percent']:+.2f} %"
         if row.get("interval_percent"):
@@ -191,14 +204,17 @@ def draw(results: dict, path: Path) -> None:
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--configs", nargs="+", default=[BASELINE, "acco", "wp", "dpu"], help="files of ds_configs (%(default)s)"
+        "--configs",
+        nargs="+",
+        default=[BASELINE, "acco", "wp", "dpu"],
+        help="files of ds_configs (%(default)s); acco:estimate_fraction=0.75 changes one of its params",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument(
         "--batch-factor", type=int, default=1, help="multiplies gradient_accumulation_steps (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=150, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="(default: %(default)s)")
     parser.add_argument("--seq_len", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--preset", default="small", help="(default: %(default)s)")
     parser.add_argument("--summary", action="store_true", help="make no runs: summary and picture of those in --out")

@@ -15,19 +15,24 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def read_config(name: str) -> dict:
-    """The DeepSpeed JSON of that file stem in ds_configs."""
-    path = ROOT / "ds_configs" / f"{name}.json"
+    """The DeepSpeed JSON of that file stem in ds_configs; ``acco:estimate_fraction=0.75`` changes one of its params."""
+    stem, _, change = name.partition(":")
+    path = ROOT / "ds_configs" / f"{stem}.json"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.json")))
-        raise SystemExit(f"{name} is not a configuration; allowed: a file of ds_configs without .json: {known}")
-    return json.loads(path.read_text())
+        raise SystemExit(f"{stem} is not a configuration; allowed: a file of ds_configs without .json: {known}")
+    config = json.loads(path.read_text())
+    if change:
+        key, _, value = change.partition("=")
+        config["optimizer"]["params"][key] = json.loads(value)
+    return config
 
 
 def run_example(config: str, *arguments: str, ranks: int = 2, n: int | None = None, **environment: str) -> list[dict]:
     """One run through DeepSpeed's launcher on CPU ranks; returns the lines of metrics.jsonl.
 
     Args:
-        config: file stem in ds_configs.
+        config: as in :func:`read_config`.
         n: instead of the JSON's gradient_accumulation_steps.
     """
     settings = read_config(config)
