@@ -5,8 +5,8 @@
     python benchmarks/adaptive_quality.py --out benchmarks/results/adaptive_quality.json
 
 First the example with ds_configs/acco_adaptive.json. Its batch is what the clock made of it, so then DeepSpeed's ZeRO-1
-with the two batches next to that (n micro-batches and n + 1), and for the first seed with the nominal one. All runs have
-the same learning rate, the same schedule of it over the samples and the same data. ZeRO-1's loss at the batch that
+with the two batches next to that (n micro-batches and n + 1), and for the first seed with the nominal one. All runs
+have the same learning rate, the same schedule of it over the samples and the same data. ZeRO-1's loss at the batch that
 resulted lies between its two runs, on a straight line. The picture beside the JSON has the losses against samples and
 against seconds of training (matplotlib needed). Nothing else should run meanwhile: seconds are measured, and they make
 the batch, too.
@@ -115,7 +115,7 @@ def draw(runs: list[dict], slowness: float, path: Path) -> None:
     panels[1].set(xlabel="seconds of training, without the validations")
     panels[0].legend(title="samples a step: last value", frameon=False)
     figure.suptitle(
-        f"examples/train_gpt.py, 2 ranks, rank 1 {slowness:g} times slower, seed {runs[0]['seed']}", fontsize=9
+        f"examples/train_gpt.py, 2 ranks, rank 1 is {slowness:g} times slower, seed {runs[0]['seed']}", fontsize=9
     )
     figure.tight_layout()
     figure.savefig(path, dpi=130)

@@ -186,15 +186,15 @@ def draw(results: dict, path: Path) -> None:
         differences.plot(row["percent"], [place] * len(row["percent"]), "|", color=colour, markersize=9)
         differences.plot([row["mean_percent"]], [place], "o", color=colour)
         batch = row["micro_batch"] * row["n"] * row["ranks"]
-        labels.append(f"{row['config']}, {row['ranks']} ranks, batch {batch}, {row['steps']} steps")
+        labels.append(f"{row['config']}, {row['ranks']} ranks, {batch} x {row['seq_len']} bytes")
     differences.axvline(0, color="black", linestyle="--", linewidth=1)
     differences.axvspan(-0.5, 0.5, color="tab:green", alpha=0.12, linewidth=0)
     differences.set_xscale("symlog", linthresh=1)
     differences.set_xticks([-1, -0.5, 0, 0.5, 1, 3, 10], ["-1", "-0.5", "0", "0.5", "1", "3", "10"])
     differences.set_yticks(range(len(rows)), labels, fontsize=8)
     differences.invert_yaxis()
-    differences.set_xlabel("final validation loss against ZeRO-1, % (logarithmic beyond 1; ticks: seeds; green: 0.5 %)")
-    differences.set_title("Mean of the paired differences and 95 % interval", fontsize=9)
+    differences.set_xlabel("final validation loss against ZeRO-1, % (beyond 1 logarithmic)")
+    differences.set_title("Differences of the seeds (|), their mean and its 95 % interval; green: 0.5 %", fontsize=9)
     for axes in (curves, differences):
         axes.grid(alpha=0.3)
     figure.tight_layout()
