@@ -3,8 +3,8 @@
 """Final validation loss of the example under each configuration, paired with DeepSpeed's ZeRO-1 on the same batches.
 
     python benchmarks/convergence.py --out benchmarks/results/convergence.json
-    python benchmarks/convergence.py --out benchmarks/results/convergence.json --ranks 4
-    python benchmarks/convergence.py --out benchmarks/results/convergence.json --batch-factor 4
+    python benchmarks/convergence.py --out benchmarks/results/convergence.json --lr 1e-3 --ranks 4
+    python benchmarks/convergence.py --out benchmarks/results/convergence.json --lr 1e-3 --batch-factor 4 --steps 75
     python benchmarks/convergence.py --out benchmarks/results/convergence.json --summary
 
 Runs are added to those in --out, and those that are there already are not made again: another configuration, seed or
@@ -30,12 +30,23 @@ COLOURS = {
     "zero1": "black",
     "sync": "tab:grey",
     "acco": "tab:blue",
+    "acco:estimate_fraction=0.75": "tab:cyan",
     "wp": "tab:orange",
     "dpu": "tab:red",
     "acco_int8": "tab:green",
     "acco_int4": "tab:purple",
 }
-SETTING = ("preset", "seq_len", "steps", "ranks", "batch_factor", "micro_batch", "n")  # what all runs of a row share
+SETTING = (
+    "preset",
+    "seq_len",
+    "steps",
+    "ranks",
+    "batch_factor",
+    "micro_batch",
+    "n",
+    "lr",
+    "precision",
+)  # what all runs of a row share
 # Student's t that holds 95 % in the middle, for 1, 2, ... degrees of freedom; 1.96 would make few seeds look sure.
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -47,17 +58,19 @@ def settings_of(arguments) -> dict:
     config = read_config(BASELINE)
     setting = {key: getattr(arguments, key) for key in SETTING if hasattr(arguments, key)}
     n = config["gradient_accumulation_steps"] * arguments.batch_factor
-    return setting | {"micro_batch": config["train_micro_batch_size_per_gpu"], "n": n}
+    lr = arguments.lr or config["optimizer"]["params"]["lr"]
+    return setting | {"micro_batch": config["train_micro_batch_size_per_gpu"], "n": n, "lr": lr}
 
 
 def make_run(setting: dict, config: str, seed: int) -> dict:
-    own = read_config(config)
-    if own["train_micro_batch_size_per_gpu"] != setting["micro_batch"]:
-        raise SystemExit(f"{config} has another micro-batch than {BASELINE}; give them the same to compare them")
+    own = read_config(config)["train_micro_batch_size_per_gpu"]
+    if own != setting["micro_batch"]:
+        raise SystemExit(f"{config} has the micro-batch {own}, {BASELINE} another; give both the same to compare them")
     options = {"--preset": setting["preset"], "--seq_len": setting["seq_len"], "--steps": setting["steps"]}
     arguments = [str(word) for option in (options | {"--seed": seed}).items() for word in option]
     begin = time.perf_counter()
-    metrics = run_example(config, *arguments, ranks=setting["ranks"], n=setting["n"])
+    changes = {key: setting[key] for key in ("ranks", "n", "lr", "precision")}
+    metrics = run_example(config, *arguments, **changes)
     curve = {key: [line[key] for line in metrics] for key in ("step", "samples", "val_loss")}
     took = {"wall_s": round(time.perf_counter() - begin), "date": date.today().isoformat()}
     return {**setting, "config": config, "seed": seed, **took, **curve}
@@ -90,7 +103,8 @@ def settings_in(runs: list[dict]) -> list[dict]:
 
 def in_words(setting: dict) -> str:
     batch = setting["micro_batch"] * setting["n"] * setting["ranks"]
-    return f"{setting['ranks']} ranks, {batch} sequences of {setting['seq_len']} a step, {setting['steps']} steps"
+    words = f"{setting['ranks']} ranks, {batch} sequences of {setting['seq_len']} a step, {setting['steps']} steps"
+    return f"{words}, lr {setting['lr']:g}, {setting['precision']}, {setting['preset']}"
 
 
 def summarise(runs: list[dict]) -> list[dict]:
@@ -131,8 +145,8 @@ def table(summary: list[dict]) -> str:
     for row in summary:
         if row["setting"] != setting:
             setting = row["setting"]
-            lines += [f"{setting} (preset {row['preset']})"]
-        text = f"  {row['config']:<12} {row['val_loss']:.4f}"
+            lines.append(setting)
+        text = f"  {row['config']:<28} {row['val_loss']:.4f}"
         if "mean_percent" in row:
             text += f"  {row['mean_percent']:+.2f} %"
         if row.get("interval_percent"):
@@ -154,7 +168,9 @@ def draw(results: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     setting, seed = settings_in(results["runs"])[0], results["runs"][0]["seed"]
-    figure, (curves, differences) = pyplot.subplots(1, 2, figsize=(11.0, 4.6), width_ratios=(1, 1.15))
+    rows = [row for row in results["summary"] if "mean_percent" in row]
+    height = max(4.6, 1.2 + 0.24 * len(rows))
+    figure, (curves, differences) = pyplot.subplots(1, 2, figsize=(11.5, height), width_ratios=(1, 1.15))
     shown = [run for run in results["runs"] if is_of(run, setting) and run["seed"] == seed]
     for run in sorted(shown, key=lambda run: order(run["config"])):
         label, colour = f"{run['config']}  {run['val_loss'][-1]:.3f}", COLOURS.get(run["config"])
@@ -165,7 +181,6 @@ def draw(results: dict, path: Path) -> None:
     curves.legend(title="last value", frameon=False)
 
     labels = []
-    rows = [row for row in results["summary"] if "mean_percent" in row]
     for place, row in enumerate(rows):
         colour = COLOURS.get(row["config"], "tab:brown")
         if row.get("interval_percent"):
@@ -173,15 +188,16 @@ def draw(results: dict, path: Path) -> None:
         differences.plot(row["percent"], [place] * len(row["percent"]), "|", color=colour, markersize=9)
         differences.plot([row["mean_percent"]], [place], "o", color=colour)
         batch = row["micro_batch"] * row["n"] * row["ranks"]
-        labels.append(f"{row['config']}, {row['ranks']} ranks, batch {batch}, {row['steps']} steps")
+        label = f"{row['config']}, {row['ranks']} ranks, batch {batch}, {row['steps']} steps, lr {row['lr']:g}"
+        labels.append(label + (f", {row['precision']}" if row["precision"] != "fp32" else ""))
     differences.axvline(0, color="black", linestyle="--", linewidth=1)
     differences.axvspan(-0.5, 0.5, color="tab:green", alpha=0.12, linewidth=0)
     differences.set_xscale("symlog", linthresh=1)
     differences.set_xticks([-1, -0.5, 0, 0.5, 1, 3, 10], ["-1", "-0.5", "0", "0.5", "1", "3", "10"])
     differences.set_yticks(range(len(rows)), labels, fontsize=8)
     differences.invert_yaxis()
-    differences.set_xlabel("final validation loss against ZeRO-1, % (logarithmic beyond 1; ticks: seeds; green: 0.5 %)")
-    differences.set_title("Mean of the paired differences and 95 % interval", fontsize=9)
+    differences.set_xlabel("final validation loss against ZeRO-1, % (beyond 1 logarithmic)")
+    differences.set_title("Differences of the seeds (|), their mean and its 95 % interval; green: 0.5 %", fontsize=9)
     for axes in (curves, differences):
         axes.grid(alpha=0.3)
     figure.tight_layout()
@@ -191,14 +207,19 @@ def draw(results: dict, path: Path) -> None:
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--configs", nargs="+", default=[BASELINE, "acco", "wp", "dpu"], help="files of ds_configs (%(default)s)"
+        "--configs",
+        nargs="+",
+        default=[BASELINE, "acco", "wp", "dpu"],
+        help="files of ds_configs (%(default)s); acco:estimate_fraction=0.75 changes one of its params",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument(
         "--batch-factor", type=int, default=1, help="multiplies gradient_accumulation_steps (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=150, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="(default: %(default)s)")
+    parser.add_argument("--lr", type=float, help="of all configurations (default: the JSONs')")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(default: %(default)s)")
     parser.add_argument("--seq_len", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--preset", default="small", help="(default: %(default)s)")
     parser.add_argument("--summary", action="store_true", help="make no runs: summary and picture of those in --out")

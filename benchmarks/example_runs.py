@@ -15,23 +15,41 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def read_config(name: str) -> dict:
-    """The DeepSpeed JSON of that file stem in ds_configs."""
-    path = ROOT / "ds_configs" / f"{name}.json"
+    """The DeepSpeed JSON of that file stem in ds_configs; ``acco:estimate_fraction=0.75`` changes one of its params."""
+    stem, _, change = name.partition(":")
+    path = ROOT / "ds_configs" / f"{stem}.json"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.json")))
-        raise SystemExit(f"{name} is not a configuration; allowed: a file of ds_configs without .json: {known}")
-    return json.loads(path.read_text())
+        raise SystemExit(f"{stem} is not a configuration; allowed: a file of ds_configs without .json: {known}")
+    config = json.loads(path.read_text())
+    if change:
+        key, _, value = change.partition("=")
+        config["optimizer"]["params"][key] = json.loads(value)
+    return config
 
 
-def run_example(config: str, *arguments: str, ranks: int = 2, n: int | None = None, **environment: str) -> list[dict]:
+def run_example(
+    config: str,
+    *arguments: str,
+    ranks: int = 2,
+    n: int | None = None,
+    lr: float | None = None,
+    precision: str = "fp32",
+    **environment: str,
+) -> list[dict]:
     """One run through DeepSpeed's launcher on CPU ranks; returns the lines of metrics.jsonl.
 
     Args:
-        config: file stem in ds_configs.
-        n: instead of the JSON's gradient_accumulation_steps.
+        config: as in :func:`read_config`.
+        n, lr: instead of the JSON's gradient_accumulation_steps and learning rate.
+        precision: fp32 leaves the JSON as it is.
     """
     settings = read_config(config)
     settings["gradient_accumulation_steps"] = n or settings["gradient_accumulation_steps"]
+    if lr is not None:
+        settings["optimizer"]["params"]["lr"] = lr
+    if precision != "fp32":
+        settings[precision] = {"enabled": True}
     with socket.socket() as probe:  # a port of its own: another job of this machine may have DeepSpeed's default
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -60,6 +60,7 @@ class ACCO(Optimizer):
         )
         check_adamw(lr, betas, eps, weight_decay)
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, **FUSED_ADAM_KEYS))
+        self._opt_called = True  # or torch's schedulers warn at their first step that this one never stepped
 
     def add_param_group(self, param_group) -> None:
         """As torch's, with the group's own hyper-parameters checked."""

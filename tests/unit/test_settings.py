@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pytest
 import torch
@@ -154,3 +155,11 @@ def test_layout():
     assert list(pieces(0, 4)) == []
     assert list(pieces(9, 4)) == [(0, 4), (4, 4), (8, 1)]
     assert list(pieces(2**31 + 5, 2**31)) == [(0, 2**31), (2**31, 5)]
+
+
+def test_schedulers_of_torch_do_not_complain_about_a_step_that_is_the_engines():
+    optimizer = _make(lr=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)).step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
