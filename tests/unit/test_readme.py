@@ -2,8 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's table of the engine's features names tests that exist, and every test of that file is in it."""
 
+import json
 import re
 from pathlib import Path
+
+import torch
+
+from deepspeed_acco.optimizer import ACCO
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,3 +33,12 @@ def test_the_engine_table_and_its_tests():
             named.add(part)
     unnamed = _tests_of("test_engine.py") - named
     assert not unnamed, f"in test_engine.py and in no row: {sorted(unnamed)}"
+
+
+def test_optimizers_of_the_snippets_are_accepted():
+    text = (ROOT / "README.md").read_text()
+    snippets = re.findall(r'"optimizer": (\{"type": "ACCO", "params": \{.*?\}\})', text)
+    assert len(snippets) >= 3
+    for snippet in snippets:
+        params = json.loads(snippet)["params"]
+        assert ACCO([torch.nn.Parameter(torch.zeros(1))], **params).defaults["lr"] == params["lr"]
