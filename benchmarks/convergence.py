@@ -186,7 +186,7 @@ def draw(results: dict, path: Path) -> None:
         differences.plot(row["percent"], [place] * len(row["percent"]), "|", color=colour, markersize=9)
         differences.plot([row["mean_percent"]], [place], "o", color=colour)
         batch = row["micro_batch"] * row["n"] * row["ranks"]
-        labels.append(f"{row['config']}, {row['ranks']} ranks, {batch} x {row['seq_len']} bytes")
+        labels.append(f"{row['config']}, {row['ranks']} ranks, {batch} x {row['seq_len']}, {row['steps']} steps")
     differences.axvline(0, color="black", linestyle="--", linewidth=1)
     differences.axvspan(-0.5, 0.5, color="tab:green", alpha=0.12, linewidth=0)
     differences.set_xscale("symlog", linthresh=1)
