@@ -161,13 +161,15 @@ def table(summary: list[dict]) -> str:
 
 
 def draw(results: dict, path: Path) -> None:
-    """Curves of the first setting and seed, and all final differences with their intervals."""
+    """Curves of the setting with the most configurations, its first seed, and all final differences with intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    setting, seed = settings_in(results["runs"])[0], results["runs"][0]["seed"]
+    settings = settings_in(results["runs"])
+    setting = max(settings, key=lambda one: len({run["config"] for run in results["runs"] if is_of(run, one)}))
+    seed = min(run["seed"] for run in results["runs"] if is_of(run, setting))
     rows = [row for row in results["summary"] if "mean_percent" in row]
     height = max(4.6, 1.2 + 0.24 * len(rows))
     figure, (curves, differences) = pyplot.subplots(1, 2, figsize=(11.5, height), width_ratios=(1, 1.15))
@@ -197,7 +199,7 @@ def draw(results: dict, path: Path) -> None:
     differences.set_yticks(range(len(rows)), labels, fontsize=8)
     differences.invert_yaxis()
     differences.set_xlabel("final validation loss against ZeRO-1, % (beyond 1 logarithmic)")
-    differences.set_title("Differences of the seeds (|), their mean and its 95 % interval; green: 0.5 %", fontsize=9)
+    differences.set_title("Seeds (|), their mean, its 95 % interval; green: 0.5 %", fontsize=9)
     for axes in (curves, differences):
         axes.grid(alpha=0.3)
     figure.tight_layout()
