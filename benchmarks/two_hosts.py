@@ -79,18 +79,19 @@ def time_steps(name: str, arguments, module, windows: int, lane: str = "auto") -
         model_parameters=list(module.parameters()),
         config=ds_config(name, arguments.n, lane, arguments.estimate_fraction),
     )
-    measured: dict[str, list] = {"step_s": [], "micro_batches": [], "sent_bytes": [], "exposed_s": []}
+    measured: dict[str, list] = {"step_s": [], "micro_batches": [], "exposed_s": []}
+    sent_so_far = []
     for step in range(windows + 2):
         if not name.startswith("adaptive"):
             torch.distributed.barrier()
         before = engine.optimizer.lane_times() if hasattr(engine.optimizer, "lane_times") else None
-        begin, sent_before, micro_batches = time.perf_counter(), sent_bytes(), 0
+        begin, micro_batches = time.perf_counter(), 0
+        sent_so_far.append(sent_bytes())
         while engine.global_steps == step:
             engine.backward(engine())
             engine.step()
             micro_batches += 1
         measured["step_s"].append(time.perf_counter() - begin)
-        measured["sent_bytes"].append(sent_bytes() - sent_before)
         measured["micro_batches"].append(micro_batches)
         if before is not None:
             spent = engine.optimizer.lane_times().since(before)
@@ -99,6 +100,8 @@ def time_steps(name: str, arguments, module, windows: int, lane: str = "auto") -
                 if spent.rounds_of[kind]:
                     measured.setdefault(kind, []).append(seconds / spent.rounds_of[kind])
     engine.destroy()
+    # From one step's begin to the next one's: what waits in the link's queue leaves it behind the step.
+    measured["sent_bytes"] = [after - before for before, after in zip(sent_so_far, sent_so_far[1:])]
     return {key: values[2:] for key, values in measured.items()}
 
 
