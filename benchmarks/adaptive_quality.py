@@ -32,7 +32,8 @@ def train(arguments, config: str, seed: int, steps: int, n: int | None = None) -
     """One run, and its curve."""
     options = {"--preset": arguments.preset, "--seq_len": arguments.seq_len, "--steps": steps, "--seed": seed}
     words = [str(word) for option in options.items() for word in option]
-    lines = run_example(config, *words, "--slow", "1", str(arguments.slowness), ranks=RANKS, n=n)
+    slow = ("--slow", "1", str(arguments.slowness))
+    lines = run_example(config, *words, *slow, ranks=RANKS, n=n, lr=arguments.lr)
     curve = {key: [line[key] for line in lines] for key in ("step", "samples", "seconds", "val_loss")}
     run = {
         "config": config,
@@ -125,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="of the nominal batch (default: %(default)s)")
+    parser.add_argument("--lr", type=float, help="of all runs (default: the JSONs')")
     parser.add_argument("--seq_len", type=int, default=32, help="(default: %(default)s)")
     parser.add_argument("--preset", default="small", help="(default: %(default)s)")
     parser.add_argument("--slowness", type=float, default=3.0, help="of rank 1 (default: %(default)s)")
@@ -136,7 +138,7 @@ def main() -> None:
         "command": " ".join(["python", "benchmarks/adaptive_quality.py", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "machine": machine(),
-        **{key: getattr(arguments, key) for key in ("preset", "seq_len", "steps", "slowness")},
+        **{key: getattr(arguments, key) for key in ("preset", "seq_len", "steps", "slowness", "lr")},
         **summarise(runs),
     }
     print(table(summary))
