@@ -51,8 +51,9 @@ def _names_the_timeout(method):
             return method(self, *args)
         except RuntimeError as cause:
             raise CommFailed(
-                f"{method.__name__} failed on rank {self.rank} of {self.world_size}: another rank has ended, or did "
-                f"not answer within comm_timeout_s = {self.timeout_s:g} s ({cause}). Look at the other ranks' output"
+                f"{method.__name__.lstrip('_')} failed on rank {self.rank} of {self.world_size}: another rank has "
+                f"ended, or did not answer within comm_timeout_s = {self.timeout_s:g} s ({cause}). Look at the other "
+                "ranks' output"
             ) from cause
 
     return checked
@@ -113,7 +114,6 @@ class Communicator:
                 f"rank {self.rank} has: {description}. Start every rank with the same model, config and versions"
             )
 
-    @_names_the_timeout
     def reduce_scatter_sum(self, whole: list[Tensor], shard: list[Tensor]) -> None:
         """Sums ``whole`` over the ranks; this rank's part goes to ``shard`` (both 1-D, one per group; shard fp32).
 
@@ -122,11 +122,7 @@ class Communicator:
         NCCL this rank's part of it is overwritten.
         """
         if self.device.type == "cuda":
-            for source, target in zip(whole, shard):
-                own = source.narrow(0, self.rank * target.numel(), target.numel())
-                _reduce_scatter_in_place(own, source, self._group)
-                self._count(source.nbytes - own.nbytes)
-                target.copy_(own)
+            self._reduce_scatter(whole, shard)
             return
 
         def add_up(group: int, start: int, terms: list[Tensor]) -> None:
@@ -138,6 +134,13 @@ class Communicator:
         self._exchange(whole, 1, add_up)
 
     @_names_the_timeout
+    def _reduce_scatter(self, whole, shard):
+        for source, target in zip(whole, shard):
+            own = source.narrow(0, self.rank * target.numel(), target.numel())
+            _reduce_scatter_in_place(own, source, self._group)
+            self._count(source.nbytes - own.nbytes)
+            target.copy_(own)
+
     def all_to_all(self, whole: list[Tensor], record_numel: int, take: Taker) -> None:
         """Sends each rank its part of ``whole`` (1-D, one per group, as many equal parts as ranks) and gives what
         arrives to ``take``, piece by piece, so that no second buffer of that size is needed.
@@ -155,9 +158,8 @@ class Communicator:
             following = None if piece is None else self._start_exchange(whole, *piece)
             if arriving is not None:
                 group, start, terms, requests = arriving
-                for request in requests:
-                    request.wait()
-                take(group, start, terms)
+                self._end_exchange(requests)
+                take(group, start, terms)  # its own errors pass as they are
             arriving = following
 
     def _exchange_pieces(self, whole, record_numel):
@@ -176,6 +178,7 @@ class Communicator:
                 yield group, start, length, slot
                 slot = 1 - slot
 
+    @_names_the_timeout
     def _start_exchange(self, whole, group, start, length, slot):
         source = whole[group]
         part_numel = source.numel() // self.world_size
@@ -194,6 +197,11 @@ class Communicator:
             requests.append(dist.P2POp(dist.isend, leaving, self._global_ranks[rank], self._group))
         self._count(len(sent) * length * source.element_size())
         return group, start, terms, dist.batch_isend_irecv(requests) if requests else []
+
+    @_names_the_timeout
+    def _end_exchange(self, requests):
+        for request in requests:
+            request.wait()
 
     @_names_the_timeout
     def all_gather(self, whole: list[Tensor]) -> None:

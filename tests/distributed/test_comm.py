@@ -107,6 +107,24 @@ def test_all_to_all(ranks, world_size, part_numels, record_numel, staging_bytes)
     ranks(world_size).run(_all_to_all, part_numels=part_numels, record_numel=record_numel, staging_bytes=staging_bytes)
 
 
+def _broken_take():
+    import torch
+    import torch.distributed as dist
+
+    comm = _communicator()
+
+    def take(group, start, terms):
+        raise RuntimeError("no such kernel")
+
+    with pytest.raises(RuntimeError, match="^no such kernel$"):
+        comm.all_to_all([torch.zeros(16 * dist.get_world_size(), dtype=torch.uint8)], 16, take)
+    comm.destroy()
+
+
+def test_an_error_in_what_takes_the_pieces_is_not_called_a_timeout(ranks):
+    ranks(2).run(_broken_take)
+
+
 def _bytes_moved(numel):
     import torch
     import torch.distributed as dist
