@@ -196,7 +196,7 @@ class RoundDriver:
             return Standing([], [], norm)
         live, pending = self.buffers.live_shards, self.buffers.comm_shards
         if self._is_showing_true:  # exchanged
-            live, pending = pending, self._kept_predictions
+            live, pending = pending, self._kept_predictions or []
         predictions = pending if place is Place.SHARDS else []
         return Standing([shard.clone() for shard in live], [shard.clone() for shard in predictions], norm)
 

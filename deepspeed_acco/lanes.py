@@ -67,7 +67,7 @@ class Instant:
 
     def seconds_since(self, earlier: Instant) -> float:
         """Only when both :meth:`is_known`."""
-        if self._passed is None:
+        if self._passed is None or earlier._passed is None:
             return self._host_s - earlier._host_s
         return earlier._passed.elapsed_time(self._passed) / 1e3
 

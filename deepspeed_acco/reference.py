@@ -95,15 +95,16 @@ class Reference:
         Adaptive windows: ``counts`` and ``a`` are lists with one number for each rank; the gradients, divided by n as
         delivered, then become the mean over all micro-batches of all ranks.
         """
-        counts = n if counts is None else counts
-        is_adaptive = not isinstance(counts, int)
-        counts_of = list(counts) if is_adaptive else [counts] * self.world_size
-        in_a_of = list(a) if not isinstance(a, int) else [min(a, count) for count in counts_of]
+        is_adaptive = not (counts is None or isinstance(counts, int))
+        if counts is None or isinstance(counts, int):
+            counts = [n if counts is None else counts] * self.world_size
+        counts_of = list(counts)
+        in_a_of = [min(a, count) for count in counts_of] if isinstance(a, int) else list(a)
         schedule = "sync" if runs_sync else self.schedule
         first = {"sync": self.theta, "acco": self.estimate, "dpu": self.previous, "wp": self.prediction}[schedule]
         second = self.theta if schedule == "acco" else first
         first, second = ([self.see(tensor) for tensor in weights] for weights in (first, second))
-        is_short = not is_adaptive and counts <= a
+        is_short = not is_adaptive and counts_of == in_a_of
 
         totals = []
         partial: list[Tensor] = []

@@ -1,6 +1,7 @@
 """Imports go down the floors; one file names torch.distributed, one has streams and threads, one patches."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,8 @@ def test_streams_and_patches_have_one_home(module):
         assert "torch.cuda.Stream" not in text and "torch.cuda.Event" not in text and "record_event" not in text
     if module != "plugin":
         assert "setattr(" not in text
+
+
+def test_mypy_checks_the_lower_floors():
+    checked = re.findall(r'"deepspeed_acco/(\w+)\.py"', (PACKAGE.parent / "pyproject.toml").read_text())
+    assert sorted(checked) == sorted(module for module, floor in FLOORS.items() if floor <= 2)
