@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import compare
+from .comparison import REFERENCE, Comparison, add_run_arguments, comparison_of, host_count, reference_of
 
 DEFAULT_OUT = Path("runs") / "calibrate"
 # The example evaluates ten times, and steps behind an evaluation are not timed: this leaves nine.
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "say how long it runs: about ten steps, since the first two and those after an evaluation are not timed.",
     )
     group.add_argument("--calibrate", metavar="CONFIG", type=Path, help="a DeepSpeed JSON; --hosts are shaped then")
-    compare.add_run_arguments(group, EXAMPLE_STEPS, EMULATED_STEPS)
+    add_run_arguments(group, EXAMPLE_STEPS, EMULATED_STEPS)
     group.add_argument("--out", type=Path, help=f"its folder, measured anew each time (default: {DEFAULT_OUT})")
 
 
@@ -71,16 +72,16 @@ def measure(options: argparse.Namespace) -> tuple[Path, int | None]:
     except RuntimeError as cause:
         raise MeasurementFailed(f"plan: {cause}") from cause
     if runs.failed:
-        raise MeasurementFailed(f"plan: the measured run failed: {runs.failed[compare.REFERENCE]}")
+        raise MeasurementFailed(f"plan: the measured run failed: {runs.failed[REFERENCE]}")
     path, _ = compare.write_results(comparison, out, runs)
     print(f"measured: {path}; `ds_acco plan --results {path}` plans from it again", file=sys.stderr)
-    return path, compare.host_count(comparison)
+    return path, host_count(comparison)
 
 
-def _comparison(options: argparse.Namespace) -> compare.Comparison:
+def _comparison(options: argparse.Namespace) -> Comparison:
     """Of the reference alone."""
     asked = argparse.Namespace(**{**vars(options), "configs": [options.calibrate], "passes": 1, "seed": None})
-    comparison = compare.comparison_of(asked, EXAMPLE_STEPS, EMULATED_STEPS)
+    comparison = comparison_of(asked, EXAMPLE_STEPS, EMULATED_STEPS)
     if comparison.world_size == 1:
         raise ValueError(
             "--calibrate with one rank measures no communication. Give --num_accelerators 2 or more, --hosts or "
@@ -88,14 +89,14 @@ def _comparison(options: argparse.Namespace) -> compare.Comparison:
         )
     ((name, config),) = comparison.configs.items()
     ((_, file),) = comparison.files.items()
-    reference = compare.reference_of(name, config)
-    return replace(comparison, configs={compare.REFERENCE: reference}, files={compare.REFERENCE: file})
+    reference = reference_of(name, config)
+    return replace(comparison, configs={REFERENCE: reference}, files={REFERENCE: file})
 
 
 def _clear(out: Path) -> None:
     """Removes an earlier measurement; a comparison's folder, and anybody else's, is left to ``compare.prepare``."""
     command = out / compare.COMMAND
-    if command.is_file() and list(json.loads(command.read_text()).get("configs", {})) == [compare.REFERENCE]:
+    if command.is_file() and list(json.loads(command.read_text()).get("configs", {})) == [REFERENCE]:
         for folder in (compare.CONFIGS, compare.RUNS):
             shutil.rmtree(out / folder, ignore_errors=True)
         for file in (compare.RESULTS, "report.html", compare.COMMAND):

@@ -9,7 +9,6 @@ In the folder of a comparison: ``command.json`` (what was asked for), ``configs/
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import platform
@@ -20,22 +19,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from . import hosts, launches, pictures, summary
-from .settings import ADAMW_KEYS
+from .comparison import (
+    EMULATED_STEPS,
+    EXAMPLE_STEPS,
+    REFERENCE,
+    Comparison,
+    add_run_arguments,
+    comparison_of,
+    extra_reference,
+    is_sync,
+    positive,
+)
 
-REFERENCE = "reference"  # the runs of schedule sync that C and R come from
-REFERENCE_KEYS = ("lane", "comm_timeout_s")  # ACCO's keys that it takes over
-EMULATED = ("--module", "deepspeed_acco.emulated")
-EXAMPLE = Path("examples") / "train_gpt.py"
-EXAMPLE_SEQ_LEN = 128  # its default of --seq_len
-EXAMPLE_STEPS = 60
-EMULATED_STEPS = 12
-EMULATED_NUMEL = 10_000_000
 DEFAULT_OUT = Path("runs") / "compare"
 DONE = "done.json"
 COMMAND = "command.json"
@@ -59,284 +60,12 @@ def add_command(commands) -> None:
         "{config}, the JSON, which else is given by --deepspeed_config.",
     )
     parser.add_argument("configs", nargs="+", metavar="CONFIG", type=Path, help="DeepSpeed JSONs; the stem is the name")
-    parser.add_argument("--hosts", type=_positive, help="so many shaped hosts on this machine (root, iproute2)")
+    parser.add_argument("--hosts", type=positive, help="so many shaped hosts on this machine (root, iproute2)")
     add_run_arguments(parser, EXAMPLE_STEPS, EMULATED_STEPS)
-    parser.add_argument("--passes", type=_positive, default=3, help="runs of each JSON (default: %(default)s)")
+    parser.add_argument("--passes", type=positive, default=3, help="runs of each JSON (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="of weights and data (default: 1)")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder (default: %(default)s)")
     parser.set_defaults(run=run, takes_script_arguments=True)
-
-
-def add_run_arguments(parser: argparse._ActionsContainer, example_steps: int, emulated_steps: int) -> None:
-    """What says what is run and where, but for ``--hosts``."""
-    parser.add_argument("--script", type=Path, help="imports deepspeed_acco (default: examples/train_gpt.py)")
-    parser.add_argument("--num_accelerators", type=_positive, help="ranks, of each host (default: as the launcher)")
-    parser.add_argument("--rate", help="of each shaped host's link, as tc spells it, for example 300mbit")
-    parser.add_argument("--hostfile", type=Path, help="DeepSpeed's hostfile of real hosts, which all see --out")
-    parser.add_argument(
-        "--emulate-compute", type=_milliseconds, metavar="MS", help="emulated accelerator: a micro-batch waits so long"
-    )
-    parser.add_argument(
-        "--numel", type=_positive, help=f"parameters of the emulated model (default: {EMULATED_NUMEL:,})"
-    )
-    parser.add_argument(
-        "--steps",
-        type=_positive,
-        help=f"optimizer steps of the example (default: {example_steps}) or the emulated model ({emulated_steps})",
-    )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number >= 1")
-    return int(text)
-
-
-def _milliseconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: milliseconds >= 0")
-    return value
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What is asked for; all of it decides whether a folder's finished runs may be taken.
-
-    Attributes:
-        configs: name: contents of the JSON, in the order given.
-        files: name: the JSON's path, as given.
-        script: what the launcher is given: a path, or ``--module`` and a name.
-        arguments: of the script, with {out} and {config} still in them.
-        network: in words.
-    """
-
-    configs: dict[str, dict[str, Any]]
-    files: dict[str, str]
-    script: list[str]
-    arguments: list[str]
-    passes: int
-    world_size: int
-    slots: int | None
-    network: str
-    hosts: int | None
-    rate: str | None
-    hostfile: str | None
-    emulated_ms: float | None
-    tokens_per_sample: int | None
-
-
-# ---- what is asked for
-
-
-def comparison_of(
-    options: argparse.Namespace, example_steps: int = EXAMPLE_STEPS, emulated_steps: int = EMULATED_STEPS
-) -> Comparison:
-    """Raises ValueError for options that cannot be, or that do not go together."""
-    configs, files = _read_configs(options.configs)
-    _require_together(options)
-    world_size, network = _ranks(options)
-    _require_alike(configs, world_size)
-    script, arguments, tokens_per_sample = _script(options, example_steps, emulated_steps)
-    return Comparison(
-        configs=configs,
-        files=files,
-        script=script,
-        arguments=arguments,
-        passes=options.passes,
-        world_size=world_size,
-        slots=options.num_accelerators,
-        network=network,
-        hosts=options.hosts,
-        rate=options.rate,
-        hostfile=options.hostfile.read_text() if options.hostfile else None,
-        emulated_ms=options.emulate_compute,
-        tokens_per_sample=tokens_per_sample,
-    )
-
-
-def _read_configs(paths: Sequence[Path]):
-    configs: dict[str, dict[str, Any]] = {}
-    files: dict[str, str] = {}
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"CONFIG {path} is not a file; give the path of a DeepSpeed JSON")
-        if path.stem in configs or path.stem == REFERENCE:
-            other = files.get(path.stem, "the reference")
-            raise ValueError(f"CONFIG {path} and {other} have the same name, {path.stem!r}. Rename one of them")
-        try:
-            config = json.loads(path.read_text())
-        except ValueError as cause:
-            raise ValueError(f"CONFIG {path} is not JSON: {cause}") from cause
-        if not isinstance(config, dict):
-            raise ValueError(f"CONFIG {path} is not a DeepSpeed JSON: it holds no object")
-        configs[path.stem], files[path.stem] = config, str(path)
-    return configs, files
-
-
-def _require_together(options: argparse.Namespace) -> None:
-    if (options.hosts is None) != (options.rate is None):
-        raise ValueError("--hosts and --rate belong together: for example --hosts 2 --rate 300mbit")
-    if options.hosts is not None and options.hostfile is not None:
-        raise ValueError("--hosts and --hostfile exclude each other: shaped hosts are on this machine")
-    if options.hosts is not None:
-        if not 2 <= options.hosts <= hosts.MOST_HOSTS:
-            raise ValueError(f"--hosts {options.hosts} is not allowed; allowed: 2 to {hosts.MOST_HOSTS}")
-        try:
-            hosts.check_rate(options.rate)
-        except ValueError as cause:
-            raise ValueError(f"--rate {cause}") from None
-        reason = hosts.why_not()
-        if reason:
-            raise ValueError(f"--hosts {options.hosts}: {reason}")
-    if options.hostfile is not None and not options.hostfile.is_file():
-        raise ValueError(f"--hostfile {options.hostfile} is not a file; give DeepSpeed's hostfile")
-    if options.emulate_compute is not None and (options.script or options.script_arguments):
-        raise ValueError("--emulate-compute trains a model of its own: leave out --script and what follows --")
-    if options.numel is not None and options.emulate_compute is None:
-        raise ValueError("--numel is the size of the emulated model: it needs --emulate-compute MS")
-
-
-def _ranks(options: argparse.Namespace) -> tuple[int, str]:
-    """Their number, and in words what joins them."""
-    slots = options.num_accelerators
-    if options.hosts is not None:
-        return options.hosts * (slots or 1), f"{options.hosts} hosts, {options.rate}"
-    if options.hostfile is not None:
-        counts = _slots_of(options.hostfile.read_text())
-        if not counts or not all(count.isdecimal() for count in counts):
-            raise ValueError(f"--hostfile {options.hostfile}: lines like 'worker-1 slots=4' are expected")
-        world_size = slots * len(counts) if slots else sum(map(int, counts))
-        return world_size, f"hostfile {options.hostfile}, {len(counts)} hosts"
-    if slots is None:
-        from deepspeed.accelerator import get_accelerator
-
-        slots = get_accelerator().device_count()
-    return slots, "this machine"
-
-
-def _slots_of(hostfile: str) -> list[str]:
-    """Of each host, as written."""
-    lines = [line.split("#")[0].split() for line in hostfile.splitlines()]
-    return [words[1].removeprefix("slots=") for words in lines if len(words) == 2]
-
-
-def host_count(comparison: Comparison) -> int | None:
-    """How many hosts share the ranks equally; None where that is not known."""
-    count = len(_slots_of(comparison.hostfile)) if comparison.hostfile is not None else comparison.hosts
-    return count if count and comparison.world_size % count == 0 else None
-
-
-def _script(
-    options: argparse.Namespace, example_steps: int, emulated_steps: int
-) -> tuple[list[str], list[str], int | None]:
-    """The script, its arguments, and the tokens of a sample where they are known."""
-    steps, seed = options.steps, 1 if options.seed is None else options.seed
-    if options.emulate_compute is not None:
-        arguments = ["--steps", str(steps or emulated_steps), "--seed", str(seed)]
-        arguments += ["--micro_batch_ms", str(options.emulate_compute)]
-        return list(EMULATED), [*arguments, "--numel", str(options.numel or EMULATED_NUMEL)], None
-    given = list(options.script_arguments)
-    example = _example()
-    if options.script is None and example is None:
-        raise ValueError(
-            "--script is missing, and examples/train_gpt.py is not here: it is the default in a checkout of "
-            "deepspeed_acco. Give your training script"
-        )
-    script = options.script or example
-    if not script.is_file():
-        raise ValueError(f"--script {script} is not a file; give your training script")
-    if example is None or script.resolve() != example.resolve():
-        if steps is not None or options.seed is not None:
-            raise ValueError("--steps and --seed are the example's: give your script its own arguments behind --")
-        return [str(script)], given, None
-    arguments = ["--steps", str(steps or example_steps), "--seed", str(seed), "--out", "{out}", *given]
-    lengths = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    lengths.add_argument("--seq_len", type=int, default=EXAMPLE_SEQ_LEN)
-    return [str(script)], arguments, lengths.parse_known_args(given)[0].seq_len
-
-
-def _example() -> Path | None:
-    for root in (Path(__file__).resolve().parents[1], Path()):
-        if (root / EXAMPLE).is_file():
-            return root / EXAMPLE
-    return None
-
-
-# ---- the JSONs
-
-
-def batch_of(config: Mapping[str, Any], world_size: int) -> tuple[Any, Any]:
-    """(micro-batch, n) of a DeepSpeed JSON, by DeepSpeed's rules; "auto" stays."""
-    whole = config.get("train_batch_size")
-    micro = config.get("train_micro_batch_size_per_gpu")
-    n = config.get("gradient_accumulation_steps")
-    if "auto" in (whole, micro, n):
-        return micro, n
-    if micro is None and whole is not None:
-        micro = whole // (world_size * (n or 1))
-    if n is None:
-        n = whole // (world_size * micro) if whole is not None and micro else 1
-    return micro, n
-
-
-def _precision_of(config: Mapping[str, Any]) -> str:
-    for name, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
-        for key in keys:
-            enabled = config.get(key, {}).get("enabled", False)
-            if enabled:
-                return name if enabled is True else f"{name} {enabled}"
-    return "fp32"
-
-
-def _require_alike(configs: Mapping[str, Mapping[str, Any]], world_size: int) -> None:
-    """Raises ValueError unless all train the same batch in the same precision with the same clipping."""
-    described = {}
-    for name, config in configs.items():
-        micro, n = batch_of(config, world_size)
-        described[name] = {
-            "train_micro_batch_size_per_gpu": micro,
-            "gradient_accumulation_steps": n,
-            "precision (bf16, fp16)": _precision_of(config),
-            "gradient_clipping": config.get("gradient_clipping", 0.0),
-        }
-    first, *others = described
-    for other in others:
-        for key, value in described[first].items():
-            if described[other][key] != value:
-                raise ValueError(
-                    f"{key} is {value!r} in {first} and {described[other][key]!r} in {other}: they would not train "
-                    "the same. Set it alike in all CONFIGs"
-                )
-
-
-def is_sync(config: Mapping[str, Any]) -> bool:
-    optimizer = config.get("optimizer", {})
-    return optimizer.get("type") == "ACCO" and optimizer.get("params", {}).get("schedule") == "sync"
-
-
-def reference_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON of the same training by ACCO's schedule ``sync``, where nothing communicates outside the step.
-
-    Raises:
-        ValueError: without an optimizer in the JSON.
-    """
-    if "optimizer" not in config:
-        raise ValueError(
-            f"CONFIG {name} has no optimizer, and the reference (ACCO's schedule sync) is derived from the first "
-            "CONFIG. Give another one first"
-        )
-    derived = copy.deepcopy(dict(config))
-    params = derived["optimizer"].get("params", {})
-    # ACCO's other keys are of no meaning without overlap, or refused there.
-    params = {key: params[key] for key in (*ADAMW_KEYS, *REFERENCE_KEYS) if key in params}
-    if derived["optimizer"].get("type") != "ACCO":
-        derived["zero_optimization"] = {"stage": 1}
-    derived["optimizer"] = {"type": "ACCO", "params": {**params, "schedule": "sync"}}
-    return derived
 
 
 # ---- the folder
@@ -358,7 +87,7 @@ def prepare(out: Path, comparison: Comparison) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is not empty and holds no comparison. Give another --out")
     (out / CONFIGS).mkdir(parents=True, exist_ok=True)
-    configs = {**comparison.configs, **_extra_reference(comparison)}
+    configs = {**comparison.configs, **extra_reference(comparison)}
     for name, config in configs.items():
         (out / CONFIGS / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n")
     _write_whole(path, asked)
@@ -387,14 +116,6 @@ def _write_whole(path: Path, content: Any) -> None:
 # ---- the runs
 
 
-def _extra_reference(comparison: Comparison) -> dict[str, dict[str, Any]]:
-    """The derived reference, unless a CONFIG is one."""
-    if any(map(is_sync, comparison.configs.values())):
-        return {}
-    first = next(iter(comparison.configs))
-    return {REFERENCE: reference_of(first, comparison.configs[first])}
-
-
 def order(names: Sequence[str], passes: int) -> list[tuple[int, str]]:
     """(pass, name) of every run: all names in each pass, turned round in every other, so that a drift cancels."""
     return [
@@ -419,7 +140,7 @@ class _Runs:
     def all(self) -> None:
         """Runs what is not finished yet; a configuration that fails is left out from then on."""
         comparison = self._comparison
-        names = [*_extra_reference(comparison), *comparison.configs]
+        names = [*extra_reference(comparison), *comparison.configs]
         runs = order(names, comparison.passes)
         for index, (number, name) in enumerate(runs):
             if name in self.failed:
@@ -555,7 +276,7 @@ def run(options: argparse.Namespace) -> int:
     """Returns 0, 1 when a configuration failed, 2 for bad arguments, 130 when interrupted."""
     try:
         comparison = comparison_of(options)
-        _extra_reference(comparison)
+        extra_reference(comparison)
         pictures.require_matplotlib()  # now, not after all the runs
         prepare(options.out, comparison)
     except ValueError as cause:

@@ -14,7 +14,7 @@ import numpy
 import pytest
 
 import deepspeed_acco
-from deepspeed_acco import cli, compare, hosts, launches, summary
+from deepspeed_acco import cli, compare, comparison, hosts, launches, summary
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "ds_configs"
@@ -292,17 +292,17 @@ def test_the_order_turns_round():
     ],
 )
 def test_the_batch_by_deepspeeds_rules(config, expected):
-    assert compare.batch_of(config, 2) == expected
+    assert comparison.batch_of(config, 2) == expected
 
 
 @pytest.mark.parametrize("name", ["acco", "zero3", "acco_bf16", "acco_adaptive"])
 def test_the_reference_is_the_first_configs_training_by_sync(name):
     config = json.loads((CONFIGS / f"{name}.json").read_text())
-    derived = compare.reference_of(name, config)
+    derived = comparison.reference_of(name, config)
     expected = json.loads((CONFIGS / "sync.json").read_text())
     if "bf16" in config:
         expected["bf16"] = config["bf16"]
-    assert derived == expected and compare.is_sync(derived) and not compare.is_sync(config)
+    assert derived == expected and comparison.is_sync(derived) and not comparison.is_sync(config)
 
 
 # ---- the command, with runs that are only written
@@ -445,7 +445,7 @@ def test_the_default_length_is_the_examples(monkeypatch):
 
     parser = argparse.ArgumentParser()
     text_data.add_text_arguments(parser)
-    assert parser.parse_args([]).seq_len == compare.EXAMPLE_SEQ_LEN
+    assert parser.parse_args([]).seq_len == comparison.EXAMPLE_SEQ_LEN
 
 
 def changed(tmp_path, **keys):
@@ -503,7 +503,7 @@ def test_errors_of_the_user_are_explained(fake, monkeypatch, tmp_path, capsys):
 
 
 def test_without_a_checkout_the_script_is_asked_for(fake, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(compare, "EXAMPLE", Path("nowhere.py"))
+    monkeypatch.setattr(comparison, "EXAMPLE", Path("nowhere.py"))
     assert cli.main(command(tmp_path / "out", *BOTH)) == 2
     assert "--script is missing" in capsys.readouterr().err
 

@@ -38,6 +38,7 @@ FLOORS = {
     "hosts": 4,
     "launches": 4,
     "summary": 4,
+    "comparison": 4,
     "compare": 4,
     "pictures": 4,
     "report_data": 4,
