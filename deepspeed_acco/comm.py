@@ -206,11 +206,39 @@ class Communicator:
     @_names_the_timeout
     def all_gather(self, whole: list[Tensor]) -> None:
         """Fills every tensor (1-D, one per group) with all ranks' shards; this rank's lies at its place already."""
+        if self.device.type == "cuda":
+            for tensor in whole:
+                _all_gather_in_place(tensor, self._part(tensor, self.rank), self._group)
+        else:
+            self._pass_round(whole)
         for tensor in whole:
-            shard_numel = tensor.numel() // self.world_size
-            own = tensor.narrow(0, self.rank * shard_numel, shard_numel)
-            _all_gather_in_place(tensor, own, self._group)
-            self._count(tensor.nbytes - own.nbytes)
+            self._count(tensor.nbytes - tensor.nbytes // self.world_size)
+
+    def _pass_round(self, whole):
+        """A ring: each rank sends on to the next what arrives from the one before.
+
+        gloo tells the sender of every receive, and only then the data leaves; on the connection that the data take. So
+        all receives come first: in gloo's own all-gather that word waits behind half of the data.
+        """
+        before, following = (self._global_ranks[(self.rank + step) % self.world_size] for step in (-1, 1))
+        steps = range(self.world_size - 1)
+
+        def shards(first):
+            return [[self._part(tensor, (first - step) % self.world_size) for step in steps] for tensor in whole]
+
+        arriving = [[dist.irecv(part, before, self._group) for part in parts] for parts in shards(self.rank - 1)]
+        leaving = []
+        for parts, requests in zip(shards(self.rank), arriving):
+            for part, request in zip(parts, requests):
+                leaving.append(dist.isend(part, following, self._group))
+                request.wait()
+        for request in leaving:
+            request.wait()
+
+    def _part(self, tensor: Tensor, rank: int) -> Tensor:
+        """Of as many equal parts as ranks."""
+        numel = tensor.numel() // self.world_size
+        return tensor.narrow(0, rank * numel, numel)
 
     @_names_the_timeout
     def all_reduce_sum(self, value: Tensor) -> None:
