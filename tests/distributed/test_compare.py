@@ -410,6 +410,8 @@ def test_shaped_hosts_are_removed_also_stale_ones():
         assert subprocess.run(ping, capture_output=True).returncode == 0
         shape = subprocess.run([*shaped.enter(1), "tc", "qdisc"], capture_output=True, text=True).stdout
         assert "tbf" in shape and "100Mbit" in shape
+        control = [*shaped.enter(2), "cat", "/proc/sys/net/ipv4/tcp_congestion_control"]
+        assert subprocess.run(control, capture_output=True, text=True).stdout == "reno\n"
         raise KeyboardInterrupt
     assert f"accohost{os.getpid()}" not in listed() and f"accobr{os.getpid()}" not in listed()
     with pytest.raises(RuntimeError, match="tc qdisc add.*rate"), hosts.ShapedHosts(2, "nonsense"):
