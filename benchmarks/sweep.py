@@ -123,16 +123,8 @@ def draw(summary: dict, path: Path) -> None:
     for name, crossing in summary["measured_crossings"].items():
         if crossing is None:
             continue
-        axes.axvline(crossing, color=COLOURS[name], linestyle=":")
-        axes.annotate(
-            f"{name} stops paying: R/C = {crossing:.2f}",
-            (crossing, 0.97),
-            xycoords=("data", "axes fraction"),
-            rotation=90,
-            ha="right",
-            va="top",
-            fontsize=8,
-        )
+        label = f"{name} stops paying: R/C = {crossing:.2f}"
+        axes.axvline(crossing, color=COLOURS[name], linestyle=":", label=label)
     axes.set_xlabel("R / C: a round with nothing beside it, over the computation of a step")
     axes.set_ylabel("seconds of a step / C")
     axes.set_title(f"Two hosts at {summary['rate']}: measured (dots) and predicted (lines)", fontsize=10)

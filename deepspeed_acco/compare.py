@@ -340,6 +340,7 @@ def results_of(comparison: Comparison, finished, failed: Mapping[str, str]) -> d
     reference = next((name for name, config in comparison.configs.items() if is_sync(config)), REFERENCE)
     failed = {**failed, **({REFERENCE: failed[reference]} if reference in failed else {})}
     runs = {name: finished.get(name, []) for name in comparison.configs}
+    script = comparison.script[-1]
     measured = summary.summarise(
         comparison.files, runs, finished.get(reference, []), failed, comparison.emulated_ms is not None
     )
@@ -348,7 +349,7 @@ def results_of(comparison: Comparison, finished, failed: Mapping[str, str]) -> d
         "command": shlex.join(["ds_acco", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
-        "script": comparison.script[-1],
+        "script": os.path.relpath(script) if Path(script).is_relative_to(Path.cwd()) else script,
         "arguments": comparison.arguments,
         "network": comparison.network,
         "emulated_ms": comparison.emulated_ms,

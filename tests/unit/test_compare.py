@@ -353,7 +353,8 @@ def command(out, *configs, passes=2, **other):
 BOTH = (CONFIGS / "acco.json", CONFIGS / "zero1.json")
 
 
-def test_an_interrupted_comparison_goes_on_where_it_was(fake, tmp_path, capsys):
+def test_an_interrupted_comparison_goes_on_where_it_was(fake, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(CONFIGS.parent)
     out = tmp_path / "out"
     fake.stop_at = 2
     assert cli.main(command(out, *BOTH)) == 130
@@ -370,6 +371,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(fake, tmp_path, capsys):
     assert results["version"] == 1 and results["passes"] == 2 and results["network"] == "this machine"
     assert results["tokens_per_sample"] == 128 and results["world_size"] == 2 and results["emulated_ms"] is None
     assert [run["pass"] for run in results["configs"][0]["runs"]] == [1, 2]
+    assert results["script"] == "examples/train_gpt.py", "as seen from here"
     assert cli.main(command(out, *BOTH)) == 0 and len(fake.seen) == 6, "all was finished"
 
 
@@ -435,6 +437,7 @@ def test_the_scripts_arguments_are_filled_in(monkeypatch, tmp_path, fake):
     assert cli.main([*command(tmp_path / "out", CONFIGS / "sync.json", passes=1), f"--script={script}", *given]) == 0
     config, folder = tmp_path / "out" / "configs" / "sync.json", tmp_path / "out" / "runs" / "sync" / "1"
     assert seen == [([str(script)], ["--deepspeed", str(config), f"--logs={folder}/logs"])]
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["script"] == str(script)
 
 
 def test_the_default_length_is_the_examples(monkeypatch):
