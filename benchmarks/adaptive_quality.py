@@ -112,6 +112,7 @@ def draw(runs: list[dict], slowness: float, path: Path) -> None:
             label = f"{name}, {run['samples_per_step']:.0f} a step: {run['val_loss'][-1]:.3f}"
             axes.plot(run[key], run["val_loss"], "-" if run["config"] == ADAPTIVE else "--", label=label, color=colour)
         axes.grid(alpha=0.3)
+    panels[0].locator_params(axis="x", nbins=5)
     panels[0].set(xlabel="samples trained", ylabel="validation loss (nats per byte)")
     panels[1].set(xlabel="seconds of training, without the validations")
     panels[0].legend(title="samples a step: last value", frameon=False)
