@@ -480,8 +480,9 @@ def _details(config, best, summary, is_emulated) -> list[str]:
             )
             return sentences
         reasons = _reasons(config, best, summary, is_emulated)
-        if reasons and (_ratio(config, best, summary)["verdict"] != "faster" or config["of_bound"] > 1 + LITTLE):
-            sentences.append(f"Why {name} is not faster: {'; '.join(reasons)}")
+        is_faster = _ratio(config, best, summary)["verdict"] == "faster"
+        if reasons and (not is_faster or config["of_bound"] > 1 + LITTLE):
+            sentences.append(f"Why {name} is not faster{' still' if is_faster else ''}: {'; '.join(reasons)}")
     return sentences
 
 

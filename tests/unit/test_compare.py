@@ -250,6 +250,8 @@ def test_the_verdict_says_when_acco_loses_and_why():
     assert "acco is slower than zero1" in text and "Why acco is not faster" in text
     assert "shares the cores with the computation" in text and "saves" not in text
     assert "shares the cores" not in " ".join(made_summary(1.5, is_emulated=True)["verdict"])
+    faster = " ".join(made_summary(acco_scale=1.15)["verdict"])
+    assert "acco is faster than zero1" in faster and "Why acco is not faster still: " in faster
 
 
 def test_the_verdict_says_when_communication_is_too_long_for_acco():
