@@ -264,11 +264,11 @@ def test_the_measured_steps_within_ten_percent():
         assert predict(row["config"], model, cluster, work).step_s == pytest.approx(row["step_s"], rel=0.10), row
 
 
-def test_the_bandwidth_alone_makes_the_round_thirteen_percent_too_short():
+def test_the_bandwidth_alone_makes_the_measured_round():
     measured, model, cluster, work = _two_hosts()
     alone = plan.round_s(model, cluster, work)
     assert alone == pytest.approx(2e7 / (300e6 / 8) * 1514 / 1448 + 0.005, rel=1e-3)  # two times V/2, and the update
-    assert alone / measured["round_alone_s"] == pytest.approx(0.868, abs=0.005)
+    assert alone == pytest.approx(measured["round_alone_s"], rel=0.02)
     for row in measured["rows"]:  # nearly all of it is computation
         assert predict(row["config"], model, cluster, work).step_s == pytest.approx(row["step_s"], rel=0.10), row
 
