@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step time against R/C, measured on two shaped hosts beside what ``ds_acco plan`` predicts, with a picture.
 
-    python benchmarks/sweep.py --out benchmarks/results/sweep_300mbit.json
+    python benchmarks/sweep.py --out benchmarks/results/sweep.json
 
 The network and the model stay, the emulated computation varies (two_hosts.py: root and iproute2 needed). The plan gets
 one measured round for all points, the median of those with nothing beside them, and each point's own micro-batch time;
