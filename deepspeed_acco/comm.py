@@ -114,6 +114,11 @@ class Communicator:
                 f"rank {self.rank} has: {description}. Start every rank with the same model, config and versions"
             )
 
+    def _part(self, tensor: Tensor, rank: int) -> Tensor:
+        """Of as many equal parts as ranks."""
+        numel = tensor.numel() // self.world_size
+        return tensor.narrow(0, rank * numel, numel)
+
     def reduce_scatter_sum(self, whole: list[Tensor], shard: list[Tensor]) -> None:
         """Sums ``whole`` over the ranks; this rank's part goes to ``shard`` (both 1-D, one per group; shard fp32).
 
@@ -136,7 +141,7 @@ class Communicator:
     @_names_the_timeout
     def _reduce_scatter(self, whole, shard):
         for source, target in zip(whole, shard):
-            own = source.narrow(0, self.rank * target.numel(), target.numel())
+            own = self._part(source, self.rank)
             _reduce_scatter_in_place(own, source, self._group)
             self._count(source.nbytes - own.nbytes)
             target.copy_(own)
@@ -181,11 +186,10 @@ class Communicator:
     @_names_the_timeout
     def _start_exchange(self, whole, group, start, length, slot):
         source = whole[group]
-        part_numel = source.numel() // self.world_size
         half = self._staging.view(2, -1)[slot].view(source.dtype)
         terms, sent, received = [], [], []
         for rank in range(self.world_size):
-            theirs = source.narrow(0, rank * part_numel + start, length)
+            theirs = self._part(source, rank).narrow(0, start, length)
             if rank != self.rank:
                 sent.append((rank, theirs))
                 theirs = half.narrow(0, len(received) * length, length)
@@ -234,11 +238,6 @@ class Communicator:
                 request.wait()
         for request in leaving:
             request.wait()
-
-    def _part(self, tensor: Tensor, rank: int) -> Tensor:
-        """Of as many equal parts as ranks."""
-        numel = tensor.numel() // self.world_size
-        return tensor.narrow(0, rank * numel, numel)
 
     @_names_the_timeout
     def all_reduce_sum(self, value: Tensor) -> None:

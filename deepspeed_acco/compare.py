@@ -32,9 +32,9 @@ from .comparison import (
     Comparison,
     add_run_arguments,
     comparison_of,
+    count,
     extra_reference,
     is_sync,
-    positive,
 )
 
 DEFAULT_OUT = Path("runs") / "compare"
@@ -60,9 +60,9 @@ def add_command(commands) -> None:
         "{config}, the JSON, which else is given by --deepspeed_config.",
     )
     parser.add_argument("configs", nargs="+", metavar="CONFIG", type=Path, help="DeepSpeed JSONs; the stem is the name")
-    parser.add_argument("--hosts", type=positive, help="so many shaped hosts on this machine (root, iproute2)")
+    parser.add_argument("--hosts", type=count, help="so many shaped hosts on this machine (root, iproute2)")
     add_run_arguments(parser, EXAMPLE_STEPS, EMULATED_STEPS)
-    parser.add_argument("--passes", type=positive, default=3, help="runs of each JSON (default: %(default)s)")
+    parser.add_argument("--passes", type=count, default=3, help="runs of each JSON (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="of weights and data (default: 1)")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder (default: %(default)s)")
     parser.set_defaults(run=run, takes_script_arguments=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,27 +32,29 @@ EMULATED_NUMEL = 10_000_000
 def add_run_arguments(parser: argparse._ActionsContainer, example_steps: int, emulated_steps: int) -> None:
     """What says what is run and where, but for ``--hosts``."""
     parser.add_argument("--script", type=Path, help="imports deepspeed_acco (default: examples/train_gpt.py)")
-    parser.add_argument("--num_accelerators", type=positive, help="ranks, of each host (default: as the launcher)")
+    parser.add_argument("--num_accelerators", type=count, help="ranks, of each host (default: as the launcher)")
     parser.add_argument("--rate", help="of each shaped host's link, as tc spells it, for example 300mbit")
     parser.add_argument("--hostfile", type=Path, help="DeepSpeed's hostfile of real hosts, which all see --out")
     parser.add_argument(
         "--emulate-compute", type=_milliseconds, metavar="MS", help="emulated accelerator: a micro-batch waits so long"
     )
-    parser.add_argument(
-        "--numel", type=positive, help=f"parameters of the emulated model (default: {EMULATED_NUMEL:,})"
-    )
+    parser.add_argument("--numel", type=count, help=f"parameters of the emulated model (default: {EMULATED_NUMEL:,})")
     parser.add_argument(
         "--steps",
-        type=positive,
+        type=count,
         help=f"optimizer steps of the example (default: {example_steps}) or the emulated model ({emulated_steps})",
     )
 
 
-def positive(text: str) -> int:
-    """An option's whole number >= 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number >= 1")
-    return int(text)
+def count(text: str) -> int:
+    """A whole number >= 1, also as ``7e9``."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not math.isfinite(value) or value < 1 or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number >= 1, for example 8 or 7e9")
+    return int(value)
 
 
 def _milliseconds(text: str) -> float:

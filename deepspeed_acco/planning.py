@@ -18,6 +18,7 @@ from typing import Any
 
 from . import calibration, plan
 from .compare import INTERRUPTED
+from .comparison import count
 from .plan import Cluster, Model, Work, seconds
 
 _DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -175,17 +176,6 @@ def duration(text: str) -> float:
 def size(text: str) -> float:
     """Bytes of ``80GiB``."""
     return _quantity(text, _SIZE_UNITS, "80GiB")
-
-
-def count(text: str) -> int:
-    """A whole number >= 1, also as ``7e9``."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not math.isfinite(value) or value < 1 or value != int(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number >= 1, for example 8 or 7e9")
-    return int(value)
 
 
 def _positive(text: str) -> float:

@@ -125,6 +125,28 @@ def test_an_error_in_what_takes_the_pieces_is_not_called_a_timeout(ranks):
     ranks(2).run(_broken_take)
 
 
+def _gather_that_one_rank_leaves_out():
+    import torch
+    import torch.distributed as dist
+
+    from deepspeed_acco.comm import CommFailed
+
+    comm = _communicator(timeout_s=2)
+    if dist.get_rank() == 0:
+        with pytest.raises(CommFailed, match="all_gather failed on rank 0 of 3.*comm_timeout_s = 2 s"):
+            comm.all_gather([torch.zeros(3 * 2**20)])
+    dist.barrier()  # the others are there all the time, and do not gather
+    comm.destroy()
+
+
+def test_a_gather_does_not_wait_for_ever():
+    pool = RankPool(3)
+    try:
+        pool.run(_gather_that_one_rank_leaves_out)
+    finally:
+        pool.close()
+
+
 def _bytes_moved(numel):
     import torch
     import torch.distributed as dist
