@@ -25,11 +25,11 @@ def native_extension():
     """The extension and the command that builds it, with the sources and flags of the build at first use."""
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    spec = importlib.util.spec_from_file_location("op_builder", ROOT / "deepspeed_acco" / "op_builder.py")
+    spec = importlib.util.spec_from_file_location("build", ROOT / "deepspeed_acco" / "optim" / "build.py")
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
     with_cuda = recipe.cuda_is_buildable()[0]
-    architecture = os.environ.get("DEEPSPEED_ACCO_CPU_ARCH", "-march=native")
+    architecture = os.environ.get("DEEPSPEED_ACCO_CPU_ARCH", recipe.cpu_architecture())
     extension = (CUDAExtension if with_cuda else CppExtension)(
         name=f"deepspeed_acco.{recipe.EXTENSION}",
         sources=[str(path.relative_to(ROOT)) for path in recipe.sources(with_cuda)],

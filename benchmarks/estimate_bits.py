@@ -74,7 +74,7 @@ def train(arguments, mode: str, seed: int) -> dict:
     """One run; the medians are over the second half of the steps."""
     from train_gpt import lr_factor
 
-    from deepspeed_acco.reference import Reference, ReferenceHyper
+    from deepspeed_acco.algorithm.reference import Reference, ReferenceHyper
 
     example = Example(arguments, seed)
     start = flatten([parameter.detach() for parameter in example.parameters])

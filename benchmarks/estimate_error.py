@@ -19,10 +19,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.example_runs import machine  # noqa: E402
-from deepspeed_acco import ops  # noqa: E402
-from deepspeed_acco.pages import use_huge_pages  # noqa: E402
-from deepspeed_acco.settings import AdamWHyper  # noqa: E402
-from deepspeed_acco.update import sums_of_error_and_step  # noqa: E402
+from deepspeed_acco.optim import native, ops  # noqa: E402
+from deepspeed_acco.optim.adamw import (
+    AdamWHyper,  # noqa: E402
+    sums_of_error_and_step,  # noqa: E402
+)
+from deepspeed_acco.optim.huge_pages import use_huge_pages  # noqa: E402
 
 HYPER = AdamWHyper(lr=1e-4)
 
@@ -57,9 +59,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    ops.prepare(torch.device("cpu"))
-    if ops.kernels_name() != "native":
-        raise SystemExit(f"no native kernels to compare with: {ops.kernels_reason()}")
+    native.prepare(torch.device("cpu"))
+    if native.kernels_name() != "native":
+        raise SystemExit(f"no native kernels to compare with: {native.kernels_reason()}")
     summary = {
         "command": " ".join(["python", "benchmarks/estimate_error.py", *sys.argv[1:]]),
         "date": date.today().isoformat(),

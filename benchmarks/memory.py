@@ -39,7 +39,7 @@ def train(rank: int, world_size: int, name: str, numel: int, rendezvous: str, an
 
     import deepspeed_acco  # noqa: F401
     from benchmarks.two_hosts import ds_config
-    from deepspeed_acco.emulated import EmulatedAccelerator
+    from deepspeed_acco.tools.launch.emulated_accelerator import EmulatedAccelerator
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)

@@ -57,7 +57,7 @@ def worker(job: argparse.Namespace) -> None:
     import torch
 
     import deepspeed_acco
-    from deepspeed_acco.emulated import EmulatedAccelerator
+    from deepspeed_acco.tools.launch.emulated_accelerator import EmulatedAccelerator
 
     torch.set_num_threads(1)
     deepspeed.init_distributed()

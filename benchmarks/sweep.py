@@ -40,7 +40,7 @@ def plan_name(config: str) -> str:
 
 def planned_fraction(arguments, micro_batch_ms: float) -> float:
     """Of acco_int4, from the guess of R."""
-    from deepspeed_acco import plan
+    from deepspeed_acco.tools.plan import model as plan
 
     model = plan.Model(arguments.numel)
     work = plan.Work(micro_batch_ms / 1e3, arguments.n, update_s_per_parameter=1e-9)
@@ -67,7 +67,7 @@ def points(measured: list[dict]) -> tuple[float, dict, list[dict]]:
     """The round that the plan was given, where ACCO stops paying by it, and each point's steps beside its own."""
     from dataclasses import replace
 
-    from deepspeed_acco import plan
+    from deepspeed_acco.tools.plan import model as plan
 
     round_s = statistics.median(point["round_alone_s"] for point in measured)
     first = measured[0]

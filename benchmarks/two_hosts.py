@@ -109,7 +109,7 @@ def worker(arguments) -> None:
     import deepspeed
     import torch
 
-    from deepspeed_acco.emulated import EmulatedAccelerator
+    from deepspeed_acco.tools.launch.emulated_accelerator import EmulatedAccelerator
 
     torch.set_num_threads(1)
     deepspeed.init_distributed()
@@ -151,7 +151,7 @@ def worker(arguments) -> None:
 
 def summarise(results: dict, arguments) -> dict:
     """Medians, and for each ACCO schedule its bound: what computes and what communicates at the same time."""
-    from deepspeed_acco.settings import phase_a_micro_batches
+    from deepspeed_acco.algorithm.window import phase_a_micro_batches
 
     median = statistics.median
     micro = median(results["micro_batch_s"])
@@ -225,8 +225,8 @@ def main() -> None:
         return
     import tempfile
 
-    from deepspeed_acco import launches
-    from deepspeed_acco.hosts import ShapedHosts
+    from deepspeed_acco.tools.launch import launcher as launches
+    from deepspeed_acco.tools.launch.shaped_hosts import ShapedHosts
 
     with tempfile.TemporaryDirectory() as folder, ShapedHosts(2, arguments.rate) as hosts:
         results = Path(folder) / "results.json"

@@ -15,10 +15,10 @@ except ImportError as cause:
         "DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed"
     ) from cause
 
-from .adaptive import WindowCounts, on_window, replay_windows, train_samples
+from .engine.adaptive_windows import WindowCounts, on_window, replay_windows, train_samples
+from .engine.patches import register as _register
+from .engine.zero_optimizer import true_weights
 from .optimizer import ACCO
-from .plugin import register as _register
-from .zero import true_weights
 
 __all__ = ["ACCO", "WindowCounts", "__version__", "on_window", "replay_windows", "train_samples", "true_weights"]
 

@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .rounds import SCHEDULES
+from .algorithm.schedules import SCHEDULES
 
 LANES = ("auto", "inline")
 ACCUMULATIONS = ("fixed", "adaptive")
@@ -42,23 +41,6 @@ def _check_number(key: str, value: Any, low: float, *, open_low: bool = False, b
         raise _refuse(key, value, bound, "Write it as a JSON number, without quotes.")
     if value < low or (open_low and value == low) or value >= below:
         raise _refuse(key, value, bound, "Choose a value in that range.")
-
-
-@dataclass(frozen=True)
-class AdamWHyper:
-    """The AdamW hyper-parameters of one parameter group at one moment (defaults: torch.optim.AdamW's)."""
-
-    lr: float = 1e-3
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 1e-2
-
-    @classmethod
-    def from_group(cls, group: Mapping[str, Any]) -> AdamWHyper:
-        """Copies the numbers out of a ``param_groups`` entry; later changes by a scheduler do not reach the copy."""
-        beta1, beta2 = group["betas"]
-        return cls(float(group["lr"]), float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"]))
 
 
 def check_adamw(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
@@ -164,22 +146,6 @@ def refuse_unknown(keys) -> None:
         near = difflib.get_close_matches(key, allowed, n=1)
         hint = f'Did you mean "{near[0]}"?' if near else "Remove it."
         raise ValueError(f"ACCO: unknown key optimizer.params.{key}; allowed: {', '.join(allowed)}. {hint}")
-
-
-def phase_a_micro_batches(window_micro_batches: int, estimate_fraction: float) -> int:
-    """Micro-batches of phase A in a window of n: round(n * fraction), at least 1 and at most n - 1.
-
-    Raises:
-        ValueError: for n < 2, which has no room for two phases.
-    """
-    n = window_micro_batches
-    if n < 2:
-        raise ValueError(
-            f'ACCO: gradient_accumulation_steps = {n} is not allowed with optimizer.params.schedule = "acco"; allowed: '
-            ">= 2, since a window has two phases. Set gradient_accumulation_steps to 2 and halve "
-            'train_micro_batch_size_per_gpu, or use the schedule "wp", "dpu" or "sync"'
-        )
-    return min(max(round(n * estimate_fraction), 1), n - 1)
 
 
 def max_window_micro_batches(window_micro_batches: int, max_window: int | None) -> int:

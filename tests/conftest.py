@@ -4,7 +4,9 @@ import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from tests.ranks import RankPool  # noqa: E402
+from deepspeed_acco.optim import ops  # noqa: E402
+from deepspeed_acco.optim.native import kernels_reason  # noqa: E402
+from tests.support.ranks import RankPool  # noqa: E402
 
 _POOLS: dict[int, RankPool] = {}
 
@@ -19,6 +21,15 @@ def ranks():
         return _POOLS[world_size]
 
     return pool
+
+
+@pytest.fixture(scope="session")
+def native():
+    """Gives optim/ops.py with the native kernels loaded. Where they cannot be built the tests fail, never skip."""
+    reason = kernels_reason("cpu")
+    if reason:
+        pytest.fail(f"the native kernels are not in use: {reason}")
+    return ops
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -1,100 +1,50 @@
-"""Imports go down the floors; one file names torch.distributed, one has streams and threads, one patches."""
+"""Checks the law of the rooms: imports only go down, and each room knows only what its name says."""
 
 import ast
-import re
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "deepspeed_acco"
-FLOORS = {
-    "rounds": 0,
-    "layout": 0,
-    "settings": 0,
-    "plan": 0,
-    "ops": 1,
-    "update": 1,
-    "quantize": 1,
-    "reference": 1,
-    "pages": 1,
-    "comm": 2,
-    "lanes": 2,
-    "buffers": 2,
-    "driver": 2,
-    "log": 3,
-    "optimizer": 3,
-    "checkpoint": 3,
-    "monitor": 3,
-    "recorder": 3,
-    "adaptive": 3,
-    "split": 3,
-    "zero": 3,
-    "plugin": 4,
-    "op_builder": 4,
-    "kernel_bench": 4,
-    "planning": 4,
-    "calibration": 4,
-    "emulated": 4,
-    "hosts": 4,
-    "launches": 4,
-    "summary": 4,
-    "comparison": 4,
-    "compare": 4,
-    "pictures": 4,
-    "report_data": 4,
-    "html_page": 4,
-    "comparison_page": 4,
-    "run_page": 4,
-    "report": 4,
-    "cli": 4,
-    "__init__": 5,
+PACKAGE = Path(__file__).parents[1] / "deepspeed_acco"
+# From the ground up; settings.py and optimizer.py lie between algorithm and engine, __init__.py above all but tools.
+ROOMS = ["algorithm", "settings", "optim", "runtime", "optimizer", "engine", "__init__", "tools"]
+UNKNOWN = {  # to the room of that name
+    "algorithm": {"torch", "deepspeed"},
+    "settings": {"torch", "deepspeed"},
+    "optim": {"torch.distributed", "threading", "multiprocessing", "subprocess", "deepspeed"},
+    "runtime": {"deepspeed"},
 }
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 
-def _imports(module):
-    """(top-level names of absolute imports, names of this package's modules)."""
-    outside, inside = set(), set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+def _room(parts):
+    return parts[0] if parts[0] in ROOMS else "__init__"
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_imports_go_down(file):
+    here, room = ["deepspeed_acco", *file.parts[:-1]], _room([file.parts[0].removesuffix(".py")])
+    for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
         if isinstance(node, ast.Import):
-            outside.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            inside.update([node.module] if node.module else [alias.name for alias in node.names])
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            outside.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return outside, inside
+            base = [*here[: len(here) + 1 - node.level], *filter(None, [node.module])] if node.level else [node.module]
+            names = [".".join([*base, alias.name]) for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.startswith("deepspeed_acco."):
+                other = _room(name.split(".")[1:])
+                assert ROOMS.index(other) <= ROOMS.index(room), f"{file} imports {name}, which is above it"
+            elif str(file) != "algorithm/reference.py":
+                known = [part for part in UNKNOWN.get(room, ()) if (name + ".").startswith(part + ".")]
+                assert not known, f"{file} imports {name}: the room {room} may not know {known[0]}"
 
 
-def test_every_module_has_a_floor():
-    assert set(MODULES) <= set(FLOORS)
+def test_one_file_patches_and_one_talks_to_processes():
+    def users(*words):
+        return {str(file) for file in FILES if any(word in (PACKAGE / file).read_text() for word in words)}
 
-
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_down(module):
-    outside, inside = _imports(module)
-    for name in inside:
-        assert FLOORS[name] <= FLOORS[module], f"{module} imports {name}, which is on a higher floor"
-    for name in outside:
-        top = name.split(".")[0]
-        if top == "deepspeed":
-            assert FLOORS[module] >= 3, f"{module} may not know DeepSpeed"
-        if top == "torch":
-            assert FLOORS[module] >= 1, f"{module} may not know torch"
-        if name.startswith("torch.distributed"):
-            assert module == "comm"
-        if top in ("threading", "concurrent"):
-            assert module in ("lanes", "op_builder")
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_streams_and_patches_have_one_home(module):
-    text = (PACKAGE / f"{module}.py").read_text()
-    if module != "lanes":
-        assert "torch.cuda.Stream" not in text and "torch.cuda.Event" not in text and "record_event" not in text
-    if module != "plugin":
-        assert "setattr(" not in text
-
-
-def test_mypy_checks_the_lower_floors():
-    checked = re.findall(r'"deepspeed_acco/(\w+)\.py"', (PACKAGE.parent / "pyproject.toml").read_text())
-    assert sorted(checked) == sorted(module for module, floor in FLOORS.items() if floor <= 2)
+    assert users("setattr(") <= {"engine/patches.py"}
+    assert users("torch.distributed as", "import torch.distributed") == {"runtime/communicator.py"}
+    assert users("torch.cuda.Stream", "torch.cuda.Event", "record_event") == {"runtime/clock.py", "runtime/lanes.py"}

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from deepspeed_acco import ACCO
-from deepspeed_acco.layout import GroupLayout, pieces
-from deepspeed_acco.settings import max_window_micro_batches, phase_a_micro_batches
+from deepspeed_acco.algorithm.window import phase_a_micro_batches
+from deepspeed_acco.optim.flat import pieces
+from deepspeed_acco.runtime.layout import GroupLayout
+from deepspeed_acco.settings import max_window_micro_batches
 
 
 def _make(**params):

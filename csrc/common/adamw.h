@@ -8,7 +8,7 @@
 
 #include <cmath>
 
-#include "host_device.h"
+#include "common/host_device.h"
 
 namespace acco {
 

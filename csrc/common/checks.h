@@ -8,7 +8,7 @@
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 
-#include "quantize.h"
+#include "common/quantize.h"
 
 namespace acco {
 

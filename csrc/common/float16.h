@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "bits.h"
+#include "common/bits.h"
 
 namespace acco {
 

@@ -8,8 +8,8 @@
 
 #include <cstdint>
 
-#include "bits.h"
-#include "ranges.h"
+#include "common/bits.h"
+#include "common/ranges.h"
 
 namespace acco {
 

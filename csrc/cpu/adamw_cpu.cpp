@@ -8,9 +8,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "checks.h"
-#include "cpu_kernels.h"
-#include "cpu_ops.h"
+#include "common/checks.h"
+#include "cpu/kernels.h"
+#include "cpu/ops.h"
 
 namespace acco::cpu {
 namespace {

@@ -8,9 +8,9 @@
 #include <cstring>
 #include <vector>
 
-#include "checks.h"
-#include "cpu_ops.h"
-#include "cpu_quantize.h"
+#include "common/checks.h"
+#include "cpu/ops.h"
+#include "cpu/quantize.h"
 
 namespace acco::cpu {
 namespace {

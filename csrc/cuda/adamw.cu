@@ -2,9 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The CUDA kernels, without torch. Compile with -fmad=false: ESTIMATE and COMMIT then give the same bits.
-#include "device.h"
-#include "launch.h"
-#include "ranges.h"
+#include "cuda/device.h"
+#include "cuda/launch.h"
+#include "common/ranges.h"
 
 namespace acco::cuda {
 namespace {

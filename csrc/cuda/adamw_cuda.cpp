@@ -8,8 +8,8 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "checks.h"
-#include "cuda/cuda_ops.h"
+#include "common/checks.h"
+#include "cuda/ops.h"
 #include "cuda/launch.h"
 
 namespace acco::cuda {

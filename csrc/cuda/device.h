@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "launch.h"
+#include "cuda/launch.h"
 
 namespace acco::cuda {
 

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "adamw.h"
+#include "common/adamw.h"
 
 namespace acco::cuda {
 

@@ -3,11 +3,11 @@
 //
 // The CUDA kernels of the quantised estimate, without torch. A warp handles a record: twice, each lane four elements.
 // Compile with -fmad=false, exact division and subnormals, which are nvcc's defaults: records then have the CPU's bits.
-#include "quantize.h"
+#include "common/quantize.h"
 
-#include "device.h"
-#include "launch.h"
-#include "ranges.h"
+#include "cuda/device.h"
+#include "cuda/launch.h"
+#include "common/ranges.h"
 
 namespace acco::cuda {
 namespace {

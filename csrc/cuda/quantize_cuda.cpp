@@ -11,8 +11,8 @@
 
 #include <vector>
 
-#include "checks.h"
-#include "cuda/cuda_ops.h"
+#include "common/checks.h"
+#include "cuda/ops.h"
 #include "cuda/launch.h"
 
 namespace acco::cuda {

@@ -32,7 +32,7 @@ round begins when the last rank has come to it::
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 
@@ -94,62 +94,3 @@ def blocks_at_end(schedule: Schedule, phase: Phase) -> bool:
     """Whether the window's last round must be installed at once: always in ``sync``, and for a window of a two-phase
     schedule that ended before its phase B, so that there is no estimate to compute the next phase A at."""
     return schedule.blocks or (schedule.at_phase_b is not None and phase is Phase.A)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How many micro-batches a phase has at least and at most; fixed accumulation leaves no choice."""
-
-    least: int
-    most: int
-
-    def allow_end(self, micro_batches: int, is_round_finished: bool) -> bool:
-        """Whether a phase with so many micro-batches may end, while the round behind it is finished or not."""
-        return micro_batches >= self.most or (micro_batches >= self.least and is_round_finished)
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where training stands. A micro-batch is everything from the first forward that builds a graph after a backward
-    to the last backward before the next such forward; it counts once."""
-
-    window: int = 0
-    phase: Phase = Phase.A
-    micro_batches: int = 0  # of this window
-    micro_batches_in_a: int = 0  # of this window, fixed when phase B begins
-    is_graph_outstanding: bool = False  # a training forward was seen and no backward since
-    is_eval_graph_outstanding: bool = False  # the same of an eval-mode forward, which may never get a backward
-
-    def after_forward(self) -> Position:
-        return replace(self, is_graph_outstanding=True)
-
-    def after_eval_forward(self) -> Position:
-        return replace(self, is_eval_graph_outstanding=True)
-
-    def after_backward(self) -> Position:
-        counted = self.micro_batches + (self.is_graph_outstanding or self.is_eval_graph_outstanding)
-        return replace(self, micro_batches=counted, is_graph_outstanding=False, is_eval_graph_outstanding=False)
-
-    def is_phase_a_over(self, schedule: Schedule, limits: Limits, is_round_finished: bool = False) -> bool:
-        """Asked at the next forward, when no graph is outstanding: only there may weights change in mid-window."""
-        return (
-            schedule.at_phase_b is not None
-            and self.phase is Phase.A
-            and limits.allow_end(self.micro_batches, is_round_finished)
-            and not self.is_graph_outstanding
-        )
-
-    def is_window_over(self, schedule: Schedule, limits: Limits, is_round_finished: bool) -> bool:
-        """Asked after a backward, where nobody else decides how long a window is; ``limits`` are the last phase's."""
-        is_last_phase = schedule.at_phase_b is None or self.phase is Phase.B
-        return is_last_phase and limits.allow_end(self.micro_batches - self.micro_batches_in_a, is_round_finished)
-
-    def after_phase_a(self) -> Position:
-        return replace(self, phase=Phase.B, micro_batches_in_a=self.micro_batches)
-
-    def after_window(self) -> Position:
-        return Position(window=self.window + 1)
-
-    def after_dropped_gradients(self) -> Position:
-        """The user threw this window's gradients away: it begins again, at the weights that are installed."""
-        return Position(window=self.window)

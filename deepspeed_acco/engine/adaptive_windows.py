@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What only adaptive windows need: how long they may be, what is counted of them, and how training ends.
 
-The rule itself is in rounds.py (:class:`~deepspeed_acco.rounds.Limits`); the counts travel in the rounds' own small
-all-reduce (driver.py). What all ranks do alike (scheduler, samples, the end) follows from the counts of the COMMIT that
+The rule itself is in algorithm/window.py (``Limits``); the counts travel in the rounds' own small all-reduce
+(runtime/driver.py). What all ranks do alike (scheduler, samples, the end) follows from the counts of the COMMIT that
 the window's end has waited for, which every rank knows at the same optimizer step.
 """
 
@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from .driver import AdaptiveShare, RoundDriver
+from ..algorithm.schedules import Phase, Schedule
+from ..algorithm.window import Limits, Position
+from ..runtime.driver import AdaptiveShare, RoundDriver
+from ..settings import Settings, max_window_micro_batches
+from .auto_fraction import Split
 from .log import logger
-from .rounds import Limits, Phase, Position, Schedule
-from .settings import Settings, max_window_micro_batches
-from .split import Split
 
 GROWTH_TO_WARN_OF = 2  # nominal batches
 

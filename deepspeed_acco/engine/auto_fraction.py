@@ -8,10 +8,11 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from .driver import RoundDriver
-from .lanes import Instant, LaneTimes
+from ..algorithm.window import phase_a_micro_batches
+from ..runtime.clock import Instant, LaneTimes
+from ..runtime.driver import RoundDriver
+from ..settings import FIRST_OF_AUTO, Settings
 from .log import logger
-from .settings import FIRST_OF_AUTO, Settings, phase_a_micro_batches
 
 WINDOWS_TO_MEASURE = 10
 WARM_UP_WINDOWS = 2  # of them: they load, build and fill, and are left out

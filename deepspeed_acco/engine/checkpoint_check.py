@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .driver import Standing
+from ..runtime.driver import Standing
 
 KEY = "acco"
 FORMAT = 1  # a reader refuses files of a larger one

@@ -7,8 +7,8 @@ Nothing here waits: on CUDA a value that the device has not passed yet is shown 
 
 from __future__ import annotations
 
-from .driver import RoundDriver
-from .lanes import InlineLane
+from ..runtime.driver import RoundDriver
+from ..runtime.lanes import InlineLane
 
 EXPOSED_WAIT_TIMER = "acco_exposed_wait"
 ROUND_TIMER = "acco_round"
@@ -67,7 +67,7 @@ class LaneTimer:
     real one would be started in one thread and read in another, and on CUDA its reading waits for the device.
 
     Args:
-        field: which sum of :class:`~deepspeed_acco.lanes.LaneTimes` it shows.
+        field: which sum of :class:`~deepspeed_acco.runtime.lanes.LaneTimes` it shows.
     """
 
     def __init__(self, lane: InlineLane, field: str):

@@ -19,13 +19,15 @@ from deepspeed.runtime.zero import utils as ds_zero_utils
 from packaging.version import Version
 from torch.optim import Optimizer
 
-from . import op_builder, ops, recorder
-from .checkpoint import LoadOptions
-from .driver import describe_bytes
+from ..algorithm.window import phase_a_micro_batches
+from ..optim import native
+from ..optimizer import ACCO
+from ..runtime.driver import describe_bytes
+from ..settings import Settings, max_window_micro_batches
+from . import recorder
+from .checkpoint_check import LoadOptions
 from .log import logger
-from .optimizer import ACCO
-from .settings import Settings, max_window_micro_batches, phase_a_micro_batches
-from .zero import AccoZeroOptimizer
+from .zero_optimizer import AccoZeroOptimizer
 
 OLDEST_DEEPSPEED = "0.16.9"
 FIRST_UNTESTED_DEEPSPEED = "0.20"
@@ -90,7 +92,6 @@ def register() -> None:
     ds_config.DeepSpeedConfig.__init__ = _wrap_config(ds_config.DeepSpeedConfig.__init__)
     ds_zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(ACCO)
     torch.optim.ACCO = ACCO
-    ops.set_loader(op_builder.load, op_builder.HOW_TO_BUILD)
 
 
 def _wrap_configure_optimizer(original):
@@ -215,7 +216,7 @@ def _log_start(engine, wrapper: AccoZeroOptimizer) -> None:
         window = f"a={a} b={n - a} estimate_comm={settings.estimate_comm}"
     logger().info(
         f"ACCO: schedule={settings.schedule} {window} accumulation={settings.accumulation} lane={wrapper.lane_name} "
-        f"own buffers={describe_bytes(wrapper.own_bytes())} per rank, kernels={ops.kernels_name(engine.device)}; "
+        f"own buffers={describe_bytes(wrapper.own_bytes())} per rank, kernels={native.kernels_name(engine.device)}; "
         "timers.throughput.synchronized set to false"
     )
     section = engine._config._param_dict.get("zero_optimization")

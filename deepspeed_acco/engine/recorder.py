@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from .lanes import Instant, LaneTimes
-from .rounds import ESTIMATE
-from .settings import phase_a_micro_batches
+from ..algorithm.schedules import ESTIMATE
+from ..algorithm.window import phase_a_micro_batches
+from ..runtime.clock import Instant, LaneTimes
 
 RECORD_FOLDER = "DEEPSPEED_ACCO_RECORD"
 WARM_UP_STEPS = 2  # they load, build and fill: the peak of memory counts after them

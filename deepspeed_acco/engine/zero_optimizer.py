@@ -16,20 +16,23 @@ from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch.utils._pytree import tree_leaves
 
-from . import checkpoint, ops
-from .adaptive import AdaptiveWindows
-from .buffers import FlatBuffers
-from .comm import Communicator, max_over_ranks, sum_over_ranks
-from .driver import RoundDriver, RoundInputs
-from .lanes import LaneTimes, make_lane
-from .layout import GroupLayout
+from ..algorithm.schedules import Phase, Place, Schedule, blocks_at_end, schedule_of_window
+from ..algorithm.window import Limits, Position
+from ..optim import native
+from ..optim.adamw import AdamWHyper
+from ..optim.ops import AdamWShard
+from ..optimizer import ACCO, FUSED_ADAM_KEYS
+from ..runtime.buffers import FlatBuffers
+from ..runtime.clock import LaneTimes
+from ..runtime.communicator import Communicator, max_over_ranks, sum_over_ranks
+from ..runtime.driver import RoundDriver, RoundInputs
+from ..runtime.lanes import make_lane
+from ..runtime.layout import GroupLayout
+from . import checkpoint_check as checkpoint
+from .adaptive_windows import AdaptiveWindows
+from .auto_fraction import Split
 from .log import logger
 from .monitor import EXPOSED_WAIT_TIMER, ROUND_TIMER, LaneTimer, Monitor
-from .ops import AdamWShard
-from .optimizer import ACCO, FUSED_ADAM_KEYS
-from .rounds import Limits, Phase, Place, Position, Schedule, blocks_at_end, schedule_of_window
-from .settings import AdamWHyper
-from .split import Split
 
 
 class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
@@ -65,7 +68,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             )
         timeout_s = self._settings.comm_timeout_s or default_pg_timeout.total_seconds()
         device = live[0].device
-        ops.prepare(device)  # may build the kernels, which takes longer than a collective may wait
+        native.prepare(device)  # may build the kernels, which takes longer than a collective may wait
         lane = make_lane(self._settings.lane, device)
         comm = Communicator(self.dp_process_group, device, timeout_s)
         layouts = [GroupLayout(flat.numel(), comm.world_size, comm.rank) for flat in live]

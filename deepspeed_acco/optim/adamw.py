@@ -9,23 +9,33 @@ here asks the device for a value: scale and skip flag stay tensors.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .layout import pieces
-from .settings import AdamWHyper
+from .flat import piece_numel, pieces
 
-# On a CPU a piece stays in the cache, and below torch's own grain size no operator splits it over threads, so that the
-# result does not depend on how many threads the caller has (worker and main thread must agree bit by bit).
-_CPU_PIECE_NUMEL = 2**15
-_DEVICE_PIECE_NUMEL = 2**24
 _MEASURED_NUMEL = 2**20  # of the monitor's sums: their temporaries stay at a few MiB on every device
 
 
-def piece_numel(device: torch.device) -> int:
-    """How many elements one operator call handles at a time on that device."""
-    return _CPU_PIECE_NUMEL if device.type == "cpu" else _DEVICE_PIECE_NUMEL
+@dataclass(frozen=True)
+class AdamWHyper:
+    """The AdamW hyper-parameters of one parameter group at one moment (defaults: torch.optim.AdamW's)."""
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+
+    @classmethod
+    def from_group(cls, group: Mapping[str, Any]) -> AdamWHyper:
+        """Copies the numbers out of a ``param_groups`` entry; later changes by a scheduler do not reach the copy."""
+        beta1, beta2 = group["betas"]
+        return cls(float(group["lr"]), float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"]))
 
 
 class AdamWShard:
@@ -88,29 +98,6 @@ def _adamw(shard, grad, hyper, grad_scale, is_finite, out, *, writes_state):
         out[at] = weights
     if writes_state:
         shard.step.add_(taken)
-
-
-@torch.no_grad()
-def sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    """Sum of the squares of all elements, float64, 0-dim; the order of the additions does not depend on threads."""
-    total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
-    for tensor in tensors:
-        for start, length in pieces(tensor.numel(), piece_numel(tensor.device)):
-            total += torch.linalg.vector_norm(tensor[start : start + length], dtype=torch.float64).square()
-    return total
-
-
-@torch.no_grad()
-def pack(grads: Tensor, packed: Tensor, scale: float, *, clears: bool) -> None:
-    """``packed`` <- ``grads * scale`` in the dtype of ``packed``; then ``grads`` <- 0 if ``clears``. Both 1-D."""
-    for start, length in pieces(grads.numel(), piece_numel(grads.device)):
-        source, target = grads[start : start + length], packed[start : start + length]
-        if scale == 1.0:
-            target.copy_(source)
-        else:
-            torch.mul(source, scale, out=target)
-        if clears:
-            source.zero_()
 
 
 @torch.no_grad()

@@ -1,43 +1,43 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Builds and loads the kernels of csrc/ through DeepSpeed's op-builder convention.
+"""Builds and loads the kernels of csrc/ with torch.utils.cpp_extension.
 
-setup.py loads this file by its path for the lists of sources and flags, so it imports neither DeepSpeed nor the package
-at its top.
+setup.py loads this file by its path for the lists of sources and flags, so it imports neither torch nor the package at
+its top.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
+import platform
 import shutil
-import subprocess
 from pathlib import Path
 
 NAME = "deepspeed_acco"
-EXTENSION = "_native"  # beside this file when it was built ahead of time
+EXTENSION = "_native"  # in the package when it was built ahead of time
 HOW_TO_BUILD = (
     "They are built at first use and need a C++ compiler and ninja (pip install ninja; on CUDA also the CUDA toolkit's "
     "nvcc), or ahead of time: DEEPSPEED_ACCO_BUILD_OPS=1 pip install --no-build-isolation . Run `ds_acco env` for what "
     "was found, and set DEEPSPEED_ACCO_KERNELS=torch to use the PyTorch path without this warning"
 )
-_HERE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 loaded_from = ""  # where the library that this process loaded lies
 
 
 def csrc() -> Path:
     """The folder of the sources: inside an installed package, beside the package in a checkout."""
-    for folder in (_HERE / "csrc", _HERE.parent / "csrc"):
-        if (folder / "registration.cpp").is_file():
+    folders = (_PACKAGE / "csrc", _PACKAGE.parent / "csrc")
+    for folder in folders:
+        if (folder / "common" / "registration.cpp").is_file():
             return folder
-    raise RuntimeError(f"ACCO: the kernels' sources were not found in {_HERE / 'csrc'} nor in {_HERE.parent / 'csrc'}")
+    raise RuntimeError(f"ACCO: the kernels' sources were not found in {' nor in '.join(map(str, folders))}")
 
 
 def sources(with_cuda: bool) -> list[Path]:
-    names = ["registration.cpp", "adamw_cpu.cpp", "quantize_cpu.cpp"]
+    names = ["common/registration.cpp", "cpu/adamw_cpu.cpp", "cpu/quantize_cpu.cpp"]
     if with_cuda:
         names += ["cuda/adamw_cuda.cpp", "cuda/adamw.cu", "cuda/quantize_cuda.cpp", "cuda/quantize.cu"]
     return [csrc() / name for name in names]
@@ -87,80 +87,9 @@ def cuda_is_buildable() -> tuple[bool, str]:
     return True, ""
 
 
-@functools.cache
-def builder_class() -> type:
-    """The op builder, a subclass of DeepSpeed's."""
-    from deepspeed.ops.op_builder.builder import CUDAOpBuilder
-
-    class AccoBuilder(CUDAOpBuilder):
-        BUILD_VAR = "DEEPSPEED_ACCO_BUILD_OPS"
-        NAME = NAME
-
-        def __init__(self):
-            super().__init__(name=self.NAME)
-            self.build_for_cpu = not cuda_is_buildable()[0]
-            self._cxx_args = None
-
-        def absolute_name(self):
-            return f"deepspeed_acco.{EXTENSION}"
-
-        def is_compatible(self, verbose=False):
-            return shutil.which(compiler()) is not None
-
-        def sources(self):
-            return [str(path) for path in sources(with_cuda=not self.build_for_cpu)]
-
-        def include_paths(self):
-            return [str(csrc())]
-
-        def cxx_args(self):
-            if self._cxx_args is None:  # asking for the CPU takes a second
-                self._cxx_args = cxx_args(self.cpu_arch())
-            return self._cxx_args
-
-        def nvcc_args(self):
-            # Not DeepSpeed's: those contain --use_fast_math.
-            return [] if self.build_for_cpu else nvcc_args()
-
-        def extra_ldflags(self):
-            return ld_args()
-
-        def libraries_args(self):
-            return []
-
-        def load(self, verbose=False):
-            """Loads the library that was built ahead of time, or builds it. Returns where it lies."""
-            for built in sorted(_HERE.glob(f"{EXTENSION}*.so")):
-                with contextlib.suppress(OSError):  # made for another PyTorch: build again
-                    import torch
-
-                    torch.ops.load_library(str(built))
-                    return str(built)
-            return self.jit_load(verbose)
-
-        def jit_load(self, verbose=False):
-            # Not DeepSpeed's: the library registers its operators with the dispatcher and has no Python module in it.
-            from torch.utils.cpp_extension import load, verify_ninja_availability
-
-            if not self.is_compatible(verbose):
-                raise RuntimeError(f"no C++ compiler: {compiler()!r} (CXX) was not found")
-            verify_ninja_availability()
-            folder = build_directory(self)
-            with _exclusive(folder):
-                return load(
-                    name=self.NAME,
-                    sources=self.sources(),
-                    extra_include_paths=self.include_paths(),
-                    extra_cflags=self.cxx_args(),
-                    extra_cuda_cflags=self.nvcc_args(),
-                    extra_ldflags=self.extra_ldflags(),
-                    build_directory=str(folder),
-                    with_cuda=not self.build_for_cpu,
-                    is_python_module=False,
-                    verbose=verbose,
-                )
-
-    return AccoBuilder
+def cpu_architecture() -> str:
+    """The flag for this machine's own instructions, as DeepSpeed's builders choose it (op_builder/builder.py)."""
+    return "-mcpu=native" if platform.machine().startswith("ppc") else "-march=native"
 
 
 def load() -> str:
@@ -173,8 +102,42 @@ def load() -> str:
         RuntimeError, OSError: why it cannot be had; with the compiler's output when that failed.
     """
     global loaded_from
-    loaded_from = builder_class()().load()
+    loaded_from = _load_built_ahead() or _build_and_load()
     return loaded_from
+
+
+def _load_built_ahead() -> str:
+    """Loads the library that was built at install; empty where there is none for this PyTorch."""
+    import torch
+
+    for built in sorted(_PACKAGE.glob(f"{EXTENSION}*.so")):
+        with contextlib.suppress(OSError):  # made for another PyTorch: build again
+            torch.ops.load_library(str(built))
+            return str(built)
+    return ""
+
+
+def _build_and_load() -> str:
+    # The library registers its operators with the dispatcher and has no Python module in it.
+    from torch.utils.cpp_extension import load, verify_ninja_availability
+
+    if shutil.which(compiler()) is None:
+        raise RuntimeError(f"no C++ compiler: {compiler()!r} (CXX) was not found")
+    verify_ninja_availability()
+    with_cuda = cuda_is_buildable()[0]
+    folder = build_directory(with_cuda)
+    with _exclusive(folder):
+        return load(
+            name=NAME,
+            sources=[str(path) for path in sources(with_cuda)],
+            extra_include_paths=[str(csrc())],
+            extra_cflags=cxx_args(cpu_architecture()),
+            extra_cuda_cflags=nvcc_args() if with_cuda else [],
+            extra_ldflags=ld_args(),
+            build_directory=str(folder),
+            with_cuda=with_cuda,
+            is_python_module=False,
+        )
 
 
 def compiler() -> str:
@@ -182,14 +145,14 @@ def compiler() -> str:
     return os.environ.get("CXX", "c++").split()[0]
 
 
-def build_directory(builder) -> Path:
+def build_directory(with_cuda: bool) -> Path:
     """Where this build is cached. A cache may lie in a home that machines with other CPUs or environments share, so the
     name has a hash of everything that the library depends on."""
     import torch
 
     parts = [torch.__version__, str(torch.version.cuda), os.environ.get("TORCH_CUDA_ARCH_LIST", ""), compiler()]
-    parts += [*builder.cxx_args(), *builder.nvcc_args(), _cpu_features()]
-    if not builder.build_for_cpu and torch.cuda.is_available():
+    parts += [*cxx_args(cpu_architecture()), *(nvcc_args() if with_cuda else []), _cpu_features()]
+    if with_cuda and torch.cuda.is_available():
         parts += sorted({str(torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())})
     for path in sorted(csrc().rglob("*")):
         if path.is_file():
@@ -205,9 +168,7 @@ def _cpu_features() -> str:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):
                 return line
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(["uname", "-mp"], capture_output=True, text=True, check=True).stdout
-    return ""
+    return f"{platform.machine()} {platform.processor()}"
 
 
 @contextlib.contextmanager

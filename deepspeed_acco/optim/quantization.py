@@ -18,10 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import update
-from .layout import pieces
-from .settings import AdamWHyper
-from .update import AdamWShard, piece_numel
+from . import adamw as update
+from .adamw import AdamWHyper, AdamWShard
+from .flat import piece_numel, pieces
 
 BLOCK = 256
 LARGEST_LEVEL = {8: 127, 4: 7}

@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
-from .layout import GroupLayout, pieces
-from .quantize import are_finite, message_bytes, message_stride
+from ..optim import ops
+from ..optim.flat import pieces
+from ..optim.quantization import are_finite, message_bytes, message_stride
+from .layout import GroupLayout
 
 _ALIGNMENT_BYTES = 16
 _EXCHANGE_BYTES = 2**22

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .layout import pieces
+from ..optim.flat import pieces
 
 # gloo needs room for what arrives before it is summed. Two sets of pieces: one arrives while the other is summed.
 STAGING_BYTES = 8 * 2**20

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .buffers import FlatBuffers
-from .comm import Communicator
-from .lanes import HostValue, InlineLane
-from .ops import (
+from ..algorithm.schedules import COMMIT, ESTIMATE, PREDICT, Place, Round
+from ..optim.adamw import AdamWHyper, sums_of_error_and_step
+from ..optim.huge_pages import use_huge_pages
+from ..optim.ops import (
     AdamWShard,
     adamw_commit,
     adamw_estimate,
@@ -25,11 +25,11 @@ from .ops import (
     dequantize_sum,
     sum_of_squares,
 )
-from .pages import use_huge_pages
-from .quantize import BLOCK, RECORDS_OF_A_PIECE, message_bytes, record_bytes
-from .rounds import COMMIT, ESTIMATE, PREDICT, Place, Round
-from .settings import AdamWHyper
-from .update import sums_of_error_and_step
+from ..optim.quantization import BLOCK, RECORDS_OF_A_PIECE, message_bytes, record_bytes
+from .buffers import FlatBuffers
+from .clock import HostValue
+from .communicator import Communicator
+from .lanes import InlineLane
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of the flat buffers: which elements of a parameter group belong to which rank, and in what pieces they move."""
+"""Sizes of the flat buffers: which elements of a parameter group belong to which rank."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -31,11 +30,3 @@ class GroupLayout:
     def shard_range(self, rank: int) -> tuple[int, int]:
         """First element of that rank's shard and the one after its last."""
         return rank * self.shard_numel, (rank + 1) * self.shard_numel
-
-
-def pieces(numel: int, piece_numel: int) -> Iterator[tuple[int, int]]:
-    """``(start, length)`` of consecutive pieces of at most ``piece_numel`` elements that cover ``numel``."""
-    if piece_numel < 1:
-        raise ValueError(f"a piece needs at least one element, got {piece_numel}")
-    for start in range(0, numel, piece_numel):
-        yield start, min(piece_numel, numel - start)

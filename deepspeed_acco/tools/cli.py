@@ -14,7 +14,11 @@ import torch
 
 from deepspeed_acco import __version__
 
-from . import compare, op_builder, ops, planning, report
+from ..optim import build as op_builder
+from ..optim import native
+from .compare import command as compare
+from .plan import command as planning
+from .report import command as report
 
 _CPU_NUMEL = 2**24
 _CUDA_NUMEL = 2**26
@@ -88,7 +92,7 @@ def describe_environment() -> list[tuple[str, str]]:
         ("kernels' sources", str(op_builder.csrc())),
     ]
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        name, reason = ops.kernels_name(device), ops.kernels_reason(device)
+        name, reason = native.kernels_name(device), native.kernels_reason(device)
         pairs.append((f"kernels on {device}", f"{name}: {reason}" if reason else name))
     if op_builder.loaded_from:
         pairs.append(("kernels' library", op_builder.loaded_from))
@@ -109,7 +113,7 @@ def _env(options: argparse.Namespace) -> int:
 
 
 def _kernels(options: argparse.Namespace) -> int:
-    from . import kernel_bench
+    from . import kernel_benchmark as kernel_bench
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():

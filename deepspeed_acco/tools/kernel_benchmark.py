@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 
-from . import ops, quantize, update
-from .pages import use_huge_pages
-from .settings import AdamWHyper
+from ..optim import adamw as update
+from ..optim import flat, native, ops
+from ..optim import quantization as quantize
+from ..optim.adamw import AdamWHyper
+from ..optim.huge_pages import use_huge_pages
 
 _HYPER = AdamWHyper(lr=1e-4)
 _STATE_BYTES = 12  # master, exp_avg, exp_avg_sq in fp32
@@ -136,7 +138,7 @@ def _quantised(low: _Operands, full: _Operands, is_native: bool, max_blocks: int
     if is_native:
         kernels, share, module, pack = "native", 1, ops, ops.pack
     else:
-        kernels, share, module, pack = "torch path", _PLAIN_SHARE, quantize, update.pack
+        kernels, share, module, pack = "torch path", _PLAIN_SHARE, quantize, flat.pack
     numel = -(-low.grad.numel() // share)
     gradients, weights, total = full.grad[:numel], low.out[:numel], full.out[:numel]
     sent = [gradients.new_empty(quantize.message_bytes(numel, _BITS), dtype=torch.uint8) for _ in range(4)]
@@ -168,9 +170,9 @@ def candidates(numel: int, device: torch.device, max_blocks: int) -> tuple[list[
     bf16, fp32 = torch.bfloat16, torch.float32
     found: list[_Candidate] = []
     remarks: list[str] = []
-    is_native = ops.kernels_name(device) == "native"
+    is_native = native.kernels_name(device) == "native"
     if not is_native:
-        remarks.append(f"no native kernels on {device.type}: {ops.kernels_reason(device)}")
+        remarks.append(f"no native kernels on {device.type}: {native.kernels_reason(device)}")
     low = _Operands(numel, device, bf16, bf16)
     full = _Operands(numel, device, fp32, fp32)
     if low.huge_page_bytes:

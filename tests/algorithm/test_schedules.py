@@ -1,17 +1,16 @@
 import pytest
 
-from deepspeed_acco.rounds import (
+from deepspeed_acco.algorithm.schedules import (
     COMMIT,
     ESTIMATE,
     PREDICT,
     SCHEDULES,
-    Limits,
     Phase,
     Place,
-    Position,
     blocks_at_end,
     schedule_of_window,
 )
+from deepspeed_acco.algorithm.window import Limits, Position
 
 
 def test_only_commits_write_state_and_only_estimates_reduce_a_part():

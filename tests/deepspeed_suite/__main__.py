@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launcher import ROOT, operators_folder
+from tests.support.launcher import ROOT, operators_folder
 
 INSIDE = Path(__file__).parent / "inside"
 FILES = [  # the others of these folders make no engine of stage 1 with Adam(W) on a CPU, or need CUDA or NVMe
@@ -40,11 +40,11 @@ FILES = [  # the others of these folders make no engine of stage 1 with Adam(W) 
 ]
 BUILD = """
 from deepspeed.accelerator import get_accelerator
-from deepspeed_acco import ops
+from deepspeed_acco.optim import native
 import torch
 for name in ("FusedAdamBuilder", "CPUAdamBuilder", "ShareMemCommBuilder"):
     get_accelerator().create_op_builder(name).load()
-ops.prepare(torch.device("cpu"))
+native.prepare(torch.device("cpu"))
 """  # before the tests, whose limits are no limits for a compiler
 SCHEDULES = ("stock", "sync", "acco", "dpu", "wp")
 STUCK_S = 150  # for a test without any progress

@@ -12,7 +12,7 @@ import pytest
 from packaging.version import Version
 
 from tests import oracle, training
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -194,7 +194,7 @@ def _train_and_listen(**arguments):
             if record.levelno >= logging.WARNING:
                 heard.append(record.getMessage())
 
-    from deepspeed_acco.log import logger
+    from deepspeed_acco.engine.log import logger
 
     ear = Ear()
     logger().addHandler(ear)

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from deepspeed_acco.lanes import LaneTimes
+from deepspeed_acco.engine.auto_fraction import WINDOWS_TO_MEASURE, Figures, Split, fastest_split
+from deepspeed_acco.runtime.clock import LaneTimes
 from deepspeed_acco.settings import Settings
-from deepspeed_acco.split import WINDOWS_TO_MEASURE, Figures, Split, fastest_split
 
 
 def _seconds(a, n, micro_batch, commit, estimate):
@@ -56,7 +56,7 @@ class _Driver:
 def clock(monkeypatch):
     """Every window takes 10 s of it."""
     now = itertools.count(0.0, 10.0)
-    monkeypatch.setattr("deepspeed_acco.lanes.time", SimpleNamespace(perf_counter=lambda: next(now)))
+    monkeypatch.setattr("deepspeed_acco.runtime.lanes.time", SimpleNamespace(perf_counter=lambda: next(now)))
 
 
 def _run(split, driver, windows, n=10, first=0):
@@ -103,7 +103,7 @@ def test_warm_up_windows_are_not_measured(clock):
 
 
 def test_without_estimates_it_measures_on_and_says_so_once(clock, caplog):
-    from deepspeed_acco.log import logger
+    from deepspeed_acco.engine.log import logger
 
     driver, split = _Driver({"COMMIT": 8.0}), Split(Settings(estimate_fraction="auto"))
     logger().addHandler(caplog.handler)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from tests import oracle, training
-from tests.launcher import ROOT, Launched, launch
-from tests.ranks import RankPool
+from tests.support.launcher import ROOT, Launched, launch
+from tests.support.ranks import RankPool
 
 pytestmark = pytest.mark.timeout(400)
 EXACT = ("losses", "norms", "replicas", "skipped", "lr", "scale")

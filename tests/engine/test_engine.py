@@ -9,7 +9,7 @@ import torch._dynamo
 from torch.utils.checkpoint import checkpoint
 
 from tests import oracle, training
-from tests.distributed.test_plugin import _try
+from tests.engine.test_patches import _try
 
 pytestmark = pytest.mark.timeout(240)
 EXACT = ("losses", "norms", "replicas", "skipped")
@@ -872,7 +872,7 @@ def test_devices_other_than_cpu_and_cuda_are_refused(ranks, device):
 
 def _with_device(device):
     """No such device is here: an engine that was made is asked again as if it stood on one."""
-    from deepspeed_acco import plugin
+    from deepspeed_acco.engine import patches as plugin
 
     engine = training.start_engine(training.ds_config(4))
     kept, engine.device = engine.device, torch.device(device)

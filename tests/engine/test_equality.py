@@ -6,7 +6,7 @@ import deepspeed
 import pytest
 from packaging.version import Version
 
-from deepspeed_acco.settings import phase_a_micro_batches
+from deepspeed_acco.algorithm.window import phase_a_micro_batches
 from tests import oracle, training
 
 pytestmark = pytest.mark.timeout(300)

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from tests import training
-from tests.launcher import launch
-from tests.ranks import RankError, RankPool
+from tests.support.launcher import launch
+from tests.support.ranks import RankError, RankPool
 
 pytestmark = pytest.mark.timeout(240)
 TIMEOUT_S = 6
@@ -19,8 +19,8 @@ def _train_until(config, moment, victim, action, windows=4):
     """Trains; at ``moment`` the victim kills or stops itself. Returns how long the others waited for their error."""
     import torch.distributed as dist
 
-    import deepspeed_acco.comm
-    from deepspeed_acco.lanes import RoundFailed
+    import deepspeed_acco.runtime.communicator
+    from deepspeed_acco.runtime.lanes import RoundFailed
 
     window_of_death, place = moment
     is_victim = dist.get_rank() == victim
@@ -58,7 +58,7 @@ def _train_until(config, moment, victim, action, windows=4):
                 engine.step()
                 last_sign = time.monotonic()
         training.true_master_weights(engine)
-    except (RoundFailed, deepspeed_acco.comm.CommFailed) as error:
+    except (RoundFailed, deepspeed_acco.runtime.communicator.CommFailed) as error:
         waited = time.monotonic() - last_sign
         for window in range(2):  # never lost, never a hang: the next wait says it again
             try:

@@ -116,7 +116,7 @@ def test_one_rank_may_look_alone(ranks, schedule):
 
 
 def test_one_rank_alone_in_wp_gets_an_error_that_says_so(ranks):
-    from tests.ranks import RankPool
+    from tests.support.ranks import RankPool
 
     pool = RankPool(2)
     config = training.ds_config(4, schedule="wp", comm_timeout_s=5)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests import oracle, training
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 pytestmark = pytest.mark.timeout(240)
 EVENTS = (

@@ -89,7 +89,7 @@ def test_refused_as_a_value_error(ranks, what, kind):
     if kind != "json" and what in ("sparse", "amp"):
         pytest.skip("DeepSpeed refuses these two itself before it sees the client's optimizer")
     if kind == "instance" and what in ("unknown key", "wrong value", "wrong schedule"):
-        pytest.skip("the constructor itself raises it: tests/unit/test_settings.py")
+        pytest.skip("the constructor itself raises it: tests/test_settings.py")
     name, message = ranks(1).run(_try, config=config, kind=kind)[0]
     assert name == "ValueError", message
     for part in expected:
@@ -157,7 +157,7 @@ before = (threading.active_count(), dict(os.environ), torch.get_num_threads())
 stock = engine.DeepSpeedEngine._configure_zero_optimizer
 import deepspeed_acco
 first = engine.DeepSpeedEngine._configure_zero_optimizer
-from deepspeed_acco.plugin import register
+from deepspeed_acco.engine.patches import register
 register()
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 assert ZERO_SUPPORTED_OPTIMIZERS.count(deepspeed_acco.ACCO) == 1
@@ -181,7 +181,7 @@ def test_import_without_deepspeed_is_one_sentence():
 
 @pytest.mark.parametrize(("version", "is_tested"), [("0.16.8", 0), ("0.16.9", 1), ("0.19.8+abc", 1), ("0.20.0", 0)])
 def test_deepspeed_versions(version, is_tested, monkeypatch):
-    from deepspeed_acco.plugin import VERSION_OVERRIDE, require_tested_deepspeed
+    from deepspeed_acco.engine.patches import VERSION_OVERRIDE, require_tested_deepspeed
 
     if is_tested:
         require_tested_deepspeed(version)
@@ -221,7 +221,7 @@ def _log_of_start(config):
     import io
     import logging
 
-    from deepspeed_acco.log import logger as acco_logger
+    from deepspeed_acco.engine.log import logger as acco_logger
 
     logger = acco_logger()
     stream = io.StringIO()
@@ -245,7 +245,7 @@ def test_one_start_up_line_on_rank_zero(ranks):
 
 
 def test_ranks_that_differ_are_told():
-    from tests.ranks import RankPool
+    from tests.support.ranks import RankPool
 
     pool = RankPool(2)
     try:

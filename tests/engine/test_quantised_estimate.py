@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from deepspeed_acco.settings import phase_a_micro_batches
+from deepspeed_acco.algorithm.window import phase_a_micro_batches
 from tests import oracle, training
 from tests.distributed import test_adaptive as adaptive
-from tests.distributed.test_comm import loopback_bytes
+from tests.runtime.test_communicator import loopback_bytes
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -25,7 +25,7 @@ TOLERANCE_16_BIT = 3e-3
 @contextmanager
 def wide_network(staging_bytes=None):
     """A network of HIDDEN and, on a rank, exchanges in small pieces."""
-    from deepspeed_acco import comm
+    from deepspeed_acco.runtime import communicator as comm
 
     kept = training.HIDDEN, comm.STAGING_BYTES
     training.HIDDEN = HIDDEN
@@ -189,7 +189,7 @@ def _train_with_bad_change(config, windows, bad_window, precision):
     """One block of rank 1's change of the weights is not finite; what training stands on after every window."""
     import torch.distributed as dist
 
-    from deepspeed_acco import driver
+    from deepspeed_acco.runtime import driver
 
     original, window = driver.adamw_estimate_change, [0]
 
@@ -240,7 +240,7 @@ def _bytes_of_steps(config, steps, numel):
     import torch
     import torch.distributed as dist
 
-    from deepspeed_acco.emulated import EmulatedAccelerator
+    from deepspeed_acco.tools.launch.emulated_accelerator import EmulatedAccelerator
 
     module = EmulatedAccelerator(numel, 0.0).bfloat16()
     engine, *_ = deepspeed.initialize(model=module, model_parameters=list(module.parameters()), config=config)
@@ -336,7 +336,7 @@ def _train_slowly(config, windows, micro_batch_s, delays_s):
 
     import torch.distributed as dist
 
-    from deepspeed_acco.log import logger
+    from deepspeed_acco.engine.log import logger
 
     lines = []
     handler = logging.Handler()

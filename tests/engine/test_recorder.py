@@ -6,8 +6,8 @@ import json
 
 import torch
 
-from deepspeed_acco import recorder
-from deepspeed_acco.lanes import LaneTimes
+from deepspeed_acco.engine import recorder
+from deepspeed_acco.runtime.clock import LaneTimes
 
 
 class Engine:

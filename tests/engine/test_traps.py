@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import oracle, training
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(240)
 def _uneven_windows(config, counts):
     import torch.distributed as dist
 
-    from deepspeed_acco.lanes import RoundFailed
+    from deepspeed_acco.runtime.lanes import RoundFailed
 
     engine = training.start_engine(config)
     try:

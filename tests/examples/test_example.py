@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launcher import ROOT, launch
+from tests.support.launcher import ROOT, launch
 
 EXAMPLE = ROOT / "examples" / "train_gpt.py"
 ALL_CONFIGS = {path.stem: path for path in sorted((ROOT / "ds_configs").glob("*.json"))}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launcher import ROOT, launch
+from tests.support.launcher import ROOT, launch
 
 CONFIGS = ROOT / "ds_configs"
 RANKS, MICRO_BATCH, SEQ_LEN = 2, 16, 64

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from deepspeed_acco.settings import AdamWHyper
-from deepspeed_acco.update import AdamWShard, adamw_commit, adamw_estimate, sum_of_squares, sums_of_error_and_step
+from deepspeed_acco.optim.adamw import AdamWHyper, AdamWShard, adamw_commit, adamw_estimate, sums_of_error_and_step
+from deepspeed_acco.optim.flat import sum_of_squares
 
 HYPER = AdamWHyper(lr=3e-2, beta1=0.7, beta2=0.95, eps=1e-7, weight_decay=0.2)
 

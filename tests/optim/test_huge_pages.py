@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepspeed_acco.pages import PAGE_BYTES, use_huge_pages
+from deepspeed_acco.optim.huge_pages import PAGE_BYTES, use_huge_pages
 
 FLAG = "hg"  # of a mapping in /proc/self/smaps: madvise(MADV_HUGEPAGE) was called on it
 

@@ -5,9 +5,9 @@
 import pytest
 import torch
 
-from deepspeed_acco.update import AdamWShard
-from tests.native import checks
-from tests.native.checks import DTYPE_PAIRS, DTYPES, HYPER, SIZES, Case, same_bits
+from deepspeed_acco.optim.adamw import AdamWShard
+from tests.support import kernel_checks as checks
+from tests.support.kernel_checks import DTYPE_PAIRS, DTYPES, HYPER, SIZES, Case, same_bits
 
 
 def test_opcheck(native):

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from deepspeed_acco import quantize as q
-from deepspeed_acco.settings import AdamWHyper
-from deepspeed_acco.update import AdamWShard, adamw_estimate
+from deepspeed_acco.optim import quantization as q
+from deepspeed_acco.optim.adamw import AdamWHyper, AdamWShard, adamw_estimate
 
 # Every bf16 number from 0 up to the largest, in order.
 BF16 = (np.arange(0x7F80, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)

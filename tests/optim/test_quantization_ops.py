@@ -5,10 +5,10 @@
 import pytest
 import torch
 
-from deepspeed_acco import quantize as plain
-from tests.native import quantize_checks as checks
-from tests.native.checks import DTYPE_PAIRS, DTYPES, Case, same_bits
-from tests.native.quantize_checks import BITS, SIZES, SIZES_AND_SHIFTS, Bytes
+from deepspeed_acco.optim import quantization as plain
+from tests.support import quantization_checks as checks
+from tests.support.kernel_checks import DTYPE_PAIRS, DTYPES, Case, same_bits
+from tests.support.quantization_checks import BITS, SIZES, SIZES_AND_SHIFTS, Bytes
 
 
 def test_opcheck(native):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from deepspeed_acco import op_builder
-from tests.native import sanitize
+from deepspeed_acco.optim import build as op_builder
+from tests.support import sanitize
 
 NVCC = shutil.which("nvcc") or shutil.which(str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"))
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -19,7 +19,7 @@ def loopback_bytes() -> int:
 def _communicator(timeout_s=60):
     import torch
 
-    from deepspeed_acco.comm import Communicator
+    from deepspeed_acco.runtime.communicator import Communicator
 
     return Communicator(None, torch.device("cpu"), timeout_s)
 
@@ -29,7 +29,7 @@ def _reduce_scatter_and_gather(numels, dtype_name, staging_bytes):
     import torch
     import torch.distributed as dist
 
-    from deepspeed_acco import comm as module
+    from deepspeed_acco.runtime import communicator as module
 
     kept, module.STAGING_BYTES = module.STAGING_BYTES, staging_bytes
     comm = _communicator()
@@ -72,7 +72,7 @@ def _all_to_all(part_numels, record_numel, staging_bytes):
     import torch
     import torch.distributed as dist
 
-    from deepspeed_acco import comm as module
+    from deepspeed_acco.runtime import communicator as module
 
     kept, module.STAGING_BYTES = module.STAGING_BYTES, staging_bytes
     comm = _communicator()
@@ -129,7 +129,7 @@ def _gather_that_one_rank_leaves_out():
     import torch
     import torch.distributed as dist
 
-    from deepspeed_acco.comm import CommFailed
+    from deepspeed_acco.runtime.communicator import CommFailed
 
     comm = _communicator(timeout_s=2)
     if dist.get_rank() == 0:
@@ -208,7 +208,7 @@ def test_ranks_must_agree():
 
 
 def _own_bytes(config, world_sizes=None):
-    from tests import training
+    from tests.support import training
 
     engine = training.start_engine(config)
     optimizer = engine.optimizer
@@ -228,7 +228,7 @@ def _own_bytes(config, world_sizes=None):
 @pytest.mark.parametrize("estimate_comm", ["full", pytest.param("int8", marks=pytest.mark.full)])  # no own buffer
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_storages_stay_within_the_formula(ranks, precision, wire, w, g, c, world_size, estimate_comm):
-    from tests import training
+    from tests.support import training
 
     config = training.ds_config(4, precision=precision, estimate_comm=estimate_comm)
     config |= {"communication_data_type": wire} if wire else {}

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from deepspeed_acco import lanes
+from deepspeed_acco.runtime import lanes
 
 
 @pytest.mark.parametrize("name", ["auto", "inline"])

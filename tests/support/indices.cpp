@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <initializer_list>
 
-#include "ranges.h"
+#include "common/ranges.h"
 
 using namespace acco;
 

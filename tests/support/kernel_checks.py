@@ -9,9 +9,8 @@ import math
 
 import torch
 
-from deepspeed_acco import update
-from deepspeed_acco.settings import AdamWHyper
-from deepspeed_acco.update import AdamWShard
+from deepspeed_acco.optim import adamw as update
+from deepspeed_acco.optim.adamw import AdamWHyper, AdamWShard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_PAIRS = list(itertools.product(DTYPES, DTYPES))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from deepspeed_acco.reference import Reference, ReferenceHyper
-from tests.training import DTYPES, HYPER, batch, make_network, param_groups
+from deepspeed_acco.algorithm.reference import Reference, ReferenceHyper
+from tests.support.training import DTYPES, HYPER, batch, make_network, param_groups
 
 
 def _groups_of(module, groups):

@@ -9,8 +9,8 @@ import math
 
 import torch
 
-from deepspeed_acco import quantize as plain
-from tests.native.checks import CANARY, HYPER, Case, same_bits
+from deepspeed_acco.optim import quantization as plain
+from tests.support.kernel_checks import CANARY, HYPER, Case, same_bits
 
 BITS = (4, 8)
 # Around the records and the halves of a byte; several threads' shares and pieces of the plain path.

@@ -14,7 +14,7 @@ import time
 import traceback
 from datetime import timedelta
 
-from tests.launcher import operators_folder, remove_shared_memory
+from tests.support.launcher import operators_folder, remove_shared_memory
 
 LIMIT_S = 240
 AFTER_ERROR_S = 30  # for each of the others, once a rank has raised or died

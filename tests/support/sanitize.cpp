@@ -9,8 +9,8 @@
 #include <memory>
 #include <vector>
 
-#include "cpu_kernels.h"
-#include "cpu_quantize.h"
+#include "cpu/kernels.h"
+#include "cpu/quantize.h"
 
 using namespace acco;
 using namespace acco::cpu;

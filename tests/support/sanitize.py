@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the CPU loops as a program of their own under AddressSanitizer and UndefinedBehaviorSanitizer, and runs it.
 
-python tests/native/sanitize.py
+python tests/support/sanitize.py
 """
 
 from __future__ import annotations

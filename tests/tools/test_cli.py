@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from deepspeed_acco import cli
+from deepspeed_acco.tools import cli
 
 INT4_ROWS = ("estimate to int4", "pack", "pack to int4", "sum of 2 in int4", "sum of 4 in int4", "add int4")
 

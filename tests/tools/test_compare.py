@@ -14,7 +14,12 @@ import numpy
 import pytest
 
 import deepspeed_acco
-from deepspeed_acco import cli, compare, comparison, hosts, launches, summary
+from deepspeed_acco.tools import cli
+from deepspeed_acco.tools.compare import command as compare
+from deepspeed_acco.tools.compare import options as comparison
+from deepspeed_acco.tools.compare import verdict as summary
+from deepspeed_acco.tools.launch import launcher as launches
+from deepspeed_acco.tools.launch import shaped_hosts as hosts
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "ds_configs"
@@ -338,9 +343,9 @@ class FakeRuns:
 @pytest.fixture
 def fake(monkeypatch):
     """The runs, with a report that is only a name."""
-    report = types.ModuleType("deepspeed_acco.report")
+    report = types.ModuleType("deepspeed_acco.tools.report.command")
     report.write = lambda path: Path(path).with_name("report.html")
-    monkeypatch.setitem(sys.modules, "deepspeed_acco.report", report)
+    monkeypatch.setitem(sys.modules, "deepspeed_acco.tools.report.command", report)
     monkeypatch.setattr(deepspeed_acco, "report", report, raising=False)
     runs = FakeRuns()
     monkeypatch.setattr(launches, "run", runs)

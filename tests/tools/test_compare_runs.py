@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepspeed_acco import cli, hosts
+from deepspeed_acco.tools import cli
+from deepspeed_acco.tools.launch import shaped_hosts as hosts
 from tests import training
-from tests.launcher import ROOT, launch, operators_folder
+from tests.support.launcher import ROOT, launch, operators_folder
 
 pytestmark = pytest.mark.timeout(400)
 CONFIGS = ROOT / "ds_configs"
@@ -29,7 +30,7 @@ def _train(config, folder, save_to):
     """Eight steps with an evaluation after the fourth and a checkpoint after the sixth."""
     import torch.distributed as dist
 
-    from deepspeed_acco import recorder
+    from deepspeed_acco.engine import recorder
 
     recorder._recorders.clear()
     os.environ.pop(RECORD, None)
@@ -112,7 +113,7 @@ def _train_adaptively(folder):
     import torch.distributed as dist
 
     import deepspeed_acco
-    from deepspeed_acco import recorder
+    from deepspeed_acco.engine import recorder
 
     recorder._recorders.clear()
     os.environ[RECORD] = folder
@@ -315,7 +316,13 @@ def test_an_interrupt_ends_every_process(tmp_path, number):
     script = tmp_path / "sleep.py"
     script.write_text(SLEEP)
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "deepspeed_acco.cli", "compare", _write_config(tmp_path, "mine", schedule="sync")]
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed_acco.tools.cli",
+        "compare",
+        _write_config(tmp_path, "mine", schedule="sync"),
+    ]
     command += ["--script", str(script), "--num_accelerators", "2", "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)

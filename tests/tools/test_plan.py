@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from deepspeed_acco import launches, plan, planning
-from deepspeed_acco.cli import main
-from deepspeed_acco.plan import Cluster, Model, Work, predict
-from deepspeed_acco.rounds import COMMIT, ESTIMATE, PREDICT
-from deepspeed_acco.settings import phase_a_micro_batches
+from deepspeed_acco.algorithm.schedules import COMMIT, ESTIMATE, PREDICT
+from deepspeed_acco.algorithm.window import phase_a_micro_batches
+from deepspeed_acco.tools.cli import main
+from deepspeed_acco.tools.launch import launcher as launches
+from deepspeed_acco.tools.plan import command as planning
+from deepspeed_acco.tools.plan import model as plan
+from deepspeed_acco.tools.plan.model import Cluster, Model, Work, predict
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,8 +15,11 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from matplotlib.colors import to_hex
 
-from deepspeed_acco import cli, comparison_page, pictures, report, run_page
-from deepspeed_acco.report_data import read_results, read_run
+from deepspeed_acco.tools import cli
+from deepspeed_acco.tools.report import command as report
+from deepspeed_acco.tools.report import comparison_page, run_page
+from deepspeed_acco.tools.report import figures as pictures
+from deepspeed_acco.tools.report.read_run import read_results, read_run
 
 VOID = {"meta", "img", "br"}
 NASTY = "acco <b>&\"'$x_1$"

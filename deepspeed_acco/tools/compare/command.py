@@ -24,8 +24,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from . import hosts, launches, pictures, summary
-from .comparison import (
+from ..launch import launcher as launches
+from ..launch import shaped_hosts as hosts
+from ..report import figures as pictures
+from . import verdict as summary
+from .options import (
     EMULATED_STEPS,
     EXAMPLE_STEPS,
     REFERENCE,
@@ -319,7 +322,7 @@ def run_all(comparison: Comparison, out: Path, hostfile: Path | None) -> _Runs:
 
 def _finish(comparison: Comparison, out: Path, runs: _Runs) -> int:
     """Writes results.json and report.html and prints the verdict."""
-    from . import report
+    from ..report import command as report
 
     path, results = write_results(comparison, out, runs)
     page = report.write(path)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import hosts
-from .settings import ADAMW_KEYS
+from ...settings import ADAMW_KEYS
+from ..launch import shaped_hosts as hosts
 
 REFERENCE = "reference"  # the runs of schedule sync that C and R come from
 REFERENCE_KEYS = ("lane", "comm_timeout_s")  # ACCO's keys that it takes over
-EMULATED = ("--module", "deepspeed_acco.emulated")
+EMULATED = ("--module", "deepspeed_acco.tools.launch.emulated_accelerator")
 EXAMPLE = Path("examples") / "train_gpt.py"
 EXAMPLE_SEQ_LEN = 128  # its default of --seq_len
 EXAMPLE_STEPS = 60
@@ -222,7 +222,7 @@ def _script(
 
 
 def _example() -> Path | None:
-    for root in (Path(__file__).resolve().parents[1], Path()):
+    for root in (Path(__file__).resolve().parents[3], Path()):
         if (root / EXAMPLE).is_file():
             return root / EXAMPLE
     return None

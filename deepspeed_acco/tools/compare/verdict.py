@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy
 
-from .launches import Record
-from .recorder import WARM_UP_STEPS
+from ...engine.recorder import WARM_UP_STEPS
+from ..launch.launcher import Record
 
 RESAMPLES = 2000
 INTERVAL = (2.5, 97.5)  # percentiles of a 95 % interval

@@ -1,13 +1,14 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""An emulated accelerator: a module whose forward and backward take a given time and leave the CPU free.
+r"""An emulated accelerator: a module whose forward and backward take a given time and leave the CPU free.
 
 Weights, gradients, optimizer, collectives and network are real; only the matrix products are replaced by waiting. The
 backward writes a gradient of the parameters' size (it depends on the weights, so that training is not trivial).
 
 As a script it trains that module under a DeepSpeed JSON:
 
-    DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 --module deepspeed_acco.emulated --deepspeed_config F --steps 12
+    DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 \
+        --module deepspeed_acco.tools.launch.emulated_accelerator --deepspeed_config F --steps 12
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ from typing import Any
 
 import psutil
 
-from .hosts import INTERFACE, ShapedHosts
-from .recorder import RECORD_FOLDER
+from ...engine.recorder import RECORD_FOLDER
+from .shaped_hosts import INTERFACE, ShapedHosts
 
 LOG = "log.txt"
 POLL_S = 0.1
@@ -151,7 +151,7 @@ def _commands(script, arguments, folder: Path, place: Place, port: int):
 
 def _search_path() -> str:
     """PYTHONPATH with this package in front, where it is not an installed one."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[3]
     own = [] if root == Path(sysconfig.get_paths()["purelib"]).resolve() else [str(root)]
     return os.pathsep.join([*own, *filter(None, [os.environ.get("PYTHONPATH")])])
 

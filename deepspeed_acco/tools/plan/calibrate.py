@@ -16,8 +16,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from . import compare
-from .comparison import REFERENCE, Comparison, add_run_arguments, comparison_of, host_count, reference_of
+from ..compare import command as compare
+from ..compare.options import REFERENCE, Comparison, add_run_arguments, comparison_of, host_count, reference_of
 
 DEFAULT_OUT = Path("runs") / "calibrate"
 # The example evaluates ten times, and steps behind an evaluation are not timed: this leaves nine.

@@ -16,10 +16,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import calibration, plan
-from .compare import INTERRUPTED
-from .comparison import count
-from .plan import Cluster, Model, Work, seconds
+from ..compare.command import INTERRUPTED
+from ..compare.options import count
+from . import calibrate as calibration
+from . import model as plan
+from .model import Cluster, Model, Work, seconds
 
 _DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Seconds of AdamW per parameter: 28 bytes at 2.8 TB/s (an H100's memory); README's CPU kernel, rounded up.

@@ -84,8 +84,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from .rounds import COMMIT, ESTIMATE, SCHEDULES, Round
-from .settings import phase_a_micro_batches
+from ...algorithm.schedules import COMMIT, ESTIMATE, SCHEDULES, Round
+from ...algorithm.window import phase_a_micro_batches
 
 BACKENDS = ("nccl", "gloo")
 STAGES = ("zero0", "zero1", "zero1-reduce", "zero2", "zero2-reduce", "zero3")

@@ -11,9 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import pictures
+from . import figures as pictures
 from .comparison_page import comparison_page
-from .report_data import read_results, read_run
+from .read_run import read_results, read_run
 from .run_page import run_page
 
 

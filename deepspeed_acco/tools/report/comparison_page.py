@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from . import pictures
-from .html_page import (
+from . import figures as pictures
+from .figures import Bar, Line, Panel
+from .html import (
     PART_COLOURS,
     UNIT_NAMES,
     Html,
@@ -37,7 +38,6 @@ from .html_page import (
     whole_page,
     with_interval,
 )
-from .pictures import Bar, Line, Panel
 
 _PART_NAMES = ("computation", "exposed communication", "overhead", "step time, not split")
 
@@ -137,7 +137,7 @@ def memory_bars(results: dict, unit: tuple[float, str]) -> list[Bar]:
 
 
 def comparison_page(results: dict) -> str:
-    """The HTML of what :func:`~deepspeed_acco.report_data.read_results` returned."""
+    """The HTML of what :func:`~deepspeed_acco.tools.report.read_run.read_results` returned."""
     what = [Path(results["script"]).name, _ranks_words(results), results["network"], results["date"]]
     if results["emulated_ms"] is not None:
         what.append(f"emulated computation, {results['emulated_ms']:g} ms per micro-batch")

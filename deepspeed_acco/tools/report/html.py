@@ -12,7 +12,7 @@ import re
 import statistics
 from collections.abc import Sequence
 
-from . import pictures
+from . import figures as pictures
 
 # computation, exposed communication, the rest, a step that is not split
 PART_COLOURS = ("#4C5B73", "#D55E00", "#C9CDD3", "#9AA3B0")

@@ -8,8 +8,9 @@ import itertools
 import statistics
 from pathlib import Path
 
-from . import pictures
-from .html_page import (
+from . import figures as pictures
+from .figures import Bar, Line, Panel
+from .html import (
     PART_COLOURS,
     UNIT_NAMES,
     Html,
@@ -31,8 +32,7 @@ from .html_page import (
     time_words,
     whole_page,
 )
-from .pictures import Bar, Line, Panel
-from .report_data import Run
+from .read_run import Run
 
 _WARM_UP_STEPS = 2
 
@@ -110,7 +110,7 @@ def run_step_bars(run: Run, unit: tuple[float, str]) -> list[Bar]:
 
 
 def run_page(run: Run) -> str:
-    """The HTML of what :func:`~deepspeed_acco.report_data.read_run` returned."""
+    """The HTML of what :func:`~deepspeed_acco.tools.report.read_run.read_run` returned."""
     series = windows(run)
     header = run.headers[0] if run.headers else {}
     return whole_page(

@@ -5,15 +5,15 @@
 import pytest
 import torch
 
-import deepspeed_acco  # noqa: F401 (says how the kernels are loaded)
-from deepspeed_acco import ops
+from deepspeed_acco.optim import ops
+from deepspeed_acco.optim.native import kernels_reason
 
 
 @pytest.fixture(scope="session", autouse=True)
 def native():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    reason = ops.kernels_reason("cuda")
+    reason = kernels_reason("cuda")
     if reason:
         pytest.fail(f"the native kernels are not in use: {reason}")
     return ops

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import deepspeed_acco  # noqa: F401 (says how the kernels are loaded)
-from deepspeed_acco import ops
-from tests.native import checks
-from tests.native.checks import DTYPE_PAIRS, DTYPES, HYPER, SIZES, Case, same_bits
+from deepspeed_acco.optim import ops
+from tests.support import kernel_checks as checks
+from tests.support.kernel_checks import DTYPE_PAIRS, DTYPES, HYPER, SIZES, Case, same_bits
 
 pytestmark = pytest.mark.gpu
 

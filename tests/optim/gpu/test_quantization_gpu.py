@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import deepspeed_acco  # noqa: F401 (says how the kernels are loaded)
-from deepspeed_acco import ops
-from deepspeed_acco import quantize as plain
-from tests.native import quantize_checks as checks
-from tests.native.checks import DTYPE_PAIRS, DTYPES, HYPER, Case, same_bits
-from tests.native.quantize_checks import BITS, SIZES, SIZES_AND_SHIFTS, Bytes, hurting_values
+from deepspeed_acco.optim import ops
+from deepspeed_acco.optim import quantization as plain
+from tests.support import quantization_checks as checks
+from tests.support.kernel_checks import DTYPE_PAIRS, DTYPES, HYPER, Case, same_bits
+from tests.support.quantization_checks import BITS, SIZES, SIZES_AND_SHIFTS, Bytes, hurting_values
 
 pytestmark = pytest.mark.gpu
 

@@ -8,9 +8,9 @@
 #include <cstdint>
 #include <cstring>
 
-#include "adamw.h"
-#include "float16.h"
-#include "ranges.h"
+#include "common/adamw.h"
+#include "common/float16.h"
+#include "common/ranges.h"
 
 #ifdef __SSE2__
 #include <emmintrin.h>

@@ -9,10 +9,10 @@
 #include <cstdint>
 #include <cstring>
 
-#include "adamw.h"
-#include "cpu_kernels.h"
-#include "float16.h"
-#include "quantize.h"
+#include "common/adamw.h"
+#include "cpu/kernels.h"
+#include "common/float16.h"
+#include "common/quantize.h"
 
 namespace acco::cpu {
 

@@ -9,8 +9,8 @@
 
 #include <algorithm>
 
-#include "float16.h"
-#include "ranges.h"
+#include "common/float16.h"
+#include "common/ranges.h"
 
 namespace acco::cpu {
 

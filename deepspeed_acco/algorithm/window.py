@@ -1,0 +1,84 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""Says where training stands in a window, and when a phase or the window is over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .schedules import Phase, Schedule
+
+
+def phase_a_micro_batches(window_micro_batches: int, estimate_fraction: float) -> int:
+    """Micro-batches of phase A in a window of n: round(n * fraction), at least 1 and at most n - 1.
+
+    Raises:
+        ValueError: for n < 2, which has no room for two phases.
+    """
+    n = window_micro_batches
+    if n < 2:
+        raise ValueError(
+            f'ACCO: gradient_accumulation_steps = {n} is not allowed with optimizer.params.schedule = "acco"; allowed: '
+            ">= 2, since a window has two phases. Set gradient_accumulation_steps to 2 and halve "
+            'train_micro_batch_size_per_gpu, or use the schedule "wp", "dpu" or "sync"'
+        )
+    return min(max(round(n * estimate_fraction), 1), n - 1)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many micro-batches a phase has at least and at most; fixed accumulation leaves no choice."""
+
+    least: int
+    most: int
+
+    def allow_end(self, micro_batches: int, is_round_finished: bool) -> bool:
+        """Whether a phase with so many micro-batches may end, while the round behind it is finished or not."""
+        return micro_batches >= self.most or (micro_batches >= self.least and is_round_finished)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stands. A micro-batch is everything from the first forward that builds a graph after a backward
+    to the last backward before the next such forward; it counts once."""
+
+    window: int = 0
+    phase: Phase = Phase.A
+    micro_batches: int = 0  # of this window
+    micro_batches_in_a: int = 0  # of this window, fixed when phase B begins
+    is_graph_outstanding: bool = False  # a training forward was seen and no backward since
+    is_eval_graph_outstanding: bool = False  # the same of an eval-mode forward, which may never get a backward
+
+    def after_forward(self) -> Position:
+        return replace(self, is_graph_outstanding=True)
+
+    def after_eval_forward(self) -> Position:
+        return replace(self, is_eval_graph_outstanding=True)
+
+    def after_backward(self) -> Position:
+        counted = self.micro_batches + (self.is_graph_outstanding or self.is_eval_graph_outstanding)
+        return replace(self, micro_batches=counted, is_graph_outstanding=False, is_eval_graph_outstanding=False)
+
+    def is_phase_a_over(self, schedule: Schedule, limits: Limits, is_round_finished: bool = False) -> bool:
+        """Asked at the next forward, when no graph is outstanding: only there may weights change in mid-window."""
+        return (
+            schedule.at_phase_b is not None
+            and self.phase is Phase.A
+            and limits.allow_end(self.micro_batches, is_round_finished)
+            and not self.is_graph_outstanding
+        )
+
+    def is_window_over(self, schedule: Schedule, limits: Limits, is_round_finished: bool) -> bool:
+        """Asked after a backward, where nobody else decides how long a window is; ``limits`` are the last phase's."""
+        is_last_phase = schedule.at_phase_b is None or self.phase is Phase.B
+        return is_last_phase and limits.allow_end(self.micro_batches - self.micro_batches_in_a, is_round_finished)
+
+    def after_phase_a(self) -> Position:
+        return replace(self, phase=Phase.B, micro_batches_in_a=self.micro_batches)
+
+    def after_window(self) -> Position:
+        return Position(window=self.window + 1)
+
+    def after_dropped_gradients(self) -> Position:
+        """The user threw this window's gradients away: it begins again, at the weights that are installed."""
+        return Position(window=self.window)
