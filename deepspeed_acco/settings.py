@@ -89,7 +89,7 @@ class Settings:
     def __post_init__(self):
         _check_choice("schedule", self.schedule, tuple(SCHEDULES))
         if self.estimate_fraction in AUTOS:
-            if self.schedule != "acco":
+            if not SCHEDULES[self.schedule].has_two_phases:
                 fix = 'Remove it, or set the schedule to "acco": the others have one phase.'
                 allowed = f'a number with schedule = "{self.schedule}"'
                 raise _refuse("estimate_fraction", self.estimate_fraction, allowed, fix)
@@ -99,7 +99,7 @@ class Settings:
         else:
             _check_number("estimate_fraction", self.estimate_fraction, 0.0, open_low=True, below=1.0)
         _check_choice("estimate_comm", self.estimate_comm, tuple(ESTIMATE_COMMS))
-        if self.estimate_bits and self.schedule != "acco":
+        if self.estimate_bits and not SCHEDULES[self.schedule].has_two_phases:
             fix = 'Remove it, or set the schedule to "acco": the others make no estimate, and a COMMIT is sent in full.'
             raise _refuse("estimate_comm", self.estimate_comm, f'"full" with schedule = "{self.schedule}"', fix)
         steps = self.overlap_warmup_steps
@@ -116,7 +116,7 @@ class Settings:
             if not self.is_adaptive:
                 fix = 'Remove it, or set accumulation to "adaptive".'
                 raise _refuse("max_window", self.max_window, 'none with accumulation = "fixed"', fix)
-        if self.is_adaptive and self.schedule == "sync":
+        if self.is_adaptive and not SCHEDULES[self.schedule].overlaps:
             fix = 'Set the schedule to "acco", "wp" or "dpu": "sync" has no round to accumulate behind.'
             raise _refuse("accumulation", self.accumulation, '"fixed" with schedule = "sync"', fix)
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from deepspeed_acco import ACCO
-from deepspeed_acco.algorithm.window import phase_a_micro_batches
+from deepspeed_acco.algorithm.schedules import SCHEDULES
+from deepspeed_acco.algorithm.window import phase_a_micro_batches, require_room
 from deepspeed_acco.optim.flat import pieces
 from deepspeed_acco.runtime.layout import GroupLayout
 from deepspeed_acco.settings import max_window_micro_batches
@@ -134,7 +135,8 @@ def test_one_micro_batch_has_no_phases():
     with pytest.raises(
         ValueError, match="gradient_accumulation_steps = 1 is not allowed.*Set gradient_accumulation_steps to 2"
     ):
-        phase_a_micro_batches(1, 0.5)
+        require_room(SCHEDULES["acco"], 1)
+    require_room(SCHEDULES["dpu"], 1)
 
 
 def test_adaptive_windows():

@@ -100,9 +100,9 @@ class Reference:
             counts = [n if counts is None else counts] * self.world_size
         counts_of = list(counts)
         in_a_of = [min(a, count) for count in counts_of] if isinstance(a, int) else list(a)
-        schedule = "sync" if runs_sync else self.schedule
-        first = {"sync": self.theta, "acco": self.estimate, "dpu": self.previous, "wp": self.prediction}[schedule]
-        second = self.theta if schedule == "acco" else first
+        lines = LINES["sync" if runs_sync else self.schedule]
+        first = lines.phase_a(self)
+        second = first if lines.phase_b is None else lines.phase_b(self)
         first, second = ([self.see(tensor) for tensor in weights] for weights in (first, second))
         is_short = not is_adaptive and counts_of == in_a_of
 
@@ -132,13 +132,13 @@ class Reference:
             self.step += 1
 
         stands_on_true = (
-            schedule == "sync" or (schedule == "acco" and is_short) or (skipped and self.stands_on_true_after_skip)
+            lines.blocks or (lines.phase_b is not None and is_short) or (skipped and self.stands_on_true_after_skip)
         )
         self.estimate = self.theta if stands_on_true else self._installed(estimated, before)
         self.previous = self.theta if stands_on_true else before
         if stands_on_true:
             self.prediction = self.next_prediction = self.theta
-        elif schedule == "wp":
+        else:
             predicted = self._adamw(mean, self.theta, self.exp_avg, self.exp_avg_sq, self.step)
             self.prediction = self.next_prediction
             self.next_prediction = self.theta if predicted is None else predicted[0]
@@ -188,6 +188,27 @@ class Reference:
             for result, tensor in zip(results, (p, m, v)):
                 result.append(tensor)
         return results
+
+
+Weights = Callable[[Reference], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Says at which weights a schedule computes: those of phase A, and of phase B where there is one. ``blocks``: the
+    next window stands on the weights that this one's COMMIT makes."""
+
+    phase_a: Weights
+    phase_b: Weights | None = None
+    blocks: bool = False
+
+
+LINES = {
+    "acco": Lines(lambda at: at.estimate, lambda at: at.theta),
+    "wp": Lines(lambda at: at.prediction),
+    "dpu": Lines(lambda at: at.previous),
+    "sync": Lines(lambda at: at.theta, blocks=True),
+}
 
 
 def quantised(values: Tensor, bits: int, shard_numel: int) -> Tensor:

@@ -32,6 +32,7 @@ round begins when the last rank has come to it::
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -69,28 +70,57 @@ PREDICT = Round("PREDICT", reduces=None, writes_state=True, predicts=True, leave
 
 @dataclass(frozen=True)
 class Schedule:
-    """The rounds of one window: one that starts when phase B begins (or none), one at the window's end."""
+    """Names the rounds of one window: one that starts when phase B begins (or none), one at the window's end."""
 
     name: str
     at_phase_b: Round | None
     at_window_end: Round
     blocks: bool  # the round at the window's end is finished and installed at once
 
+    @property
+    def has_two_phases(self) -> bool:
+        """Tells whether phase A makes an estimate, so that a window needs a micro-batch for each phase."""
+        return self.at_phase_b is not None
 
+    @property
+    def overlaps(self) -> bool:
+        """Tells whether rounds run behind computation."""
+        return not self.blocks
+
+    @property
+    def least_micro_batches(self) -> int:
+        """Returns the micro-batches that a window has at least."""
+        return 2 if self.has_two_phases else 1
+
+    @property
+    def looks_together(self) -> bool:
+        """Tells whether looking at the true weights gathers them, so that all ranks must look."""
+        return self.at_window_end.leaves_true_weights is Place.SHARDS
+
+
+# The one table: a new schedule is a row here and its lines in reference.py. All others ask for properties of the row.
 SCHEDULES = {
     "acco": Schedule("acco", at_phase_b=ESTIMATE, at_window_end=COMMIT, blocks=False),
     "wp": Schedule("wp", at_phase_b=None, at_window_end=PREDICT, blocks=False),
     "dpu": Schedule("dpu", at_phase_b=None, at_window_end=COMMIT, blocks=False),
     "sync": Schedule("sync", at_phase_b=None, at_window_end=COMMIT, blocks=True),
 }
+DEFAULT = SCHEDULES["acco"]
+BLOCKING = SCHEDULES["sync"]  # ZeRO-1 itself: for the windows of a warm-up, and to measure C and R
 
 
 def schedule_of_window(name: str, window: int, overlap_warmup_steps: int) -> Schedule:
-    """The schedule that window number ``window`` (from 0) follows: the first ones may run as ``sync``."""
-    return SCHEDULES["sync" if window < overlap_warmup_steps else name]
+    """Returns the schedule that window number ``window`` (from 0) follows: the first ones may run as ``sync``."""
+    return BLOCKING if window < overlap_warmup_steps else SCHEDULES[name]
 
 
 def blocks_at_end(schedule: Schedule, phase: Phase) -> bool:
-    """Whether the window's last round must be installed at once: always in ``sync``, and for a window of a two-phase
-    schedule that ended before its phase B, so that there is no estimate to compute the next phase A at."""
-    return schedule.blocks or (schedule.at_phase_b is not None and phase is Phase.A)
+    """Tells whether the window's last round must be installed at once: always in ``sync``, and for a window of a
+    two-phase schedule that ended before its phase B, so that there is no estimate to compute the next phase A at."""
+    return schedule.blocks or (schedule.has_two_phases and phase is Phase.A)
+
+
+def names_of(fits: Callable[[Schedule], bool]) -> str:
+    """Lists the schedules that ``fits`` accepts, for messages: ``"wp", "dpu" or "sync"``."""
+    names = [f'"{name}"' for name, schedule in SCHEDULES.items() if fits(schedule)]
+    return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

@@ -6,22 +6,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .schedules import Phase, Schedule
+from .schedules import Phase, Schedule, names_of
+
+
+def require_room(schedule: Schedule, window_micro_batches: int) -> None:
+    """Checks that a window of n micro-batches has room for the schedule's phases.
+
+    Raises:
+        ValueError: for n < 2 with a schedule of two phases.
+    """
+    n = window_micro_batches
+    if n < schedule.least_micro_batches:
+        raise ValueError(
+            f"ACCO: gradient_accumulation_steps = {n} is not allowed with optimizer.params.schedule = "
+            f'"{schedule.name}"; allowed: >= {schedule.least_micro_batches}, since a window has two phases. Set '
+            "gradient_accumulation_steps to 2 and halve train_micro_batch_size_per_gpu, or use the schedule "
+            f"{names_of(lambda row: not row.has_two_phases)}"
+        )
 
 
 def phase_a_micro_batches(window_micro_batches: int, estimate_fraction: float) -> int:
-    """Micro-batches of phase A in a window of n: round(n * fraction), at least 1 and at most n - 1.
-
-    Raises:
-        ValueError: for n < 2, which has no room for two phases.
-    """
+    """Returns the micro-batches of phase A in a window of n >= 2: round(n * fraction), at least 1, at most n - 1."""
     n = window_micro_batches
-    if n < 2:
-        raise ValueError(
-            f'ACCO: gradient_accumulation_steps = {n} is not allowed with optimizer.params.schedule = "acco"; allowed: '
-            ">= 2, since a window has two phases. Set gradient_accumulation_steps to 2 and halve "
-            'train_micro_batch_size_per_gpu, or use the schedule "wp", "dpu" or "sync"'
-        )
+    assert n >= 2, "a window with two phases has a micro-batch for each"
     return min(max(round(n * estimate_fraction), 1), n - 1)
 
 
@@ -62,7 +69,7 @@ class Position:
     def is_phase_a_over(self, schedule: Schedule, limits: Limits, is_round_finished: bool = False) -> bool:
         """Asked at the next forward, when no graph is outstanding: only there may weights change in mid-window."""
         return (
-            schedule.at_phase_b is not None
+            schedule.has_two_phases
             and self.phase is Phase.A
             and limits.allow_end(self.micro_batches, is_round_finished)
             and not self.is_graph_outstanding
@@ -70,7 +77,7 @@ class Position:
 
     def is_window_over(self, schedule: Schedule, limits: Limits, is_round_finished: bool) -> bool:
         """Asked after a backward, where nobody else decides how long a window is; ``limits`` are the last phase's."""
-        is_last_phase = schedule.at_phase_b is None or self.phase is Phase.B
+        is_last_phase = not schedule.has_two_phases or self.phase is Phase.B
         return is_last_phase and limits.allow_end(self.micro_batches - self.micro_batches_in_a, is_round_finished)
 
     def after_phase_a(self) -> Position:

@@ -1,13 +1,14 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
 """Where a window is split into its phases: ``estimate_fraction``, as given or, with ``"auto"``, chosen once by what the
-first windows took (DESIGN.md section 9)."""
+first windows took."""
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
 
+from ..algorithm.schedules import SCHEDULES
+from ..algorithm.step_time import WARM_UP_STEPS, Figures, best_split
 from ..algorithm.window import phase_a_micro_batches
 from ..runtime.clock import Instant, LaneTimes
 from ..runtime.driver import RoundDriver
@@ -15,31 +16,6 @@ from ..settings import FIRST_OF_AUTO, Settings
 from .log import logger
 
 WINDOWS_TO_MEASURE = 10
-WARM_UP_WINDOWS = 2  # of them: they load, build and fill, and are left out
-_AS_FAST = 1.005
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What one rank measured, in seconds: a micro-batch without waiting, and the two rounds."""
-
-    micro_batch_s: float
-    commit_s: float
-    estimate_s: float
-
-
-def step_s(a: int, n: int, of: Figures) -> float:
-    """The least that a window takes with ``a`` of its ``n`` micro-batches in phase A (rounds.py: COMMIT runs behind
-    phase A, ESTIMATE behind phase B)."""
-    return max(a * of.micro_batch_s, of.commit_s) + max((n - a) * of.micro_batch_s, of.estimate_s)
-
-
-def fastest_split(n: int, of: Figures) -> int:
-    """The ``a`` in 1..n-1 with the shortest window; of those within half a percent the one that leaves both rounds the
-    most room, in proportion to their length."""
-    fastest = min(step_s(a, n, of) for a in range(1, n))
-    as_fast = [a for a in range(1, n) if step_s(a, n, of) <= _AS_FAST * fastest]
-    return max(as_fast, key=lambda a: min(a / of.commit_s, (n - a) / of.estimate_s))
 
 
 class _Measuring:
@@ -57,7 +33,7 @@ class _Measuring:
         now = Instant(driver.comm.device)
         now.wait()
         times = driver.lane.times()
-        if self.began is not None and self.seen is not None and self.windows >= WARM_UP_WINDOWS:
+        if self.began is not None and self.seen is not None and self.windows >= WARM_UP_STEPS:
             spent = times.since(self.seen)
             if micro_batches:
                 self.micro_batch_s.append((now.seconds_since(self.began) - spent.exposed_s) / micro_batches)
@@ -83,6 +59,7 @@ class Split:
 
     def __init__(self, settings: Settings):
         self.fraction = settings.first_estimate_fraction
+        self._schedule = SCHEDULES[settings.schedule]
         self._is_auto = isinstance(settings.estimate_fraction, str)
         self._first_window = settings.overlap_warmup_steps
         self._measuring = _Measuring() if self._is_auto else None  # None: the fraction is settled
@@ -131,11 +108,11 @@ class Split:
         micro_batch_s, commit_s, estimate_s = zip(*told)
         # The slowest rank computes longest; a round's own duration is what the rank saw that came to it last.
         of = Figures(max(micro_batch_s), min(commit_s), min(estimate_s))
-        a = fastest_split(n, of)
+        a = best_split(self._schedule, n, of)
         self.fraction, self._measuring = a / n, None
         if logs:
             logger().info(
                 f"ACCO: estimate_fraction = {self.fraction:.4g} chosen (a={a} b={n - a}): a COMMIT takes "
                 f"{of.commit_s:.3g} s, an ESTIMATE {of.estimate_s:.3g} s, a micro-batch {of.micro_batch_s:.3g} s, so "
-                f"that a step can take {step_s(a, n, of):.3g} s"
+                f"that a step can take {of.step_s(self._schedule, n, a):.3g} s"
             )

@@ -19,7 +19,8 @@ from deepspeed.runtime.zero import utils as ds_zero_utils
 from packaging.version import Version
 from torch.optim import Optimizer
 
-from ..algorithm.window import phase_a_micro_batches
+from ..algorithm.schedules import SCHEDULES
+from ..algorithm.window import phase_a_micro_batches, require_room
 from ..optim import native
 from ..optimizer import ACCO
 from ..runtime.driver import describe_bytes
@@ -211,7 +212,7 @@ def _log_start(engine, wrapper: AccoZeroOptimizer) -> None:
     settings = wrapper.settings
     n = engine.gradient_accumulation_steps()
     window = f"n={n}"
-    if settings.schedule == "acco":
+    if SCHEDULES[settings.schedule].has_two_phases:
         a = phase_a_micro_batches(n, settings.first_estimate_fraction)
         window = f"a={a} b={n - a} estimate_comm={settings.estimate_comm}"
     logger().info(
@@ -347,7 +348,6 @@ def check_engine(engine, optimizer: ACCO) -> None:
 
 def _check_window(n: int, settings: Settings) -> None:
     """Raises ValueError where a window of n micro-batches has no room for the schedule or the settings."""
-    if settings.schedule == "acco":
-        phase_a_micro_batches(n, settings.first_estimate_fraction)
+    require_room(SCHEDULES[settings.schedule], n)
     if settings.is_adaptive:
         max_window_micro_batches(n, settings.max_window)

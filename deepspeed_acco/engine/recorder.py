@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from ..algorithm.schedules import ESTIMATE
+from ..algorithm.schedules import ESTIMATE, SCHEDULES
+from ..algorithm.step_time import WARM_UP_STEPS
 from ..algorithm.window import phase_a_micro_batches
 from ..runtime.clock import Instant, LaneTimes
 
 RECORD_FOLDER = "DEEPSPEED_ACCO_RECORD"
-WARM_UP_STEPS = 2  # they load, build and fill: the peak of memory counts after them
 
 _recorders: list[Recorder] = []  # at most one: of the first engine that steps
 
@@ -189,7 +189,7 @@ def _header(engine) -> dict[str, Any]:
 def _phase_a(engine) -> int | None:
     """Micro-batches of phase A in a fixed window now ("auto" changes it once); None where there is one phase."""
     settings = getattr(engine.optimizer, "settings", None)
-    if settings is None or settings.schedule != "acco":
+    if settings is None or not SCHEDULES[settings.schedule].has_two_phases:
         return None
     return phase_a_micro_batches(engine.gradient_accumulation_steps(), engine.optimizer.estimate_fraction)
 

@@ -1,4 +1,4 @@
-"""Where "auto" splits a window: against the formula written out, and what it does with the ranks' figures."""
+"""Where "auto" splits a window: what it does with the ranks' figures."""
 
 import itertools
 from types import SimpleNamespace
@@ -6,35 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from deepspeed_acco.engine.auto_fraction import WINDOWS_TO_MEASURE, Figures, Split, fastest_split
+from deepspeed_acco.algorithm.schedules import SCHEDULES
+from deepspeed_acco.algorithm.step_time import Figures, best_split
+from deepspeed_acco.engine.auto_fraction import WINDOWS_TO_MEASURE, Split
 from deepspeed_acco.runtime.clock import LaneTimes
 from deepspeed_acco.settings import Settings
-
-
-def _seconds(a, n, micro_batch, commit, estimate):
-    first, second = a * micro_batch, (n - a) * micro_batch
-    return (first if first > commit else commit) + (second if second > estimate else estimate)
-
-
-def test_no_other_split_is_faster():
-    for n, commit, estimate in itertools.product((2, 3, 5, 10), (0.05, 0.8, 2.0, 9.0), (0.01, 0.2, 2.0, 9.0)):
-        chosen = fastest_split(n, Figures(1.0, commit, estimate))
-        best = min(_seconds(a, n, 1.0, commit, estimate) for a in range(1, n))
-        assert _seconds(chosen, n, 1.0, commit, estimate) <= 1.005 * best, (n, commit, estimate)
-
-
-@pytest.mark.parametrize(
-    ("n", "commit", "estimate", "a"),
-    [
-        (10, 8.0, 2.0, 8),  # the only one that hides both: R = 0.8 C
-        (10, 5.0, 5.0, 5),
-        (10, 4.0, 1.0, 8),  # both rounds have twice their length
-        (2, 100.0, 1.0, 1),
-        (3, 1e-3, 5.0, 1),  # more than one micro-batch in phase A only makes phase B's round wait longer
-    ],
-)
-def test_known_splits(n, commit, estimate, a):
-    assert fastest_split(n, Figures(1.0, commit, estimate)) == a
 
 
 class _Driver:
@@ -56,7 +32,7 @@ class _Driver:
 def clock(monkeypatch):
     """Every window takes 10 s of it."""
     now = itertools.count(0.0, 10.0)
-    monkeypatch.setattr("deepspeed_acco.runtime.lanes.time", SimpleNamespace(perf_counter=lambda: next(now)))
+    monkeypatch.setattr("deepspeed_acco.runtime.clock.time", SimpleNamespace(perf_counter=lambda: next(now)))
 
 
 def _run(split, driver, windows, n=10, first=0):
@@ -90,7 +66,7 @@ def test_the_slowest_computation_and_the_shortest_rounds_count(clock):
     driver = _Driver({"COMMIT": 14.0, "ESTIMATE": 8.0}, other=[2.0, 12.0, 1.0])
     split = Split(Settings(estimate_fraction="auto"))
     _run(split, driver, WINDOWS_TO_MEASURE)
-    assert split.phase_a(10) == fastest_split(10, Figures(2.0, 12.0, 1.0)) == 9
+    assert split.phase_a(10) == best_split(SCHEDULES["acco"], 10, Figures(2.0, 12.0, 1.0)) == 9
 
 
 def test_warm_up_windows_are_not_measured(clock):

@@ -143,9 +143,6 @@ def test_acco_takes_the_longer_of_phase_and_round():
     rounds = 3.0 + NORM_S
     assert predict("acco", SMALL, slow(), work).step_s == pytest.approx(4.0 + rounds)  # A = 4 > R, B = 1 < R
     assert predict("wp", SMALL, slow(), work).step_s == 5.0
-    assert plan.bound_s("acco", 4.0, 1.0, 5.0, 0.5) == 6.0
-    assert plan.bound_s("dpu", 4.0, 1.0, 6.0) == 6.0
-    assert plan.bound_s("sync", 4.0, 1.0, 6.0) == 11.0
 
 
 INT4_S = 2 * 750 * 130 / 256 / 1000 + NORM_S  # R_estimate of SMALL on slow()

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy
 
-from ...engine.recorder import WARM_UP_STEPS
+from ...algorithm.schedules import SCHEDULES
+from ...algorithm.step_time import WARM_UP_STEPS, step_s
 from ..launch.launcher import Record
 
 RESAMPLES = 2000
@@ -197,13 +198,11 @@ def bound_s(
         round_s: R, of every round.
         estimate_s: of an ESTIMATE, where it is another one: a quantised one.
     """
-    if schedule == "acco":
-        phase_a_s = compute_s * a / n
-        estimate_s = round_s if estimate_s is None else estimate_s
-        return max(phase_a_s, round_s) + max(compute_s - phase_a_s, estimate_s)
-    if schedule in ("wp", "dpu"):
-        return max(compute_s, round_s)
-    return compute_s + round_s if schedule == "sync" else None
+    row = SCHEDULES.get(schedule or "")
+    if row is None:
+        return None
+    phase_a_s = compute_s * a / n if a is not None else 0.0
+    return step_s(row, phase_a_s, compute_s - phase_a_s, round_s, round_s if estimate_s is None else estimate_s)
 
 
 # ---- results.json

@@ -85,7 +85,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ...algorithm.schedules import COMMIT, ESTIMATE, SCHEDULES, Round
-from ...algorithm.window import phase_a_micro_batches
+from ...algorithm.step_time import step_s as law
+from ...algorithm.window import phase_a_micro_batches, require_room
 
 BACKENDS = ("nccl", "gloo")
 STAGES = ("zero0", "zero1", "zero1-reduce", "zero2", "zero2-reduce", "zero3")
@@ -347,23 +348,6 @@ def round_s(model: Model, cluster: Cluster, work: Work, this: Round = COMMIT, es
     return round_communication(model, cluster, estimate_comm if this is ESTIMATE else "full").seconds + update
 
 
-def bound_s(schedule: str, a_s: float, b_s: float, end_s: float, at_phase_b_s: float = 0.0) -> float:
-    """The least that a step of an ACCO schedule takes.
-
-    Args:
-        schedule: ``acco``, ``wp``, ``dpu`` or ``sync``.
-        a_s, b_s: computation of the phases, A and B; only ``acco`` tells them apart.
-        end_s: the round that starts at the window's end.
-        at_phase_b_s: the round that starts with phase B, in ``acco``.
-    """
-    this = SCHEDULES[schedule]
-    if this.blocks:
-        return a_s + b_s + end_s
-    if this.at_phase_b is None:
-        return max(a_s + b_s, end_s)
-    return max(a_s, end_s) + max(b_s, at_phase_b_s)
-
-
 @dataclass(frozen=True)
 class Prediction:
     """Of one configuration, per step and rank.
@@ -454,7 +438,7 @@ def predict(name: str, model: Model, cluster: Cluster, work: Work) -> Prediction
         a = split_of(name, model, cluster, work)
         step = _step_of_split(name, model, cluster, work, [a])[0]
     else:
-        step = bound_s(schedule, 0.0, compute, round_s(model, cluster, work, SCHEDULES[schedule].at_window_end))
+        step = law(SCHEDULES[schedule], 0.0, compute, round_s(model, cluster, work, SCHEDULES[schedule].at_window_end))
     return Prediction(name, communication.wire_bytes, communication.seconds, step - compute, step, memory, step)
 
 
@@ -464,12 +448,13 @@ def _step_of_split(name: str, model: Model, cluster: Cluster, work: Work, splits
     commit = round_s(model, cluster, work)
     estimate = round_s(model, cluster, work, ESTIMATE, estimate_comm)
     m = work.micro_batch_s
-    return [bound_s(schedule, a * m, (work.n - a) * m, commit, estimate) for a in splits]
+    return [law(SCHEDULES[schedule], a * m, (work.n - a) * m, commit, estimate) for a in splits]
 
 
 def split_of(name: str, model: Model, cluster: Cluster, work: Work) -> int:
     """a of one of ``TWO_PHASES``: as ``estimate_fraction`` says, or its default."""
-    if work.estimate_fraction is not None or name == "acco" or work.n < 2:
+    require_room(SCHEDULES[MODES[name][0]], work.n)
+    if work.estimate_fraction is not None or name == "acco":
         return phase_a_micro_batches(work.n, 0.5 if work.estimate_fraction is None else work.estimate_fraction)
     return best_split_of(name, model, cluster, work)
 
