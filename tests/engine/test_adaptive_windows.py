@@ -11,7 +11,7 @@ import deepspeed
 import pytest
 from packaging.version import Version
 
-from tests import oracle, training
+from tests.support import oracle, training
 from tests.support.ranks import RankPool
 
 pytestmark = pytest.mark.timeout(240)

@@ -13,7 +13,7 @@ import types
 import pytest
 import torch
 
-from tests import oracle, training
+from tests.support import oracle, training
 from tests.support.launcher import ROOT, Launched, launch
 from tests.support.ranks import RankPool
 

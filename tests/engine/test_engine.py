@@ -8,8 +8,8 @@ import torch
 import torch._dynamo
 from torch.utils.checkpoint import checkpoint
 
-from tests import oracle, training
 from tests.engine.test_patches import _try
+from tests.support import oracle, training
 
 pytestmark = pytest.mark.timeout(240)
 EXACT = ("losses", "norms", "replicas", "skipped")

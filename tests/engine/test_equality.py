@@ -7,7 +7,7 @@ import pytest
 from packaging.version import Version
 
 from deepspeed_acco.algorithm.window import phase_a_micro_batches
-from tests import oracle, training
+from tests.support import oracle, training
 
 pytestmark = pytest.mark.timeout(300)
 

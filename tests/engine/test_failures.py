@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests import training
+from tests.support import training
 from tests.support.launcher import launch
 from tests.support.ranks import RankError, RankPool
 
@@ -157,7 +157,7 @@ def test_an_exception_in_the_background_surfaces_with_its_cause():
 SCRIPT = """
 import os, sys, torch, deepspeed
 sys.path.insert(0, {root!r})
-from tests import training
+from tests.support import training
 how, schedule = sys.argv[-2:]
 deepspeed.init_distributed()
 if schedule == "stock":

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import oracle, training
+from tests.support import oracle, training
 from tests.support.ranks import RankPool
 
 pytestmark = pytest.mark.timeout(240)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests import training
+from tests.support import training
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -129,7 +129,7 @@ def test_accepted(ranks, change, kind):
 )
 def test_how_the_mean_is_taken(ranks, change):
     """Scaling before or after the sum is the same mean; a sum instead of a mean is honoured."""
-    from tests import oracle
+    from tests.support import oracle
 
     config = training.ds_config(4, schedule="acco", eps=1e-2) | change
     records = ranks(2).run(training.train, config=config, windows=6)

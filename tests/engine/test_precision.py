@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests import oracle, training
+from tests.support import oracle, training
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from tests import oracle, training
+from tests.support import oracle, training
 from tests.support.ranks import RankPool
 
 pytestmark = pytest.mark.timeout(240)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests import training
+from tests.support import training
 
 pytestmark = pytest.mark.timeout(400)
 

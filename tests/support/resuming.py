@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import deepspeed_acco
-from tests import training
+from tests.support import training
 
 SAVE_EVERY = 3
 

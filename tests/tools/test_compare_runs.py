@@ -15,7 +15,7 @@ import torch
 
 from deepspeed_acco.tools import cli
 from deepspeed_acco.tools.launch import shaped_hosts as hosts
-from tests import training
+from tests.support import training
 from tests.support.launcher import ROOT, launch, operators_folder
 
 pytestmark = pytest.mark.timeout(400)
