@@ -154,6 +154,7 @@ def build_directory(with_cuda: bool) -> Path:
     parts += [*cxx_args(cpu_architecture()), *(nvcc_args() if with_cuda else []), _cpu_features()]
     if with_cuda and torch.cuda.is_available():
         parts += sorted({str(torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())})
+    parts.append(str(csrc()))  # the build's rules name it: two checkouts would undo each other's builds
     for path in sorted(csrc().rglob("*")):
         if path.is_file():
             parts.append(hashlib.sha256(path.read_bytes()).hexdigest())
