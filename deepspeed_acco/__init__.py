@@ -17,7 +17,7 @@ except ImportError as cause:
 
 from .engine.adaptive_windows import WindowCounts, on_window, replay_windows, train_samples
 from .engine.patches import register as _register
-from .engine.zero_optimizer import true_weights
+from .engine.true_weights import true_weights
 from .optimizer import ACCO
 
 __all__ = ["ACCO", "WindowCounts", "__version__", "on_window", "replay_windows", "train_samples", "true_weights"]

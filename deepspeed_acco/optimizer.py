@@ -79,6 +79,12 @@ class ACCO(Optimizer):
         check_adamw(merged["lr"], merged["betas"], merged["eps"], merged["weight_decay"])
         super().add_param_group(param_group)
 
+    def complete_groups(self) -> None:
+        """Enters what a loaded group of another optimizer lacks."""
+        for group in self.param_groups:
+            for key, value in FUSED_ADAM_KEYS.items():
+                group.setdefault(key, value)
+
     def step(self, closure=None):
         """Never the way to train: the engine's ZeRO wrapper updates the shards in the rounds' order.
 

@@ -56,6 +56,11 @@ class Position:
     is_graph_outstanding: bool = False  # a training forward was seen and no backward since
     is_eval_graph_outstanding: bool = False  # the same of an eval-mode forward, which may never get a backward
 
+    @property
+    def is_between_windows(self) -> bool:
+        """Tells whether nothing of the window was computed or sent yet."""
+        return self.phase is Phase.A and not self.micro_batches
+
     def after_forward(self) -> Position:
         return replace(self, is_graph_outstanding=True)
 

@@ -15,9 +15,14 @@ from dataclasses import dataclass
 
 from ..algorithm.schedules import Phase, Schedule
 from ..algorithm.window import Limits, Position
-from ..runtime.driver import AdaptiveShare, RoundDriver
+from ..runtime.communicator import Communicator
+from ..runtime.driver import RoundDriver
+from ..runtime.lanes import InlineLane
+from ..runtime.round import Contribution
 from ..settings import Settings, max_window_micro_batches
-from .auto_fraction import Split
+from .auto_fraction import AutoFraction
+from .deepspeed_engine import Engine
+from .fixed_windows import FixedWindows
 from .log import logger
 
 GROWTH_TO_WARN_OF = 2  # nominal batches
@@ -38,7 +43,7 @@ class WindowCounts:
     in_phase_a: tuple[int, ...] = ()
 
 
-class AdaptiveWindows:
+class AdaptiveWindows(FixedWindows):
     """How long this rank's windows are, and the books of the finished ones.
 
     Attributes:
@@ -47,46 +52,52 @@ class AdaptiveWindows:
         newest: the newest finished window, or None.
     """
 
-    def __init__(self, settings: Settings, driver: RoundDriver, split: Split):
+    def __init__(
+        self, settings: Settings, driver: RoundDriver, comm: Communicator, lane: InlineLane, fraction: AutoFraction
+    ):
+        super().__init__(fraction)
         self.has_data = True
         self.unscheduled_samples = 0
         self.newest: WindowCounts | None = None
         self._settings = settings
         self._driver = driver
-        self._split = split
+        self._comm = comm
+        self._lane = lane
+        self._outcomes = driver.outcomes
+        self._reports = self._outcomes.reader()
         self._is_setting_boundary = False
         self._listeners: list[Callable[[WindowCounts], None]] = []
         self._to_replay: dict[int, WindowCounts] = {}
         self._in_phase_a: tuple[int, ...] = ()
         self._windows, self._samples = 0, 0  # of this process
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     # ---- how long a window is
 
     def limits(self, schedule: Schedule, position: Position, n: int) -> Limits:
-        """Of the phase that training is in, with windows of ``n`` micro-batches at least."""
+        """Returns the micro-batches of the phase that training is in, with windows of ``n`` at least."""
         given = self._to_replay.get(position.window)
         if given is not None:
-            own, rank = given.micro_batches, self._driver.comm.rank
+            own, rank = given.micro_batches, self._comm.rank
             count = own[rank]
-            if schedule.at_phase_b is not None:
+            if schedule.has_two_phases:
                 in_a = given.in_phase_a[rank]
                 count = in_a if position.phase is Phase.A else count - in_a
             return Limits(count, count)
         most = max_window_micro_batches(n, self._settings.max_window)
-        if schedule.at_phase_b is None:
+        if not schedule.has_two_phases:
             return Limits(n, most)
-        least_a, most_a = self._split.phase_a(n), self._split.phase_a(most)
+        least_a, most_a = self._fraction.phase_a(n), self._fraction.phase_a(most)
         return Limits(least_a, most_a) if position.phase is Phase.A else Limits(n - least_a, most - most_a)
 
-    def after_backward(self, engine, schedule: Schedule, position: Position) -> None:
+    def after_backward(self, engine: Engine, schedule: Schedule, position: Position) -> None:
         """Tells the engine whether its window ends with the micro-batch that was just computed."""
-        self._driver.lane.pace()
+        self._lane.pace()
         limits = self.limits(schedule, position, engine.gradient_accumulation_steps())
         self.set_boundary(engine, position.is_window_over(schedule, limits, self._driver.is_round_finished()))
 
-    def set_boundary(self, engine, is_boundary: bool) -> None:
-        """``engine.set_gradient_accumulation_boundary``, which is ours alone here (:meth:`refuse_boundary`)."""
+    def set_boundary(self, engine: Engine, is_boundary: bool) -> None:
+        """Calls ``engine.set_gradient_accumulation_boundary``, which is ours alone here (:meth:`refuse_boundary`)."""
         self._is_setting_boundary = True
         try:
             engine.set_gradient_accumulation_boundary(is_boundary)
@@ -98,14 +109,29 @@ class AdaptiveWindows:
         if not self._is_setting_boundary:
             raise _not_ours(f"engine.set_gradient_accumulation_boundary({is_boundary})")
 
-    def require_plain_loop(self, engine) -> None:
+    def require_plain_loop(self, engine: Engine) -> None:
         """Raises ValueError inside ``engine.no_sync()``, which says where a window ends, too."""
         if engine.inside_no_sync_ctxt:
             raise _not_ours("engine.no_sync()")
 
+    def require_droppable(self, phase: Phase) -> None:
+        """Raises RuntimeError for ``zero_grad()`` behind the estimate, which holds this rank's count already."""
+        if phase is Phase.B:
+            raise RuntimeError(
+                'ACCO: zero_grad() in phase B is not allowed with optimizer.params.accumulation = "adaptive"; '
+                'allowed: before the estimate was sent. Drop whole windows, or set accumulation to "fixed"'
+            )
+
+    def require_known_sum(self) -> None:
+        """Raises RuntimeError for a full gradient, which no rank knows before all have ended their windows."""
+        raise RuntimeError(
+            'ACCO: the full gradient is not known with optimizer.params.accumulation = "adaptive": the ranks end their '
+            'windows at different times. Set accumulation to "fixed" for safe_get_full_grad and safe_set_full_grad'
+        )
+
     def replay(self, windows: Iterable[WindowCounts]) -> None:
-        """The windows of these numbers get these counts, whatever is finished when."""
-        ranks = self._driver.comm.world_size
+        """Gives the windows of these numbers these counts, whatever is finished when."""
+        ranks = self._comm.world_size
         for counts in windows:
             if len(counts.micro_batches) != ranks:
                 raise ValueError(
@@ -116,18 +142,22 @@ class AdaptiveWindows:
 
     # ---- what is counted
 
-    def share(self, micro_batches: int, n: int) -> AdaptiveShare:
-        """What this rank tells in a round of so many of its micro-batches."""
-        return AdaptiveShare(micro_batches, n * self._driver.comm.world_size, not self.has_data)
+    def renormalize(self, micro_batches: int, n: int) -> float:
+        """Returns 1: the round divides by what all ranks computed."""
+        return 1.0
+
+    def contribution(self, micro_batches: int, n: int) -> Contribution:
+        """Returns what this rank reports in a round of so many of its micro-batches."""
+        return Contribution(micro_batches, n * self._comm.world_size, not self.has_data)
 
     def listen(self, fn: Callable[[WindowCounts], None]) -> None:
-        """``fn`` is called with every finished window, in order."""
+        """Calls ``fn`` with every finished window, in order."""
         self._listeners.append(fn)
 
     @contextmanager
-    def own_bookkeeping(self, engine):
-        """Around the engine's step: it counts a nominal batch and moves the scheduler by one; :meth:`count` and
-        :meth:`step_scheduler` do both by what was computed."""
+    def own_bookkeeping(self, engine: Engine):
+        """Returns a context around the engine's step, which counts a nominal batch and moves the scheduler by one;
+        :meth:`count` and :meth:`step_scheduler` do both by what was computed."""
         samples, scheduler = engine.global_samples, engine.lr_scheduler
         if self._settings.lr_follows == "samples":
             engine.lr_scheduler = None
@@ -136,14 +166,14 @@ class AdaptiveWindows:
         finally:
             engine.global_samples, engine.lr_scheduler = samples, scheduler
 
-    def count(self, engine) -> None:
+    def count(self, engine: Engine) -> None:
         """Enters the windows whose COMMITs were waited for since the last call; on all ranks at the same step."""
-        for told in self._driver.take_counts():
-            counts = tuple(told.micro_batches())
-            if not told.round.writes_state:
+        for reported in self._reports.take_counts():
+            counts = tuple(reported.micro_batches())
+            if not reported.round.writes_state:
                 self._in_phase_a = counts
                 continue
-            self.newest, self._in_phase_a = WindowCounts(told.window, counts, self._in_phase_a), ()
+            self.newest, self._in_phase_a = WindowCounts(reported.window, counts, self._in_phase_a), ()
             samples = sum(counts) * engine.train_micro_batch_size_per_gpu()
             engine.global_samples += samples
             self.unscheduled_samples += samples
@@ -153,8 +183,28 @@ class AdaptiveWindows:
             for listener in self._listeners:
                 listener(self.newest)
 
-    def step_scheduler(self, engine, lr_kwargs) -> None:
-        """Whole scheduler steps for the samples entered since the last call."""
+    def end_window_without_data(self, engine: Engine) -> None:
+        """Ends the running window with the micro-batches that this rank has of it, be it none, and waits for nothing
+        but the rounds: a rank without data takes part in what the others still compute."""
+        engine.optimizer.begin_phase_b_without_data()
+        self.set_boundary(engine, True)
+        engine.step()
+
+    def micro_batches_to_tell(self, own: int) -> int | None:
+        """Returns those of all ranks in the newest window that they reported, for the monitor; None before the
+        first."""
+        return None if self.newest is None else sum(self.newest.micro_batches)
+
+    def to_state(self) -> dict[str, int]:
+        """Returns what a checkpoint keeps of the counts."""
+        return {"unscheduled_samples": self.unscheduled_samples}
+
+    def from_state(self, state) -> None:
+        """Does the inverse of :meth:`to_state`; a checkpoint of fixed windows, or of another optimizer, has none."""
+        self.unscheduled_samples = (state or {}).get("unscheduled_samples", 0)
+
+    def step_scheduler(self, engine: Engine, lr_kwargs) -> None:
+        """Moves the scheduler by whole steps for the samples entered since the last call."""
         entered, self.unscheduled_samples = self.unscheduled_samples, 0
         if self._settings.lr_follows == "steps" or engine.lr_scheduler is None:
             return
@@ -182,15 +232,15 @@ class AdaptiveWindows:
             )
 
     def _warn(self, kind, text):
-        if kind not in self._told:
-            self._told.add(kind)
+        if kind not in self._warned:
+            self._warned.add(kind)
             logger().warning(f"ACCO: adaptive windows: {text}. This is said once")
 
     def is_data_over(self) -> bool:
-        """Whether no rank had data after the newest round, which is waited for."""
+        """Tells whether no rank had data after the newest round, which is waited for."""
         self._driver.finish()
-        told = self._driver.last_counts
-        return told is not None and told.ranks_without_data() == self._driver.comm.world_size
+        reported = self._outcomes.last_counts
+        return reported is not None and reported.ranks_without_data() == self._comm.world_size
 
 
 def _not_ours(given: str) -> ValueError:
@@ -202,7 +252,7 @@ def _not_ours(given: str) -> ValueError:
 
 
 def _windows_of(engine, asked_for: str) -> AdaptiveWindows:
-    windows = getattr(getattr(engine, "optimizer", None), "adaptive", None)
+    windows = getattr(getattr(engine, "optimizer", None), "windows", None)
     if not isinstance(windows, AdaptiveWindows):
         raise ValueError(
             f"ACCO: {asked_for}() got an engine without adaptive windows; allowed: one whose optimizer.type is "
@@ -264,13 +314,14 @@ _END = object()
 
 def _until_all_end(engine, windows, batches, total):
     optimizer = engine.optimizer
-    first_window = optimizer.window
+    first_window = optimizer.position.window
 
     def is_total_reached():  # changes only where a window ends, on every rank at the same one
         return total is not None and engine.global_samples >= total
 
     def is_data_over():
-        return optimizer.window > first_window and optimizer.is_between_windows and windows.is_data_over()
+        at = optimizer.position
+        return at.window > first_window and at.is_between_windows and windows.is_data_over()
 
     following = _END if is_total_reached() else next(batches, _END)
     try:
@@ -280,7 +331,7 @@ def _until_all_end(engine, windows, batches, total):
             yield batch
         windows.has_data = False
         while not is_total_reached() and not is_data_over():
-            optimizer.end_window_without_data()
+            windows.end_window_without_data(engine)
     finally:
         windows.has_data = True
     optimizer.finish_counting()

@@ -1,11 +1,9 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""ACCO's key in DeepSpeed's checkpoint, and the check of every file before anything of it is loaded.
+"""Checks every file of a checkpoint before anything of it is loaded.
 
 A ZeRO-1 checkpoint (deepspeed/runtime/engine.py, ``save_checkpoint``) is one file with the module and one file per rank
-with its shard of master weights and AdamW state. The shard's file has one more key here, :data:`KEY`: what training
-stands on, which is not the true weights. Everything else is as DeepSpeed writes it, so that its tools and its own AdamW
-read it.
+with its shard of master weights and AdamW state.
 """
 
 from __future__ import annotations
@@ -15,13 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..runtime.driver import Standing
-
-KEY = "acco"
-FORMAT = 1  # a reader refuses files of a larger one
+from .checkpoint_state import FORMAT, KEY, from_state
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # Flags of torch.optim.Adam(W) and FusedAdam that change the arithmetic, with the value that ACCO computes.
@@ -30,40 +24,6 @@ _GROUP_FLAGS = {"amsgrad": False, "maximize": False, "bias_correction": True, "d
 
 class CheckpointRefused(ValueError):
     """A checkpoint was not loaded; the run in memory is what it was before."""
-
-
-# ---- the key
-
-
-def to_state(standing: Standing, schedule: str, window: int) -> dict[str, Any]:
-    """What is saved under :data:`KEY`: plain tensors, numbers and one word.
-
-    ``weights`` and ``predictions`` are this rank's shards, 1-D in the weights' dtype, one per parameter group with its
-    padding; empty where training stands on the true weights and nothing is predicted.
-    """
-    return {
-        "version": FORMAT,
-        "schedule": schedule,
-        "window": window,
-        "grad_norm": standing.grad_norm,
-        "weights": standing.live,
-        "predictions": standing.predictions,
-    }
-
-
-def from_state(state: Mapping[str, Any] | None, schedule: str, shard_numels: list[int]) -> tuple[Standing | None, str]:
-    """What training stood on, or None and why it must begin at the true weights."""
-    if state is None:
-        return None, "the checkpoint has none (it is another optimizer's)"
-    if state["schedule"] != schedule:
-        return None, f'the checkpoint was saved with the schedule "{state["schedule"]}"'
-    for shards in (state["weights"], state["predictions"]):
-        if shards and [shard.numel() for shard in shards] != shard_numels:
-            return None, "this version of DeepSpeed pads the shards differently"
-    return Standing(state["weights"], state["predictions"], state["grad_norm"]), ""
-
-
-# ---- the check
 
 
 @dataclass(frozen=True)
@@ -309,10 +269,10 @@ def _check_key(state, optimizer, path) -> str:
     fraction = state.get("estimate_fraction")
     if fraction is not None and not (isinstance(fraction, float) and 0 < fraction < 1):
         raise CheckpointRefused(f'{path}: estimate_fraction = {fraction!r} in "{KEY}" is no number between 0 and 1')
-    standing, reason = from_state(state, optimizer.settings.schedule, optimizer.shard_numels())
-    if standing is None:
+    resume, reason = from_state(state, optimizer.settings.schedule, optimizer.shard_numels())
+    if resume is None:
         return f"{reason}, {fraction}"
-    return f"{len(standing.live)} {len(standing.predictions)} {state['window']} {fraction}"
+    return f"{len(resume.live)} {len(resume.predictions)} {state['window']} {fraction}"
 
 
 def _check_universal(engine, folder) -> None:
@@ -336,12 +296,3 @@ def _check_universal(engine, folder) -> None:
                     f"{path} is of another model: {tensor.numel() if isinstance(tensor, Tensor) else 'no'} elements "
                     f"where this run has {param.numel()}. Load a checkpoint of this model"
                 )
-
-
-def without_tensor_steps(base: dict[str, Any]) -> dict[str, Any]:
-    """AdamW's state with ``step`` as a plain number: torch.optim.AdamW, FusedAdam and DeepSpeedCPUAdam all read it."""
-    state = {
-        key: {**moments, "step": int(moments["step"])} if torch.is_tensor(moments.get("step")) else moments
-        for key, moments in base["state"].items()
-    }
-    return {**base, "state": state}

@@ -7,8 +7,8 @@ Nothing here waits: on CUDA a value that the device has not passed yet is shown 
 
 from __future__ import annotations
 
-from ..runtime.driver import RoundDriver
 from ..runtime.lanes import InlineLane
+from ..runtime.outcomes import OutcomeLog
 
 EXPOSED_WAIT_TIMER = "acco_exposed_wait"
 ROUND_TIMER = "acco_round"
@@ -23,12 +23,13 @@ class Monitor:
             writes on global rank 0 alone.
     """
 
-    def __init__(self, deepspeed_monitor, driver: RoundDriver):
+    def __init__(self, deepspeed_monitor, outcomes: OutcomeLog, lane: InlineLane):
         self._sink = deepspeed_monitor
-        self._driver = driver
-        self._seen = driver.lane.times()
+        self._outcomes = outcomes
+        self._errors = outcomes.reader() if deepspeed_monitor.enabled else None  # the log keeps what nobody reads
+        self._lane = lane
+        self._seen = lane.times()
         self._seen_bytes = 0
-        driver.measures_estimate = deepspeed_monitor.enabled
 
     def write(self, engine, micro_batches: int | None) -> None:
         """Writes the events of the window that ended.
@@ -48,15 +49,16 @@ class Monitor:
 
     def _newly_known(self) -> dict[str, float]:
         values = {}
-        times = self._driver.lane.times()
+        times = self._lane.times()
         spent, self._seen = times.since(self._seen), times
         if spent.rounds:
             values["exposed_wait_ms"] = spent.exposed_s * 1e3
             values["round_ms"] = spent.round_s * 1e3
             values["hidden_share"] = spent.hidden_share
-            moved, self._seen_bytes = self._driver.wire_bytes - self._seen_bytes, self._driver.wire_bytes
+            moved, self._seen_bytes = self._outcomes.wire_bytes - self._seen_bytes, self._outcomes.wire_bytes
             values["sent_bytes"] = values["received_bytes"] = moved
-        errors = self._driver.take_estimate_errors()
+        assert self._errors is not None, "asked only where the monitor is enabled"
+        errors = self._errors.take_estimate_errors()
         if errors:
             values["estimate_error"] = errors[-1]
         return values

@@ -20,14 +20,14 @@ from packaging.version import Version
 from torch.optim import Optimizer
 
 from ..algorithm.schedules import SCHEDULES
-from ..algorithm.window import phase_a_micro_batches, require_room
+from ..algorithm.window import phase_a_micro_batches
 from ..optim import native
 from ..optimizer import ACCO
-from ..runtime.driver import describe_bytes
-from ..settings import Settings, max_window_micro_batches
 from . import recorder
 from .checkpoint_check import LoadOptions
-from .log import logger
+from .checks import check_engine, check_json, check_window
+from .deepspeed_engine import Engine
+from .log import describe_bytes, logger
 from .zero_optimizer import AccoZeroOptimizer
 
 OLDEST_DEEPSPEED = "0.16.9"
@@ -92,7 +92,7 @@ def register() -> None:
         setattr(engine_class, name, method)
     ds_config.DeepSpeedConfig.__init__ = _wrap_config(ds_config.DeepSpeedConfig.__init__)
     ds_zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(ACCO)
-    torch.optim.ACCO = ACCO
+    setattr(torch.optim, ACCO.__name__, ACCO)
 
 
 def _wrap_configure_optimizer(original):
@@ -175,7 +175,7 @@ def _wrap_take_model_step(original):
             if not isinstance(optimizer, AccoZeroOptimizer):
                 original(engine, lr_kwargs, *args, **kwargs)
                 return
-            with optimizer.around_engine_step():
+            with optimizer.windows.own_bookkeeping(engine):
                 original(engine, lr_kwargs, *args, **kwargs)
             optimizer.after_engine_step(lr_kwargs)
 
@@ -186,8 +186,8 @@ def _wrap_set_boundary(original):
     @functools.wraps(original)
     def set_gradient_accumulation_boundary(engine, is_boundary):
         optimizer = engine.optimizer
-        if isinstance(optimizer, AccoZeroOptimizer) and optimizer.adaptive is not None:
-            optimizer.adaptive.refuse_boundary(is_boundary)
+        if isinstance(optimizer, AccoZeroOptimizer):
+            optimizer.windows.refuse_boundary(is_boundary)
         return original(engine, is_boundary)
 
     return set_gradient_accumulation_boundary
@@ -200,13 +200,13 @@ def _wrap_set_train_batch_size(original):
         if isinstance(optimizer, AccoZeroOptimizer):
             samples = engine.train_micro_batch_size_per_gpu() * engine.dp_world_size
             if train_batch_size % samples == 0:  # else DeepSpeed's own error
-                _check_window(train_batch_size // samples, optimizer.settings)
+                check_window(train_batch_size // samples, optimizer.settings)
         return original(engine, train_batch_size)
 
     return set_train_batch_size
 
 
-def _log_start(engine, wrapper: AccoZeroOptimizer) -> None:
+def _log_start(engine: Engine, wrapper: AccoZeroOptimizer) -> None:
     if engine.global_rank != 0:
         return
     settings = wrapper.settings
@@ -236,22 +236,6 @@ def _log_start(engine, wrapper: AccoZeroOptimizer) -> None:
         logger().warning("ACCO: wall_clock_breakdown waits for the device at every timer and costs overlap")
 
 
-def _refuse(is_given, key, value, allowed, fix) -> None:
-    if is_given:
-        raise ValueError(f"ACCO: {key} = {value!r} is not allowed; allowed: {allowed}. {fix}")
-
-
-def _check_json(raw) -> None:
-    """What DeepSpeed refuses with an error of its own, or acts on, before it comes to the optimizer."""
-    amp = raw.get("amp")
-    _refuse(isinstance(amp, dict) and amp.get("enabled"), "amp.enabled", True, "false", "Remove amp; use bf16 or fp16")
-    sparse = raw.get("sparse_gradients")
-    _refuse(sparse, "sparse_gradients", sparse, "false", "Remove it and build embeddings with sparse=False")
-    parallel = raw.get("tensor_parallel")
-    size = parallel.get("autotp_size", 0) if isinstance(parallel, dict) else 0
-    _refuse(isinstance(size, int) and size > 1, "tensor_parallel.autotp_size", size, "0 or 1", "Remove it")
-
-
 def _wrap_config(original):
     @functools.wraps(original)
     def init(self, config, *args, **kwargs):
@@ -261,93 +245,7 @@ def _wrap_config(original):
                 raw = json.load(file)
         optimizer = raw.get("optimizer") if isinstance(raw, dict) else None
         if isinstance(optimizer, dict) and optimizer.get("type") == ACCO.__name__:
-            _check_json(raw)
+            check_json(raw)
         original(self, config, *args, **kwargs)
 
     return init
-
-
-def check_engine(engine, optimizer: ACCO) -> None:
-    """Raises ValueError for whatever in the engine's JSON ACCO cannot train with: the key as the JSON spells it, the
-    value, what is allowed, and the fix."""
-    config = engine._config
-    zero = config.zero_config
-    raw = getattr(config, "_param_dict", {})
-
-    def section(name):
-        value = raw.get(name)
-        return value if isinstance(value, dict) else {}
-
-    stage = int(zero.stage)
-    _refuse(stage != 1, "zero_optimization.stage", stage, "1", 'Set "zero_optimization": {"stage": 1}')
-    _refuse(
-        engine.pipeline_parallelism,
-        "model",
-        "PipelineModule",
-        "any other module",
-        "Use data parallelism alone or the AdamW optimizer",
-    )
-    _refuse(engine.has_moe_layers, "model", "a module with MoE layers", "dense modules", "Use the AdamW optimizer")
-    zenflow = getattr(zero, "zenflow", None)
-    _refuse(
-        zenflow is not None,
-        "zero_optimization.zenflow",
-        section("zero_optimization").get("zenflow"),
-        "none",
-        "Remove it",
-    )
-    offload = zero.offload_optimizer
-    offload_device = getattr(offload.device, "value", offload.device) if offload is not None else "none"
-    _refuse(
-        str(offload_device) != "none",
-        "zero_optimization.offload_optimizer.device",
-        str(offload_device),
-        '"none"',
-        "Remove offload_optimizer: ACCO keeps its shard beside the model",
-    )
-    _refuse(zero.elastic_checkpoint, "zero_optimization.elastic_checkpoint", True, "false", "Remove it")
-    _check_json(raw)
-    for name, key in (
-        ("fp16", "fp16_master_weights_and_grads"),
-        ("bf16", "bf16_master_weights_and_grads"),
-        ("bf16", "bf16_optimizer_states"),
-    ):
-        value = section(name).get(key, section("bfloat16").get(key) if name == "bf16" else None)
-        _refuse(value, f"{name}.{key}", value, "false", "ACCO keeps fp32 master weights and states; remove it")
-    hybrid = section("hybrid_engine").get("enabled")
-    _refuse(hybrid, "hybrid_engine.enabled", hybrid, "false", "Remove hybrid_engine")
-    _refuse(
-        section("compile").get("deepcompile"), "compile.deepcompile", True, "false", "Remove it; torch.compile works"
-    )
-    autocast = section("torch_autocast")
-    _refuse(
-        autocast.get("enabled") and str(autocast.get("dtype")).split(".")[-1] in ("float16", "fp16", "half"),
-        "torch_autocast.dtype",
-        autocast.get("dtype"),
-        '"bfloat16"',
-        'Set it, or use "fp16": {"enabled": true}',
-    )
-    for method in ("get_model_parallel_world_size", "get_tensor_model_parallel_world_size"):  # old and new Megatrons
-        size = getattr(engine.mpu, method)() if hasattr(engine.mpu, method) else 1
-        _refuse(size > 1, f"mpu.{method}()", size, "1", "Use data parallelism alone")
-    device = engine.device.type
-    _refuse(device not in ("cpu", "cuda"), "device", device, "cpu, cuda", "Use the AdamW optimizer there")
-    _check_window(engine.gradient_accumulation_steps(), optimizer.settings)
-    if optimizer.settings.is_adaptive:
-        # Set by HF's TrainingArguments, by Accelerator and by `accelerate launch`.
-        trainer = os.environ.get("ACCELERATE_USE_DEEPSPEED", "")
-        fix = 'Set optimizer.params.accumulation to "fixed": HF Trainer and Accelerate end the windows themselves'
-        is_trainer = trainer.lower() in ("1", "true", "yes", "on", "y", "t")
-        _refuse(is_trainer, "ACCELERATE_USE_DEEPSPEED", trainer, 'unset with accumulation = "adaptive"', fix)
-        unmanaged = not getattr(config, "managed_gradient_accumulation", True)
-        fix = 'Set it, or set optimizer.params.accumulation to "fixed"'
-        _refuse(unmanaged, "managed_gradient_accumulation", False, 'true with accumulation = "adaptive"', fix)
-        fix = 'Use bf16, or set optimizer.params.accumulation to "fixed": fp16\'s overflow check waits for every rank'
-        _refuse(engine.fp16_enabled(), "fp16.enabled", True, 'false with accumulation = "adaptive"', fix)
-
-
-def _check_window(n: int, settings: Settings) -> None:
-    """Raises ValueError where a window of n micro-batches has no room for the schedule or the settings."""
-    require_room(SCHEDULES[settings.schedule], n)
-    if settings.is_adaptive:
-        max_window_micro_batches(n, settings.max_window)

@@ -153,7 +153,8 @@ def _wire_bytes(engine) -> tuple[int, int] | None:
 
 def _samples(engine) -> int | None:
     """What this rank computed in an adaptive window that has just ended; None where windows are fixed."""
-    if getattr(engine.optimizer, "adaptive", None) is None:
+    settings = getattr(engine.optimizer, "settings", None)
+    if settings is None or not settings.is_adaptive:
         return None
     return engine.optimizer.last_micro_batches * engine.train_micro_batch_size_per_gpu()
 

@@ -48,6 +48,20 @@ class AdamWShard:
     def __init__(self, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor):
         self.master, self.exp_avg, self.exp_avg_sq, self.step = master, exp_avg, exp_avg_sq, step
 
+    @classmethod
+    def fresh(cls, master: Tensor, state: dict[str, Any]) -> AdamWShard:
+        """Makes a shard that no commit has touched, and enters its tensors into torch's ``state`` of ``master``."""
+        state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+        state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
+        state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
+        return cls(master, state["exp_avg"], state["exp_avg_sq"], state["step"])
+
+    def adopt(self, state: dict[str, Any]) -> None:
+        """Points at the tensors that torch's ``state`` has now; loading replaced them."""
+        step = torch.as_tensor(state["step"], dtype=torch.float32, device=self.master.device).reshape(())
+        state["step"] = step
+        self.exp_avg, self.exp_avg_sq, self.step = state["exp_avg"], state["exp_avg_sq"], step
+
 
 @torch.no_grad()
 def adamw_estimate(

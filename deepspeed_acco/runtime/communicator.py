@@ -281,3 +281,8 @@ def max_over_ranks(value: Tensor, group) -> None:
 def sum_over_ranks(value: Tensor, group) -> None:
     """In-place sum over DeepSpeed's own ``group``, by the main thread (a full gradient that the user asked for)."""
     dist.all_reduce(value, group=group)
+
+
+def ranks_of(group) -> int:
+    """Returns the number of ranks of DeepSpeed's own ``group``."""
+    return dist.get_world_size(group)

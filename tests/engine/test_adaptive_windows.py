@@ -411,7 +411,7 @@ def _try_refused(config):
     def zero_grad_in_phase_b():
         engine.backward(engine(x, y))
         engine.step()
-        while engine.optimizer._position.phase.name == "A":
+        while engine.optimizer.position.phase.name == "A":
             engine.backward(engine(x, y))
         engine.optimizer.zero_grad()
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.support import training
+from tests.support import faults, training
 from tests.support.launcher import launch
 from tests.support.ranks import RankError, RankPool
 
@@ -19,8 +19,9 @@ def _train_until(config, moment, victim, action, windows=4):
     """Trains; at ``moment`` the victim kills or stops itself. Returns how long the others waited for their error."""
     import torch.distributed as dist
 
-    import deepspeed_acco.runtime.communicator
+    from deepspeed_acco.runtime.communicator import CommFailed, Communicator
     from deepspeed_acco.runtime.lanes import RoundFailed
+    from deepspeed_acco.runtime.round import RoundWork
 
     window_of_death, place = moment
     is_victim = dist.get_rank() == victim
@@ -31,20 +32,19 @@ def _train_until(config, moment, victim, action, windows=4):
     engine = training.start_engine(config)
     if is_victim and place.startswith("in "):
         wanted = {"in COMMIT": True, "in ESTIMATE": False}[place]
-        driver = engine.optimizer._driver
-        gather, run = driver.comm.all_gather, driver._run
         doomed = []
 
-        def watched_run(this, inputs):
+        def watched_run(run, _, this, *arguments):
             doomed[:] = [this.writes_state == wanted and engine.global_steps >= window_of_death]
-            return run(this, inputs)
+            return run(this, *arguments)
 
-        def deadly_gather(*args):
+        def deadly_gather(gather, _, *arguments):
             if doomed == [True]:
                 act()
-            return gather(*args)
+            return gather(*arguments)
 
-        driver._run, driver.comm.all_gather = watched_run, deadly_gather
+        faults.around(RoundWork, "run", watched_run).__enter__()  # for good: this rank is about to end
+        faults.around(Communicator, "all_gather", deadly_gather).__enter__()
     last_sign = time.monotonic()
     try:
         for window in range(windows):
@@ -58,7 +58,7 @@ def _train_until(config, moment, victim, action, windows=4):
                 engine.step()
                 last_sign = time.monotonic()
         training.true_master_weights(engine)
-    except (RoundFailed, deepspeed_acco.runtime.communicator.CommFailed) as error:
+    except (RoundFailed, CommFailed) as error:
         waited = time.monotonic() - last_sign
         for window in range(2):  # never lost, never a hang: the next wait says it again
             try:
@@ -121,8 +121,9 @@ def test_a_rank_that_is_gone(action, schedule, place):
 def _failing_round(config):
     import torch.distributed as dist
 
+    from deepspeed_acco.runtime.communicator import Communicator
+
     engine = training.start_engine(config)
-    driver = engine.optimizer._driver
 
     def broken(*args):
         raise MemoryError("no room for the staging buffer")
@@ -131,8 +132,8 @@ def _failing_round(config):
     for window in range(2):
         for micro_batch in range(4):
             if (window, micro_batch) == (1, 1):
-                driver.finish()  # the COMMIT of the window before shall still succeed
-                driver.comm.all_reduce_sum = broken
+                engine.optimizer.driver.finish()  # the COMMIT of the window before shall still succeed
+                faults.around(Communicator, "all_reduce_sum", broken).__enter__()  # for good: the pool is closed
             try:
                 engine.backward(engine(*training.batch(dist.get_rank(), window, micro_batch)))
                 engine.step()
@@ -157,7 +158,7 @@ def test_an_exception_in_the_background_surfaces_with_its_cause():
 SCRIPT = """
 import os, sys, torch, deepspeed
 sys.path.insert(0, {root!r})
-from tests.support import training
+from tests.support import faults, training
 how, schedule = sys.argv[-2:]
 deepspeed.init_distributed()
 if schedule == "stock":

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import oracle, training
+from tests.support import faults, oracle, training
 from tests.support.ranks import RankPool
 
 pytestmark = pytest.mark.timeout(240)
@@ -130,7 +130,7 @@ def _expected_errors(schedule, windows, precision, **arguments):
         true.append(after)
 
     start = training.make_network().to(dtype)
-    groups = oracle._groups_of(start, arguments["groups"])[0]
+    groups = oracle.groups_of(start, arguments["groups"])[0]
     true.append(oracle.flatten([oracle.flatten(group) for group in groups]).detach().double())
     oracle.run_reference(
         schedule=schedule, world_size=2, windows=windows, n=4, a=2, precision=precision, keep=keep, **arguments
@@ -199,17 +199,18 @@ def test_monitor_and_lanes_change_no_bit(ranks, tmp_path, schedule, precision):
 
 
 def _all_reduces(config):
-    engine = training.start_engine(config)
-    comm = engine.optimizer._driver.comm
-    original, calls = comm.all_reduce_sum, []
+    from deepspeed_acco.runtime.communicator import Communicator
 
-    def counted(value):
+    engine = training.start_engine(config)
+    calls = []
+
+    def counted(original, _, value):
         calls.append(tuple(value.shape))
         original(value)
 
-    comm.all_reduce_sum = counted
-    _loop(engine, 3)
-    engine.destroy()
+    with faults.around(Communicator, "all_reduce_sum", counted):
+        _loop(engine, 3)
+        engine.destroy()
     return len(calls)
 
 
@@ -241,18 +242,18 @@ def test_a_monitor_on_one_rank_is_an_error(tmp_path):
 
 
 def _train_with_slow_rounds(config, round_s, rest_s, windows):
-    engine = training.start_engine(config)
-    comm = engine.optimizer._driver.comm
-    original = comm.all_gather
+    from deepspeed_acco.runtime.communicator import Communicator
 
-    def slow(whole):
+    engine = training.start_engine(config)
+
+    def slow(original, _, whole):
         time.sleep(round_s)
         original(whole)
 
-    comm.all_gather = slow
-    record = _loop(engine, windows, rest_s=rest_s)
-    record["round_s"], record["exposed_s"] = engine.optimizer.lane_times().round_s, 0.0
-    engine.destroy()
+    with faults.around(Communicator, "all_gather", slow):
+        record = _loop(engine, windows, rest_s=rest_s)
+        record["round_s"], record["exposed_s"] = engine.optimizer.lane_times().round_s, 0.0
+        engine.destroy()
     return record
 
 

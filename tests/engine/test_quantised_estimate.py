@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import pytest
 
 from deepspeed_acco.algorithm.window import phase_a_micro_batches
-from tests.distributed import test_adaptive as adaptive
+from tests.engine import test_adaptive_windows as adaptive
 from tests.runtime.test_communicator import loopback_bytes
-from tests.support import oracle, training
+from tests.support import faults, oracle, training
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -337,28 +337,27 @@ def _train_slowly(config, windows, micro_batch_s, delays_s):
     import torch.distributed as dist
 
     from deepspeed_acco.engine.log import logger
+    from deepspeed_acco.runtime.round import RoundWork
 
     lines = []
     handler = logging.Handler()
     handler.emit = lambda line: lines.append(line.getMessage())
     logger().addHandler(handler)
     engine = training.start_engine(config)
-    driver = engine.optimizer._driver
-    original = driver._run
 
-    def slow_run(this, *arguments):
+    def slow_run(original, _, this, *arguments):
         time.sleep(delays_s[this.name])
         return original(this, *arguments)
 
-    driver._run = slow_run
     fractions = []
-    for window in range(windows):
-        for micro_batch in range(engine.gradient_accumulation_steps()):
-            time.sleep(micro_batch_s)
-            engine.backward(engine(*training.batch(dist.get_rank(), window, micro_batch)))
-            engine.step()
-        fractions.append(engine.optimizer.estimate_fraction)
-    engine.destroy()
+    with faults.around(RoundWork, "run", slow_run):
+        for window in range(windows):
+            for micro_batch in range(engine.gradient_accumulation_steps()):
+                time.sleep(micro_batch_s)
+                engine.backward(engine(*training.batch(dist.get_rank(), window, micro_batch)))
+                engine.step()
+            fractions.append(engine.optimizer.estimate_fraction)
+        engine.destroy()
     logger().removeHandler(handler)
     return {"fractions": fractions, "log": [line for line in lines if "estimate_fraction" in line]}
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import time
+from concurrent.futures import Future
 
 import pytest
 import torch
 
-from tests.support import oracle, training
+from tests.support import faults, oracle, training
 from tests.support.ranks import RankPool
 
 pytestmark = pytest.mark.timeout(240)
@@ -152,19 +154,27 @@ def _collected_inside_a_round():
 
     import torch.distributed as dist
 
+    from deepspeed_acco.runtime.communicator import Communicator
+
     engine = training.start_engine(training.ds_config(2))
-    driver = engine.optimizer._driver
-    gather = driver.comm.all_gather
-    driver.comm.all_gather = lambda *args: (gc.collect(), gather(*args))
-    for micro_batch in range(2):
-        engine.backward(engine(*training.batch(dist.get_rank(), 0, micro_batch)))
-        engine.step()
-    lane = driver.lane
-    engine.itself = engine
-    del engine, driver
-    gc.collect()
-    lane.close()
-    return "reached"
+    collected = []
+
+    def collecting(gather, _, *args):
+        gc.collect()
+        gather(*args)
+        collected.append(True)
+
+    with faults.around(Communicator, "all_gather", collecting):
+        for micro_batch in range(2):
+            engine.backward(engine(*training.batch(dist.get_rank(), 0, micro_batch)))
+            engine.step()
+        engine.itself = engine
+        del engine
+        gc.collect()
+        deadline = time.monotonic() + 30
+        while len(collected) < 2 and time.monotonic() < deadline:  # an ESTIMATE and a COMMIT
+            time.sleep(0.01)
+    return "reached" if len(collected) == 2 else "no round ended"
 
 
 def test_an_engine_collected_inside_its_round(ranks):
@@ -179,19 +189,13 @@ def _interrupted_wait():
     for micro_batch in range(2):
         engine.backward(engine(*training.batch(dist.get_rank(), 0, micro_batch)))
         engine.step()
-    lane = engine.optimizer._driver.lane
-    future = lane._future
 
-    class Interrupting:
-        def result(self):
-            lane._future = future
-            raise KeyboardInterrupt
+    def interrupted(*_):
+        raise KeyboardInterrupt
 
-    lane._future = Interrupting()
-    try:
+    with faults.around(Future, "result", interrupted), pytest.raises(KeyboardInterrupt):
         engine.module.state_dict()
-    except KeyboardInterrupt:
-        weights = training.true_master_weights(engine)
+    weights = training.true_master_weights(engine)
     engine.destroy()
     return weights
 

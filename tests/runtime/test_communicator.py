@@ -212,10 +212,11 @@ def _own_bytes(config, world_sizes=None):
 
     engine = training.start_engine(config)
     optimizer = engine.optimizer
-    driver = optimizer._driver
-    weights = sum(flat.nbytes for flat in driver.buffers.live)
-    state = sum(t.nbytes for s in driver.shards for t in (s.master, s.exp_avg, s.exp_avg_sq))
-    padded = sum(flat.numel() for flat in driver.buffers.live)
+    weights = sum(flat.nbytes for flat in optimizer.bit16_groups_flat)
+    masters = optimizer.single_partition_of_fp32_groups
+    moments = [optimizer.optimizer.state[master][key] for master in masters for key in ("exp_avg", "exp_avg_sq")]
+    state = sum(tensor.nbytes for tensor in (*masters, *moments))
+    padded = sum(flat.numel() for flat in optimizer.bit16_groups_flat)
     total = weights + state + optimizer.own_bytes()
     engine.destroy()
     return total, padded

@@ -1,0 +1,58 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""Writes and reads ACCO's key in DeepSpeed's checkpoint.
+
+Each rank's ZeRO-1 file has one more key here, :data:`KEY`: what training stands on, which is not the true weights.
+Everything else is as DeepSpeed writes it, so that its tools and its own AdamW read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..runtime.driver import ResumeState
+
+KEY = "acco"
+FORMAT = 1  # a reader refuses files of a larger one
+
+
+def to_state(resume: ResumeState, schedule: str, window: int) -> dict[str, Any]:
+    """Returns what is saved under :data:`KEY`: plain tensors, numbers and one word.
+
+    ``weights`` and ``predictions`` are this rank's shards, 1-D in the weights' dtype, one per parameter group with its
+    padding; empty where training stands on the true weights and nothing is predicted.
+    """
+    return {
+        "version": FORMAT,
+        "schedule": schedule,
+        "window": window,
+        "grad_norm": resume.grad_norm,
+        "weights": resume.live,
+        "predictions": resume.predictions,
+    }
+
+
+def from_state(
+    state: Mapping[str, Any] | None, schedule: str, shard_numels: list[int]
+) -> tuple[ResumeState | None, str]:
+    """Returns what training stood on, or None and why it must begin at the true weights."""
+    if state is None:
+        return None, "the checkpoint has none (it is another optimizer's)"
+    if state["schedule"] != schedule:
+        return None, f'the checkpoint was saved with the schedule "{state["schedule"]}"'
+    for shards in (state["weights"], state["predictions"]):
+        if shards and [shard.numel() for shard in shards] != shard_numels:
+            return None, "this version of DeepSpeed pads the shards differently"
+    return ResumeState(state["weights"], state["predictions"], state["grad_norm"]), ""
+
+
+def without_tensor_steps(base: dict[str, Any]) -> dict[str, Any]:
+    """Returns AdamW's state with ``step`` as a plain number, which torch's and DeepSpeed's own AdamWs can read."""
+    state = {
+        key: {**moments, "step": int(moments["step"])} if torch.is_tensor(moments.get("step")) else moments
+        for key, moments in base["state"].items()
+    }
+    return {**base, "state": state}

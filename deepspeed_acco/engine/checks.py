@@ -1,0 +1,143 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""Refuses, before anything is built, whatever in the configuration ACCO cannot train with."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ..algorithm.schedules import SCHEDULES
+from ..algorithm.window import require_room
+from ..optimizer import ACCO
+from ..settings import Settings, max_window_micro_batches
+from .deepspeed_engine import Engine
+
+
+def refuse_if(is_given, key, value, allowed, fix) -> None:
+    """Raises ValueError where ``is_given``: the key as the JSON spells it, the value, what is allowed, and the fix."""
+    if is_given:
+        raise ValueError(f"ACCO: {key} = {value!r} is not allowed; allowed: {allowed}. {fix}")
+
+
+def check_json(raw) -> None:
+    """Refuses what DeepSpeed refuses with an error of its own, or acts on, before it comes to the optimizer."""
+    amp = raw.get("amp")
+    refuse_if(
+        isinstance(amp, dict) and amp.get("enabled"), "amp.enabled", True, "false", "Remove amp; use bf16 or fp16"
+    )
+    sparse = raw.get("sparse_gradients")
+    refuse_if(sparse, "sparse_gradients", sparse, "false", "Remove it and build embeddings with sparse=False")
+    parallel = raw.get("tensor_parallel")
+    size = parallel.get("autotp_size", 0) if isinstance(parallel, dict) else 0
+    refuse_if(isinstance(size, int) and size > 1, "tensor_parallel.autotp_size", size, "0 or 1", "Remove it")
+
+
+def check_engine(engine: Engine, optimizer: ACCO) -> None:
+    """Raises ValueError for whatever in the engine's JSON ACCO cannot train with: the key as the JSON spells it, the
+    value, what is allowed, and the fix."""
+    config = engine._config
+    zero = config.zero_config
+    raw = getattr(config, "_param_dict", {})
+
+    def section(name):
+        value = raw.get(name)
+        return value if isinstance(value, dict) else {}
+
+    stage = int(zero.stage)
+    refuse_if(stage != 1, "zero_optimization.stage", stage, "1", 'Set "zero_optimization": {"stage": 1}')
+    refuse_if(
+        engine.pipeline_parallelism,
+        "model",
+        "PipelineModule",
+        "any other module",
+        "Use data parallelism alone or the AdamW optimizer",
+    )
+    refuse_if(engine.has_moe_layers, "model", "a module with MoE layers", "dense modules", "Use the AdamW optimizer")
+    zenflow = getattr(zero, "zenflow", None)
+    refuse_if(
+        zenflow is not None,
+        "zero_optimization.zenflow",
+        section("zero_optimization").get("zenflow"),
+        "none",
+        "Remove it",
+    )
+    offload = zero.offload_optimizer
+    offload_device = getattr(offload.device, "value", offload.device) if offload is not None else "none"
+    refuse_if(
+        str(offload_device) != "none",
+        "zero_optimization.offload_optimizer.device",
+        str(offload_device),
+        '"none"',
+        "Remove offload_optimizer: ACCO keeps its shard beside the model",
+    )
+    refuse_if(zero.elastic_checkpoint, "zero_optimization.elastic_checkpoint", True, "false", "Remove it")
+    check_json(raw)
+    for name, key in (
+        ("fp16", "fp16_master_weights_and_grads"),
+        ("bf16", "bf16_master_weights_and_grads"),
+        ("bf16", "bf16_optimizer_states"),
+    ):
+        value = section(name).get(key, section("bfloat16").get(key) if name == "bf16" else None)
+        refuse_if(value, f"{name}.{key}", value, "false", "ACCO keeps fp32 master weights and states; remove it")
+    hybrid = section("hybrid_engine").get("enabled")
+    refuse_if(hybrid, "hybrid_engine.enabled", hybrid, "false", "Remove hybrid_engine")
+    refuse_if(
+        section("compile").get("deepcompile"), "compile.deepcompile", True, "false", "Remove it; torch.compile works"
+    )
+    autocast = section("torch_autocast")
+    refuse_if(
+        autocast.get("enabled") and str(autocast.get("dtype")).split(".")[-1] in ("float16", "fp16", "half"),
+        "torch_autocast.dtype",
+        autocast.get("dtype"),
+        '"bfloat16"',
+        'Set it, or use "fp16": {"enabled": true}',
+    )
+    for method in ("get_model_parallel_world_size", "get_tensor_model_parallel_world_size"):  # old and new Megatrons
+        size = getattr(engine.mpu, method)() if hasattr(engine.mpu, method) else 1
+        refuse_if(size > 1, f"mpu.{method}()", size, "1", "Use data parallelism alone")
+    device = engine.device.type
+    refuse_if(device not in ("cpu", "cuda"), "device", device, "cpu, cuda", "Use the AdamW optimizer there")
+    check_window(engine.gradient_accumulation_steps(), optimizer.settings)
+    if optimizer.settings.is_adaptive:
+        # Set by HF's TrainingArguments, by Accelerator and by `accelerate launch`.
+        trainer = os.environ.get("ACCELERATE_USE_DEEPSPEED", "")
+        fix = 'Set optimizer.params.accumulation to "fixed": HF Trainer and Accelerate end the windows themselves'
+        is_trainer = trainer.lower() in ("1", "true", "yes", "on", "y", "t")
+        refuse_if(is_trainer, "ACCELERATE_USE_DEEPSPEED", trainer, 'unset with accumulation = "adaptive"', fix)
+        unmanaged = not getattr(config, "managed_gradient_accumulation", True)
+        fix = 'Set it, or set optimizer.params.accumulation to "fixed"'
+        refuse_if(unmanaged, "managed_gradient_accumulation", False, 'true with accumulation = "adaptive"', fix)
+        fix = 'Use bf16, or set optimizer.params.accumulation to "fixed": fp16\'s overflow check waits for every rank'
+        refuse_if(engine.fp16_enabled(), "fp16.enabled", True, 'false with accumulation = "adaptive"', fix)
+
+
+def check_window(n: int, settings: Settings) -> None:
+    """Raises ValueError where a window of n micro-batches has no room for the schedule or the settings."""
+    require_room(SCHEDULES[settings.schedule], n)
+    if settings.is_adaptive:
+        max_window_micro_batches(n, settings.max_window)
+
+
+def require_one_dtype(flats: list[torch.Tensor]) -> None:
+    """Raises ValueError for trainable parameters of several dtypes."""
+    dtypes = {flat.dtype for flat in flats}
+    refuse_if(
+        len(dtypes) > 1,
+        "dtypes of the trainable parameters",
+        sorted(map(str, dtypes)),
+        "one",
+        "Convert the trainable parameters to one dtype or freeze the others",
+    )
+
+
+def require_own_batches(settings: Settings, sequence_parallel: float) -> None:
+    """Raises ValueError for adaptive windows where several ranks compute every micro-batch together."""
+    refuse_if(
+        settings.is_adaptive and sequence_parallel > 1,
+        "sequence parallelism",
+        int(sequence_parallel),
+        '1 with accumulation = "adaptive"',
+        'Set optimizer.params.accumulation to "fixed": these ranks compute every micro-batch together',
+    )

@@ -1,0 +1,120 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""Owns the accumulated gradient A of one rank, and what ``p.grad`` is meanwhile.
+
+::
+
+    CLEAN  --attach-->  OPEN  --take-->  TAKEN  --attach--> OPEN
+      ^___ mark_packed, clear ___|__________|
+
+CLEAN: A is zero. OPEN: a training forward was seen, and what autograd delivers goes into A: where the dtypes are the
+same ``p.grad`` is a view of A and autograd adds to it itself, else each gradient is added to A and freed. TAKEN: A has
+the window's whole sum and ``p.grad`` is None, as ZeRO-1 leaves it at a window's last backward, so that nobody takes
+this rank's own sum for the gradient of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+
+from torch import Tensor
+
+
+class GradientState(Enum):
+    """What A holds."""
+
+    CLEAN = "clean"
+    OPEN = "open"
+    TAKEN = "taken"
+
+
+class Gradients:
+    """The parameters, and each one's view of A.
+
+    Args:
+        views: (parameter, its part of A in its shape), of the trainable parameters.
+    """
+
+    def __init__(self, views: Sequence[tuple[Tensor, Tensor]]):
+        self._views = list(views)
+        self._view_of = {id(param): view for param, view in self._views}
+        self._state = GradientState.CLEAN
+
+    @property
+    def state(self) -> GradientState:
+        return self._state
+
+    def attach(self) -> None:
+        """Makes what the next backward delivers go into A; before every training forward. A ``p.grad`` that was dropped
+        in mid-window means zero, as for every optimizer."""
+        self.collect()
+        drops_old = self._state is GradientState.OPEN
+        self._state = GradientState.OPEN
+        for param, view in self._views:
+            if param.grad is None and view.dtype == param.dtype:
+                if drops_old:
+                    view.zero_()
+                param.grad = view
+
+    def collect(self) -> None:
+        """Takes over every gradient that does not lie in A yet; once after every backward."""
+        for param, view in self._views:
+            if param.grad is not None and param.grad is not view:
+                self._collect_one(param, view)
+
+    def collect_from(self, param: Tensor) -> None:
+        """Does the same for one parameter, by DeepSpeed's hook, where gradients must be freed one by one."""
+        if param.grad is not None and param.grad is not self._view_of[id(param)]:
+            self._collect_one(param, self._view_of[id(param)])
+
+    def _collect_one(self, param: Tensor, view: Tensor):
+        grad = param.grad
+        assert grad is not None
+        if grad.is_sparse:
+            raise ValueError(
+                "ACCO: sparse gradients are not allowed; allowed: dense. Build the embedding with sparse=False"
+            )
+        if view.dtype != param.dtype or self._state is GradientState.TAKEN:
+            view.add_(grad.detach())
+            param.grad = None
+        else:  # after zero_grad(set_to_none=True) or create_graph=True: it is the whole sum
+            view.copy_(grad.detach())
+            param.grad = view
+        if self._state is GradientState.CLEAN:
+            self._state = GradientState.OPEN
+
+    def take(self) -> None:
+        """Leaves ``p.grad`` None and the sum in A: the window's last backward is over."""
+        self.collect()
+        if self._state is not GradientState.TAKEN:
+            self._drop()
+            self._state = GradientState.TAKEN
+
+    def mark_packed(self) -> None:
+        """Notes that the window's gradients were packed and A zeroed, or that A was zeroed."""
+        self._drop()
+        self._state = GradientState.CLEAN
+
+    def _drop(self):
+        for param, _ in self._views:
+            param.grad = None
+
+    def view_of_whole(self, param: Tensor) -> Tensor:
+        """Returns the parameter's part of the window's sum.
+
+        Raises:
+            ValueError: outside of a window's end, where A has not the whole sum.
+        """
+        if self._state is not GradientState.TAKEN:
+            raise ValueError(
+                "ACCO: the full gradient was asked for or set outside of a window's end; allowed: after the last "
+                "backward of a window and before engine.step(). Move the call there"
+            )
+        return self._view_of[id(param)]
+
+    def release(self) -> None:
+        """Drops all views of A, so that it can be freed."""
+        self._drop()
+        self._views.clear()
+        self._view_of.clear()

@@ -1,0 +1,45 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""Says by what a round's gradients are multiplied, and whether fp16's have overflowed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..optim.adamw import AdamWHyper
+from ..runtime.communicator import max_over_ranks
+from ..runtime.round import Contribution, RoundInputs
+
+
+def round_inputs(optimizer, renormalize: float, window: int, contribution: Contribution | None) -> RoundInputs:
+    """Captures what a round needs now of DeepSpeed's optimizer: learning rates and scales.
+
+    The mean is the sum of what the backwards delivered over the number of ranks; fp16 divides before it sums, so that
+    the sum cannot overflow. Adaptive windows divide by what all ranks computed, which only the round knows.
+
+    Args:
+        renormalize: what makes the mean of a part of the window that of all of it.
+    """
+    if not optimizer.postscale_gradients or optimizer.communication_data_type == torch.float16:
+        pre_scale = 1.0 / optimizer.divisor
+    else:
+        pre_scale = 1.0 / optimizer.gradient_predivide_factor
+    grad_scale = renormalize / (optimizer.divisor * pre_scale * optimizer.loss_scale)
+    hyper = tuple(AdamWHyper.from_group(group) for group in optimizer.param_groups)
+    return RoundInputs(hyper, pre_scale, grad_scale, optimizer.clip_grad, window, contribution)
+
+
+def has_overflow(accumulated: list[Tensor], sent_as: torch.dtype, group) -> bool:
+    """Tells whether any rank's own gradients are not finite: fp16's loss scaler must know before the step counts.
+
+    Args:
+        accumulated: A, one flat tensor per parameter group.
+        sent_as: what they are sent in: what is accumulated in fp32 must also survive the cast.
+        group: DeepSpeed's data-parallel group; every rank asks.
+    """
+    # The largest absolute value is NaN or inf where any element is; no temporary of the gradients' size is made.
+    largest = torch.stack([torch.linalg.vector_norm(grads, float("inf")) for grads in accumulated])
+    overflow = (~(largest <= torch.finfo(sent_as).max)).any().to(torch.uint8)
+    max_over_ranks(overflow, group)
+    return bool(overflow)

@@ -1,0 +1,185 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""Carries out one round: what it takes, what it does to the buffers and the shards, and what it tells afterwards."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..algorithm.schedules import Round
+from ..optim.adamw import AdamWHyper, AdamWShard, sums_of_error_and_step
+from ..optim.ops import adamw_commit, adamw_estimate, adamw_estimate_change, dequantize_sum, sum_of_squares
+from ..optim.quantization import BLOCK, RECORDS_OF_A_PIECE, message_bytes, record_bytes
+from .buffers import FlatBuffers
+from .clock import HostValue
+from .communicator import Communicator
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one rank reports to the others in a round of an adaptive window."""
+
+    micro_batches: int  # whose gradients it sends
+    nominal: int  # micro-batches of all ranks for which ``grad_scale`` makes the mean
+    is_data_over: bool  # it has no micro-batch after these
+
+
+@dataclass(frozen=True)
+class RoundInputs:
+    """What a round needs from the moment it was launched: later changes (LR scheduler, loss scale) do not reach it."""
+
+    hyper: tuple[AdamWHyper, ...]  # one per parameter group
+    pre_scale: float  # multiplies the gradients before they are summed over the ranks
+    grad_scale: float  # multiplies the sum: together they make the mean gradient without loss scale
+    clip_grad: float  # largest global norm; 0: no clipping
+    window: int  # number of the window whose gradients it takes
+    contribution: Contribution | None = None  # None: every rank sends as many micro-batches as every other
+
+
+@dataclass(frozen=True)
+class ReportedCounts:
+    """What all ranks reported in one round of an adaptive window."""
+
+    round: Round
+    window: int
+    reported: HostValue  # float64, 1-D: ranks without more data, then the micro-batches of each rank
+
+    def ranks_without_data(self) -> int:
+        """Returns their number; waits on CUDA until the device has passed the round, as :meth:`micro_batches`."""
+        self.reported.wait()
+        return int(self.reported.value()[0])
+
+    def micro_batches(self) -> list[int]:
+        """Returns those of each data-parallel rank, in their order."""
+        self.reported.wait()
+        return [int(count) for count in self.reported.value()[1:]]
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """What a round tells afterwards; tensors on the parameters' device."""
+
+    round: Round
+    grad_norm: Tensor  # global norm of the mean gradient before clipping, fp32, 0-dim
+    is_finite: HostValue  # where False the step was skipped
+    is_same_round: HostValue  # where False the ranks were in different rounds
+    estimate_error: HostValue | None = None  # float64, NaN where there was no step; None: not measured
+    counts: ReportedCounts | None = None  # None: not an adaptive window
+    wire_bytes: int = 0  # payload that this rank sent, and as much received
+
+
+class RoundWork:
+    """Does the three parts of a round: packing before it, the round itself on a lane, installing after it."""
+
+    def __init__(self, buffers: FlatBuffers, shards: list[AdamWShard], comm: Communicator):
+        self._buffers = buffers
+        self._shards = shards
+        self._comm = comm
+
+    def _sends_records(self, this: Round) -> bool:
+        """Tells whether it is quantized: only what is thrown away after half a step may lose bits, since its errors do
+        not add up."""
+        return self._buffers.estimate_bits > 0 and not this.writes_state
+
+    def pack(self, this: Round, pre_scale: float, *, clears: bool) -> None:
+        """Copies the gradients out of A into X, times ``pre_scale``, and zeroes them if ``clears``."""
+        if self._sends_records(this):
+            assert not clears, "the whole window's gradients are still needed"
+            self._buffers.pack_records(pre_scale)
+        else:
+            self._buffers.pack(pre_scale, clears=clears)
+
+    def install(self, this: Round) -> None:
+        """Copies the weights that the finished round gathered into the live ones."""
+        if self._sends_records(this):
+            self._buffers.install_change()
+        else:
+            self._buffers.install()
+
+    @torch.no_grad()
+    def run(self, this: Round, inputs: RoundInputs, number: int, measures: bool) -> RoundOutcome:
+        """Reduces the gradients, updates this rank's shard, gathers the weights; on the lane's thread or stream.
+
+        Args:
+            number: the same on all ranks that are in step.
+            measures: whether the estimate's error is measured, which takes a collective.
+        """
+        buffers, comm = self._buffers, self._comm
+        sent_before, sends_records = comm.sent_bytes, self._sends_records(this)
+        if sends_records:
+            self._reduce_records()
+        else:
+            comm.reduce_scatter_sum(buffers.comm_grads, buffers.reduced)
+        squares = sum_of_squares(buffers.reduced)
+        totals = torch.stack([squares, torch.full_like(squares, number)])
+        if inputs.contribution is not None:
+            totals = torch.cat([totals, self._own_report(totals, inputs.contribution)])
+        comm.all_reduce_sum(totals)
+        scale = torch.full_like(squares, inputs.grad_scale)
+        counts = None
+        if inputs.contribution is not None:
+            counts = ReportedCounts(this, inputs.window, HostValue(totals[2:]))
+            scale *= inputs.contribution.nominal / totals[3:].sum()  # not finite, so skipped, where no rank computed
+        norm = totals[0].sqrt() * scale
+        is_same_round = totals[1] == number * comm.world_size
+        is_finite = norm.isfinite() & is_same_round
+        if inputs.clip_grad > 0:
+            scale /= ((norm + 1e-6) / inputs.clip_grad).clamp(min=1.0)  # as DeepSpeed's unscale_and_clip_grads
+        scale = scale.float()
+        if sends_records:
+            self._estimate_records(inputs, scale, is_finite)
+        for shard, grad, hyper, out in zip(self._shards, buffers.reduced, inputs.hyper, buffers.comm_shards):
+            arguments = (shard, grad, hyper, scale, is_finite, out)
+            if this.writes_state:
+                adamw_commit(*arguments)
+            if this.predicts or not (this.writes_state or sends_records):
+                adamw_estimate(*arguments)
+        comm.all_gather(buffers.comm_records if sends_records else buffers.comm_weights)
+        error = HostValue(self._measure_estimate(inputs, is_finite)) if measures else None
+        sent = comm.sent_bytes - sent_before
+        return RoundOutcome(this, norm.float(), HostValue(is_finite), HostValue(is_same_round), error, counts, sent)
+
+    def _reduce_records(self):
+        """Reduce-scatters the gradients that lie in X as records; the sum is taken in fp32."""
+        reduced, bits = self._buffers.reduced, self._buffers.estimate_bits
+        record = record_bytes(bits)
+
+        def add_up(group: int, start: int, parts: list[Tensor]) -> None:
+            first = start // record * BLOCK
+            values = min(-(-parts[0].numel() // record) * BLOCK, reduced[group].numel() - first)
+            if values > 0:  # the last piece may be the message's padding alone
+                messages = [part[: message_bytes(values, bits)] for part in parts]
+                dequantize_sum(messages, reduced[group].narrow(0, first, values), bits)
+
+        self._comm.all_to_all(self._buffers.comm_records, RECORDS_OF_A_PIECE * record, add_up)
+
+    def _estimate_records(self, inputs: RoundInputs, scale: Tensor, is_finite: Tensor):
+        """Writes the change of this rank's weights to its place in X. The live weights are the true ones now, and
+        nobody writes them before this round is installed."""
+        buffers = self._buffers
+        for operands in zip(self._shards, buffers.reduced, inputs.hyper, buffers.live_shards, buffers.own_records()):
+            shard, grad, hyper, live, records = operands
+            adamw_estimate_change(shard, grad, hyper, scale, is_finite, live, records, buffers.estimate_bits)
+
+    def _own_report(self, like: Tensor, contribution: Contribution) -> Tensor:
+        """Returns what this rank adds to the round's small all-reduce (:class:`ReportedCounts` before the sum). It is
+        filled on the device, since a copy from the host would wait for it."""
+        own = like.new_zeros(1 + self._comm.world_size)
+        own[0].fill_(contribution.is_data_over)
+        own[1 + self._comm.rank].fill_(contribution.micro_batches)
+        return own
+
+    def _measure_estimate(self, inputs: RoundInputs, is_finite: Tensor) -> Tensor:
+        """Returns the error of where training stands now, behind the COMMIT's update: 0-dim, float64, NaN where none
+        was."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self._comm.device)
+        # Nobody writes the live weights before this round is finished: looks and installations wait for that first.
+        for shard, hyper, stands_at in zip(self._shards, inputs.hyper, self._buffers.live_shards):
+            sums += sums_of_error_and_step(shard, hyper, stands_at)
+        self._comm.all_reduce_sum(sums)
+        error, step = sums.sqrt()
+        return torch.where(is_finite, error / step, math.nan)
