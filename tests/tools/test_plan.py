@@ -16,6 +16,7 @@ from deepspeed_acco.tools.cli import main
 from deepspeed_acco.tools.launch import launcher as launches
 from deepspeed_acco.tools.plan import command as planning
 from deepspeed_acco.tools.plan import model as plan
+from deepspeed_acco.tools.plan.advice import advise, best_window, stops_paying
 from deepspeed_acco.tools.plan.model import Cluster, Model, Work, predict
 
 ROOT = Path(__file__).parents[2]
@@ -296,18 +297,18 @@ def _work_at(ratio, n=8, cluster=None, **changes):
 def test_where_acco_stops_paying():
     work, cluster = _work_at(0.3), slow()
     norm = NORM_S
-    assert plan.stops_paying(SMALL, cluster, work, ["sync"]) == pytest.approx(1.0)  # 2R = C + R
-    assert plan.stops_paying(SMALL, cluster, work, ["zero0"]) == pytest.approx(1.0)
+    assert stops_paying(SMALL, cluster, work, ["sync"]) == pytest.approx(1.0)  # 2R = C + R
+    assert stops_paying(SMALL, cluster, work, ["zero0"]) == pytest.approx(1.0)
     expected = (3.0 + norm) / (2 * (3.0 + norm) - (4.5 + norm))  # 2R = C + 1.5 R: about 2
-    assert plan.stops_paying(SMALL, cluster, work, ["zero1"]) == pytest.approx(expected)
+    assert stops_paying(SMALL, cluster, work, ["zero1"]) == pytest.approx(expected)
     assert expected == pytest.approx(2.0, rel=0.02)
-    assert plan.stops_paying(SMALL, cluster, work, ["wp"]) is None
-    assert plan.stops_paying(SMALL, cluster, work, ["zero3"]) == math.inf
-    assert plan.stops_paying(SMALL, cluster, work) == pytest.approx(1.0)
-    assert plan.stops_paying(SMALL, slow(1), work) is None
+    assert stops_paying(SMALL, cluster, work, ["wp"]) is None
+    assert stops_paying(SMALL, cluster, work, ["zero3"]) == math.inf
+    assert stops_paying(SMALL, cluster, work) == pytest.approx(1.0)
+    assert stops_paying(SMALL, slow(1), work) is None
     # R + R_estimate = C + R, where no phase is longer than its round: at C = R_estimate.
     expected = (3.0 + norm) / INT4_S
-    assert plan.stops_paying(SMALL, cluster, work, ["sync"], "acco-int4") == pytest.approx(expected, rel=0.2)
+    assert stops_paying(SMALL, cluster, work, ["sync"], "acco-int4") == pytest.approx(expected, rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +324,7 @@ def test_where_acco_stops_paying():
     ],
 )
 def test_advice_over_the_regimes(ratio, name, speedup, says):
-    advice = plan.advise(SMALL, slow(), _work_at(ratio))
+    advice = advise(SMALL, slow(), _work_at(ratio))
     assert (advice.name, advice.baseline) == (name, "zero0")
     assert advice.speedup == pytest.approx(speedup, rel=1e-3)
     text = " ".join(advice.sentences)
@@ -333,22 +334,22 @@ def test_advice_over_the_regimes(ratio, name, speedup, says):
 
 
 def test_the_advice_names_int4_only_where_it_hides_more():
-    hidden = plan.advise(SMALL, slow(), _work_at(0.7, n=10))  # R_commit <= 0.7 C, R_estimate = 0.18 C <= 0.3 C
+    hidden = advise(SMALL, slow(), _work_at(0.7, n=10))  # R_commit <= 0.7 C, R_estimate = 0.18 C <= 0.3 C
     assert (hidden.name, hidden.estimate_fraction, hidden.speedup) == ("acco-int4", 0.7, pytest.approx(1.7))
     text = " ".join(hidden.sentences)
     assert "the ESTIMATE then takes 786 ms" in text and "everything is hidden" in text and "1.40x the speed" in text
     assert "acco-int4 stops paying against zero0 at R/C" in text and "at a price" not in text
-    assert "int4" not in " ".join(plan.advise(SMALL, slow(), _work_at(0.45)).sentences), "acco hides all"
+    assert "int4" not in " ".join(advise(SMALL, slow(), _work_at(0.45)).sentences), "acco hides all"
     packed = replace(slow(64, hosts=8), backend="nccl")  # 8 ranks share a link
     exposed = Work(plan.round_s(SMALL, packed, WORK) / 0.8 / 8, 8, 0.0)
-    advice = plan.advise(SMALL, packed, exposed)
+    advice = advise(SMALL, packed, exposed)
     assert advice.name != "acco-int4"
     assert "would not be 2 % faster: its gradients go directly" in " ".join(advice.sentences)
 
 
 def test_the_larger_batch_hides_everything():
     work = _work_at(0.8)
-    sentence = next(said for said in plan.advise(SMALL, slow(), work).sentences if "If the batch may grow" in said)
+    sentence = next(said for said in advise(SMALL, slow(), work).sentences if "If the batch may grow" in said)
     assert "n = 14 " in sentence  # 2 x 0.8 x 8 = 12.8
     larger = replace(work, n=14)
     assert predict("acco", SMALL, slow(), larger).step_s == pytest.approx(larger.compute_s)
@@ -358,15 +359,15 @@ def test_the_larger_batch_hides_everything():
 
 def test_window_and_fraction_at_the_same_batch():
     odd = _work_at(0.45, n=3)
-    cut = plan.best_window(SMALL, slow(), odd, micro_batch_size=2)
+    cut = best_window(SMALL, slow(), odd, micro_batch_size=2)
     assert (cut.n, cut.estimate_fraction, cut.compute_s) == (6, 0.5, pytest.approx(odd.compute_s))
-    assert plan.best_window(SMALL, slow(), odd, micro_batch_size=1).n == 3
-    assert "An even n has equal phases" in " ".join(plan.advise(SMALL, slow(), odd).sentences)
+    assert best_window(SMALL, slow(), odd, micro_batch_size=1).n == 3
+    assert "An even n has equal phases" in " ".join(advise(SMALL, slow(), odd).sentences)
     one = _work_at(0.3, n=1)
-    assert plan.best_window(SMALL, slow(), one, 1) is None
-    assert plan.best_window(SMALL, slow(), one, 4).n == 2
-    assert "n = 1 has no second phase" in " ".join(plan.advise(SMALL, slow(), one).sentences)
-    assert plan.advise(SMALL, slow(), one, 4).n == 2
+    assert best_window(SMALL, slow(), one, 1) is None
+    assert best_window(SMALL, slow(), one, 4).n == 2
+    assert "n = 1 has no second phase" in " ".join(advise(SMALL, slow(), one).sentences)
+    assert advise(SMALL, slow(), one, 4).n == 2
     assert "acco" not in [row.name for row in plan.predict_all(SMALL, slow(), one)]
     # Where a COMMIT is longer than an ESTIMATE, phase A is: R_commit = 3 + 7, R_estimate = 3 + 4 s, C = 17.1 s.
     uneven = Work(1.71, 10, 0.028)
@@ -376,15 +377,15 @@ def test_window_and_fraction_at_the_same_batch():
 
 
 def test_advice_with_one_rank_and_with_little_memory():
-    assert "One rank communicates nothing" in " ".join(plan.advise(SMALL, slow(1), WORK).sentences)
+    assert "One rank communicates nothing" in " ".join(advise(SMALL, slow(1), WORK).sentences)
     work = _work_at(0.3)
     need = {name: plan.memory_bytes(name, SMALL, 4) for name in plan.NAMES}
-    without_zero0 = plan.advise(SMALL, slow(memory_bytes=need["acco"]), work)
+    without_zero0 = advise(SMALL, slow(memory_bytes=need["acco"]), work)
     assert (without_zero0.name, without_zero0.baseline) == ("acco", "zero1")
-    without_acco = plan.advise(SMALL, slow(memory_bytes=need["zero1"]), work)
+    without_acco = advise(SMALL, slow(memory_bytes=need["zero1"]), work)
     assert (without_acco.name, without_acco.baseline) == ("zero1", "zero1")
     assert "ACCO's model states do not fit" in without_acco.sentences[-1]
-    nothing = plan.advise(SMALL, slow(memory_bytes=10.0), work)
+    nothing = advise(SMALL, slow(memory_bytes=10.0), work)
     assert (nothing.name, nothing.baseline, nothing.speedup) == (None, None, None)
 
 

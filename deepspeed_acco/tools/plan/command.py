@@ -20,7 +20,8 @@ from ..compare.command import INTERRUPTED
 from ..compare.options import count
 from . import calibrate as calibration
 from . import model as plan
-from .model import Cluster, Model, Work, seconds
+from .advice import Advice, advise, best_stage, seconds, stops_paying
+from .model import Cluster, Model, Work
 
 _DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Seconds of AdamW per parameter: 28 bytes at 2.8 TB/s (an H100's memory); README's CPU kernel, rounded up.
@@ -340,7 +341,7 @@ def _columns(rows: list[list[str]]) -> str:
 
 def table(inputs: Inputs) -> str:
     """One line per stage and schedule."""
-    baseline = plan.best_stage(inputs.model, inputs.cluster, inputs.work)
+    baseline = best_stage(inputs.model, inputs.cluster, inputs.work)
     rows = [["", "s/step", "samples/s", "exposed s", "sent GB", "GiB/rank"]]
     for row in plan.predict_all(inputs.model, inputs.cluster, inputs.work):
         relative = f"{baseline.step_s / row.step_s:.2f}" if baseline else "-"
@@ -365,7 +366,7 @@ def _splits(inputs: Inputs) -> str:
     return f"estimate_fraction: {', '.join(f'{name} {f:.3g}' for name, f in fractions.items())} ({given})"
 
 
-def words(advice: plan.Advice) -> str:
+def words(advice: Advice) -> str:
     """The advice: what to set, then why."""
     if advice.name is None:
         setting = "Nothing fits."
@@ -397,7 +398,7 @@ def sweep(inputs: Inputs, ranks: list[int]) -> list[dict[str, Any]]:
     for number in ranks:
         cluster = inputs.cluster.with_ranks(number)
         commit = plan.round_s(inputs.model, cluster, inputs.work)
-        stage = plan.best_stage(inputs.model, cluster, inputs.work)
+        stage = best_stage(inputs.model, cluster, inputs.work)
         row: dict[str, Any] = {"ranks": number, "round_s": commit, "ratio": commit / inputs.work.compute_s}
         row |= {"stage": stage and stage.name, "stage_s": stage and stage.step_s}
         row |= {name: plan.predict(name, inputs.model, cluster, inputs.work).step_s for name in names}
@@ -440,7 +441,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and math.isinf(value) else value
 
 
-def _report(inputs: Inputs, advice: plan.Advice, sweep_rows: list[dict[str, Any]] | None) -> dict[str, Any]:
+def _report(inputs: Inputs, advice: Advice, sweep_rows: list[dict[str, Any]] | None) -> dict[str, Any]:
     model, cluster, work = inputs.model, inputs.cluster, inputs.work
     return {
         "prediction": True,
@@ -450,7 +451,7 @@ def _report(inputs: Inputs, advice: plan.Advice, sweep_rows: list[dict[str, Any]
         "compute_s": work.compute_s,
         "round_s": plan.round_s(model, cluster, work),
         "rows": [asdict(row) for row in plan.predict_all(model, cluster, work)],
-        "stops_paying": None if work.n == 1 else _finite(plan.stops_paying(model, cluster, work)),
+        "stops_paying": None if work.n == 1 else _finite(stops_paying(model, cluster, work)),
         "advice": asdict(advice),
         "sweep": sweep_rows,
     }
@@ -461,7 +462,7 @@ def run(options: argparse.Namespace) -> int:
     130 when it was interrupted."""
     try:
         inputs = inputs_of(options)
-        advice = plan.advise(inputs.model, inputs.cluster, inputs.work, inputs.micro_batch_size)
+        advice = advise(inputs.model, inputs.cluster, inputs.work, inputs.micro_batch_size)
         rows = None if options.sweep_ranks is None else sweep(inputs, options.sweep_ranks)
     except ValueError as error:
         print(f"ds_acco {error}", file=sys.stderr)
