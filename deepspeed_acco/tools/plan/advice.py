@@ -8,43 +8,77 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ...algorithm.schedules import ESTIMATE
-from .model import STAGES, Cluster, Model, Prediction, Work, best_split, memory_bytes, predict, round_s
+from ...algorithm.schedules import DEFAULT, ESTIMATE, SCHEDULES, Schedule
+from ...algorithm.step_time import best_split
+from ...settings import ESTIMATE_COMMS
+from .model import (
+    STAGES,
+    Cluster,
+    Mode,
+    Model,
+    Prediction,
+    Work,
+    figures_of,
+    fraction_of,
+    memory_bytes,
+    modes,
+    predict,
+    round_s,
+)
 
 _WORTH_IT = 1.02  # a smaller speed-up is called none
+_MOST_CUTS = 1000  # into more parts no micro-batch is cut: a split is then exact to 0.1 %
+# The default schedule with the fewest bits of an ESTIMATE.
+COARSEST = Mode(DEFAULT, min((bits, name) for name, bits in ESTIMATE_COMMS.items() if bits)[1])
+
+
+def delayed_schedules() -> list[Schedule]:
+    """Returns the schedules that cost quality, the one to try first in front: they overlap and have one phase, so that
+    gradients are taken at old weights or predicted ones."""
+    return [schedule for schedule in SCHEDULES.values() if schedule.overlaps and not schedule.has_two_phases]
 
 
 def best_stage(model: Model, cluster: Cluster, work: Work) -> Prediction | None:
-    """The fastest of DeepSpeed's stages whose model states fit; None where none does."""
+    """Returns the fastest of DeepSpeed's stages whose model states fit; None where none does."""
     stages = [predict(name, model, cluster, work) for name in STAGES]
     fitting = [stage for stage in stages if stage.memory_bytes <= cluster.memory_bytes]
     return min(fitting, key=lambda stage: stage.step_s, default=None)
 
 
 def best_window(
-    model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1, name: str = "acco"
+    model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1, name: str = DEFAULT.name
 ) -> Work | None:
-    """n and ``estimate_fraction`` for ``name`` at the same batch: micro-batches may be cut, never merged, as merged
-    ones need more memory. Computation is taken to stay as long. The smallest n within 0.1 % of the best.
+    """Returns the work with n and ``estimate_fraction`` chosen for ``name`` at the same batch: the smallest n within
+    0.1 % of the fastest. Micro-batches may be cut, never merged, as merged ones need more memory. Computation is taken
+    to stay as long.
 
     Args:
         micro_batch_size: samples of a micro-batch; 1: it cannot be cut.
-        name: one of ``TWO_PHASES``.
+        name: of a mode with two phases.
 
     Returns:
-        None where n = 1 and the micro-batch has one sample.
+        None where n = 1 and the micro-batch cannot be cut.
     """
-    cuts = [cut for cut in range(1, micro_batch_size + 1) if micro_batch_size % cut == 0 and cut * work.n > 1]
-    windows = [replace(work, n=cut * work.n, micro_batch_s=work.micro_batch_s / cut) for cut in cuts]
-    windows = [best_split(model, cluster, window, name) for window in windows]
+    mode = modes()[name]
+    cuts = [cut for cut in range(1, min(micro_batch_size, _MOST_CUTS) + 1) if micro_batch_size % cut == 0]
+    windows = [
+        _with_best_split(mode, model, cluster, replace(work, n=cut * work.n, micro_batch_s=work.micro_batch_s / cut))
+        for cut in cuts
+        if mode.has_room(cut * work.n)
+    ]
     steps = [predict(name, model, cluster, window).step_s for window in windows]
     return next((window for window, step in zip(windows, steps) if step <= 1.001 * min(steps)), None)
 
 
+def _with_best_split(mode: Mode, model: Model, cluster: Cluster, work: Work) -> Work:
+    a = best_split(mode.schedule, work.n, figures_of(mode.name, model, cluster, work))
+    return replace(work, estimate_fraction=fraction_of(a, work.n))
+
+
 def stops_paying(
-    model: Model, cluster: Cluster, work: Work, against: Iterable[str] = STAGES, name: str = "acco"
+    model: Model, cluster: Cluster, work: Work, against: Iterable[str] = STAGES, name: str = DEFAULT.name
 ) -> float | None:
-    """The R/C from which on ``name`` is not faster than the fastest of ``against``: R stays, the computation varies.
+    """Returns the R/C from which on ``name`` is not faster than the fastest of ``against``, as the computation varies.
 
     Returns:
         None where it is nowhere faster between R/C = 0.01 and 100, infinity where it still is at 100.
@@ -74,11 +108,12 @@ def stops_paying(
 
 @dataclass(frozen=True)
 class Advice:
-    """What to use.
+    """Says what to use.
 
     Attributes:
-        name: one of ``NAMES``; None where no model states fit.
-        n, estimate_fraction: what to set with ACCO; with a stage n as it is and None.
+        name: of a stage or a mode; None where no model states fit.
+        n: what to set with ACCO; with a stage as it is.
+        estimate_fraction: what to set with a mode of two phases, else None.
         baseline: the fastest of DeepSpeed's stages that fits, or None.
         speedup: how many times faster than the baseline; None without one.
         sentences: why.
@@ -93,7 +128,7 @@ class Advice:
 
 
 def seconds(value: float) -> str:
-    """``2.12 s``, ``650 ms``, ``12 us``: three digits."""
+    """Returns a time in words, with three digits: ``2.12 s``, ``650 ms``, ``12 us``."""
     for factor, unit in ((1.0, "s"), (1e-3, "ms")):
         if value >= factor:
             return f"{value / factor:.3g} {unit}"
@@ -101,9 +136,9 @@ def seconds(value: float) -> str:
 
 
 def advise(model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1) -> Advice:
-    """Whether ACCO pays here, with what settings, and why. ``acco`` is taken before the faster ``wp``, which costs
-    quality, and before ``acco-int4`` where that is not 2 % faster; anything must be at least 2 % faster than the best
-    stage. Splits are chosen, whatever ``work.estimate_fraction`` says."""
+    """Says whether ACCO pays here, with what settings, and why. The default schedule is taken before a faster one that
+    costs quality, and before its own with a quantized ESTIMATE where that is not 2 % faster; anything must be at least
+    2 % faster than the best stage. Splits are chosen, whatever ``work.estimate_fraction`` says."""
     baseline = best_stage(model, cluster, work)
     commit, compute = round_s(model, cluster, work), work.compute_s
     said = [
@@ -115,61 +150,73 @@ def advise(model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1
         said.append("The model states of no stage fit in a rank's memory: use more ranks, or offload.")
         return Advice(None, work.n, None, None, None, tuple(said))
 
-    def decide(name: str, window: Work | None = None, step_s: float = baseline.step_s) -> Advice:
-        n, fraction = (window.n, window.estimate_fraction) if window else (work.n, None)
-        return Advice(name, n, fraction, baseline.name, baseline.step_s / step_s, tuple(said))
+    def use_stage() -> Advice:
+        return Advice(baseline.name, work.n, None, baseline.name, 1.0, tuple(said))
+
+    def use_acco(mode: Prediction, n: int, estimate_fraction: float | None) -> Advice:
+        speedup = baseline.step_s / mode.step_s
+        return Advice(mode.name, n, estimate_fraction, baseline.name, speedup, tuple(said))
 
     window = best_window(model, cluster, work, micro_batch_size)
-    acco = predict("acco", model, cluster, window) if window else None
-    delayed = predict("wp", model, cluster, work)
+    default = predict(DEFAULT.name, model, cluster, window) if window else None
+    delayed = predict(delayed_schedules()[0].name, model, cluster, work)
     if cluster.ranks == 1:
         said.append("One rank communicates nothing: there is nothing to hide.")
-        return decide(baseline.name)
+        return use_stage()
     if delayed.memory_bytes > cluster.memory_bytes:
         said.append(
             f"ACCO's model states do not fit: {delayed.memory_bytes / 2**30:.1f} GiB of "
             f"{cluster.memory_bytes / 2**30:.1f}; {baseline.name} is the fastest stage that does."
         )
-        return decide(baseline.name)
+        return use_stage()
     if baseline.step_s < _WORTH_IT * compute:
         said.append(
             f"Nothing to win: communication and update make a step of {baseline.name} only "
             f"{100 * (baseline.step_s / compute - 1):.2g} % longer than its computation."
         )
-        return decide(baseline.name)
-    if window is None or acco is None:
+        return use_stage()
+    if window is None or default is None:
         said.append(
-            "n = 1 has no second phase for acco: set gradient_accumulation_steps = 2 and halve the micro-batch."
+            f"n = 1 has no second phase for {DEFAULT.name}: set gradient_accumulation_steps = 2 and halve the "
+            "micro-batch."
         )
     else:
-        chosen = acco
-        said.append(_regime(acco, delayed, baseline, commit, compute, window.n))
-        if acco.step_s > 1.01 * compute:
-            quantised = best_window(model, cluster, work, micro_batch_size, "acco-int4")
-            assert quantised is not None, "it has as many phases as acco"
-            int4 = predict("acco-int4", model, cluster, quantised)
+        chosen = default
+        said.append(_regime(default, delayed, baseline, commit, compute, window.n))
+        if default.step_s > 1.01 * compute:
+            quantized = best_window(model, cluster, work, micro_batch_size, COARSEST.name)
+            assert quantized is not None, "it has as many phases as the default"
+            coarsest = predict(COARSEST.name, model, cluster, quantized)
             said.append(_larger_batch(commit, window))
-            if acco.step_s >= _WORTH_IT * int4.step_s:
-                estimate = round_s(model, cluster, quantised, ESTIMATE, "int4")
-                said.append(_int4(acco, int4, quantised, estimate))
-                window, chosen = quantised, int4
+            if default.step_s >= _WORTH_IT * coarsest.step_s:
+                estimate = round_s(model, cluster, quantized, ESTIMATE, COARSEST.estimate_comm)
+                said.append(_quantized(default, coarsest, quantized, estimate))
+                window, chosen = quantized, coarsest
             elif commit > compute / 2:
-                said.append(_no_int4(cluster))
-        anywhere = window if chosen is acco else replace(window, estimate_fraction=None)  # the best split at each R/C
+                said.append(_not_quantized(cluster))
+        anywhere = replace(window, estimate_fraction=None)  # at each R/C one that suits it
         crossing = stops_paying(model, cluster, anywhere, (baseline.name,), chosen.name)
         said.append(_crossing(crossing, baseline.name, chosen.name))
         if baseline.step_s >= _WORTH_IT * chosen.step_s:
             if chosen.step_s >= _WORTH_IT * delayed.step_s:
                 faster = chosen.step_s / delayed.step_s
-                said.append(f"wp and dpu would be {faster:.2f}x as fast as {chosen.name}, at a price: {_QUALITY}")
+                said.append(
+                    f"{_names(delayed_schedules())} would be {faster:.2f}x as fast as {chosen.name}, at a price: "
+                    f"{_QUALITY}"
+                )
             said.append(_memory_cost(model, cluster.ranks))
-            return decide(chosen.name, window, chosen.step_s)
+            return use_acco(chosen, window.n, window.estimate_fraction)
     if baseline.step_s >= _WORTH_IT * delayed.step_s:
-        said.append(f"What is faster than {baseline.name} here is wp, at a price: {_QUALITY}")
+        said.append(f"What is faster than {baseline.name} here is {delayed.name}, at a price: {_QUALITY}")
         said.append(_memory_cost(model, cluster.ranks))
-        return decide("wp", work, delayed.step_s)
+        return use_acco(delayed, work.n, None)
     said.append(f"No schedule is 2 % faster than {baseline.name}.")
-    return decide(baseline.name)
+    return use_stage()
+
+
+def _names(schedules: list[Schedule]) -> str:
+    names = [schedule.name for schedule in schedules]
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 _QUALITY = (
@@ -178,52 +225,55 @@ _QUALITY = (
 )
 
 
-def _regime(acco: Prediction, delayed: Prediction, baseline: Prediction, commit: float, compute: float, n: int) -> str:
-    against = f"{baseline.step_s / acco.step_s:.2f}x the speed of {baseline.name} ({seconds(baseline.step_s)})"
-    if acco.step_s <= 1.01 * compute:
+def _regime(
+    default: Prediction, delayed: Prediction, baseline: Prediction, commit: float, compute: float, n: int
+) -> str:
+    against = f"{baseline.step_s / default.step_s:.2f}x the speed of {baseline.name} ({seconds(baseline.step_s)})"
+    if default.step_s <= 1.01 * compute:
         return (
-            f"Everything is hidden: each round fits behind its part of the computation (R <= C/2), so acco takes C, "
-            f"{against}. Nothing can be faster; at R = C/2 it would be 1.5x as fast as C + R."
+            f"Everything is hidden: each round fits behind its part of the computation (R <= C/2), so {default.name} "
+            f"takes C, {against}. Nothing can be faster; at R = C/2 it would be 1.5x as fast as C + R."
         )
     if commit < compute / 2:
         return (
-            f"R <= C/2, but with n = {n} one of the phases is shorter than its round: acco takes "
-            f"{seconds(acco.step_s)}, {against}. An even n has equal phases."
+            f"R <= C/2, but with n = {n} one of the phases is shorter than its round: {default.name} takes "
+            f"{seconds(default.step_s)}, {against}. An even n has equal phases."
         )
+    one_round = _names(delayed_schedules())
     if commit < compute:
         return (
-            f"A part is hidden: past R = C/2 acco's two rounds take longer than the computation; a step takes "
-            f"{seconds(acco.step_s)}, {against}. wp and dpu have one round and hide it until R = C: "
+            f"A part is hidden: past R = C/2 {default.name}'s two rounds take longer than the computation; a step "
+            f"takes {seconds(default.step_s)}, {against}. {one_round} have one round and hide it until R = C: "
             f"{seconds(delayed.step_s)}."
         )
     return (
-        f"The network is slower than the computation (R >= C): acco's two rounds take {seconds(acco.step_s)}, "
-        f"{against}; they cost more than one that waits (C + R = {seconds(compute + commit)}), and wp and dpu, with "
-        f"one round, take {seconds(delayed.step_s)}."
+        f"The network is slower than the computation (R >= C): {default.name}'s two rounds take "
+        f"{seconds(default.step_s)}, {against}; they cost more than one that waits (C + R = "
+        f"{seconds(compute + commit)}), and {one_round}, with one round, take {seconds(delayed.step_s)}."
     )
 
 
-def _int4(acco: Prediction, int4: Prediction, window: Work, estimate_s: float) -> str:
-    hidden = int4.exposed_s <= 0.01 * window.compute_s
-    hides = "everything is hidden" if hidden else f"{seconds(int4.exposed_s)} of it exposed"
+def _quantized(default: Prediction, coarsest: Prediction, window: Work, estimate_s: float) -> str:
+    is_hidden = coarsest.exposed_s <= 0.01 * window.compute_s
+    hides = "everything is hidden" if is_hidden else f"{seconds(coarsest.exposed_s)} of it exposed"
     return (
-        f'"estimate_comm": "int4" hides more: the ESTIMATE then takes {seconds(estimate_s)}, so phase A, which hides '
-        f"the COMMIT, can have {window.estimate_fraction:.4g} of the computation; a step takes {seconds(int4.step_s)} "
-        f"({hides}), {acco.step_s / int4.step_s:.2f}x the speed of plain acco. The COMMIT stays exact; measure your "
-        "loss with it."
+        f'"estimate_comm": "{COARSEST.estimate_comm}" hides more: the ESTIMATE then takes {seconds(estimate_s)}, so '
+        f"phase A, which hides the COMMIT, can have {window.estimate_fraction:.4g} of the computation; a step takes "
+        f"{seconds(coarsest.step_s)} ({hides}), {default.step_s / coarsest.step_s:.2f}x the speed of plain "
+        f"{default.name}. The COMMIT stays exact; measure your loss with it."
     )
 
 
-def _no_int4(cluster: Cluster) -> str:
+def _not_quantized(cluster: Cluster) -> str:
     in_host = cluster.ranks // cluster.host_count
     why = ""
     if in_host > 1 and cluster.backend == "nccl":
         why = f": its gradients go directly from rank to rank, and the {in_host} ranks of a host share its link"
-    return f'"estimate_comm": "int4" would not be 2 % faster{why}.'
+    return f'"estimate_comm": "{COARSEST.estimate_comm}" would not be 2 % faster{why}.'
 
 
 def _memory_cost(model: Model, ranks: int) -> str:
-    own, zero1 = memory_bytes("acco", model, ranks), memory_bytes("zero1", model, ranks)
+    own, zero1 = memory_bytes(DEFAULT.name, model, ranks), memory_bytes("zero1", model, ranks)
     return f"Model states: {own / 2**30:.3g} GiB a rank, {(own - zero1) / 2**30:.3g} GiB more than zero1."
 
 
@@ -231,7 +281,7 @@ def _larger_batch(commit: float, work: Work) -> str:
     n = 2 * math.ceil(commit / work.micro_batch_s * (1 - 1e-9))
     if n <= work.n:
         n = work.n + work.n % 2
-    return f"If the batch may grow: n = {n} (a {n / work.n:.3g} times larger batch) hides everything in acco."
+    return f"If the batch may grow: n = {n} (a {n / work.n:.3g} times larger batch) hides everything in {DEFAULT.name}."
 
 
 def _crossing(ratio: float | None, name: str, mode: str) -> str:

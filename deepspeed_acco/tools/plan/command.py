@@ -1,7 +1,7 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""``ds_acco plan``: asks plan.py for a model, a cluster and a step that the user describes or has measured, and prints
-what it says. Everything printed is labelled as prediction."""
+"""Runs ``ds_acco plan``: reads a model, a cluster and a step that the user describes or has measured, and prints what
+model.py predicts and advice.py advises. Everything printed is labelled as prediction."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...algorithm.schedules import DEFAULT
+from ...algorithm.window import phase_a_micro_batches
 from ..compare.command import INTERRUPTED
 from ..compare.options import count
 from . import calibrate as calibration
 from . import model as plan
-from .advice import Advice, advise, best_stage, seconds, stops_paying
+from .advice import COARSEST, Advice, advise, best_stage, seconds, stops_paying
 from .model import Cluster, Model, Work
 
 _DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -37,7 +39,6 @@ _MEASURED_BY_RESULTS = (
     *("dtype", "comm_dtype", "accumulation_dtype"),
 )
 _SWEEP_UP_TO = 4096
-_SWEPT = ("acco", "acco-int4", "wp", "dpu", "sync")
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def add_command(commands) -> None:
         "plan",
         help="predicts time and memory of a step under each ZeRO stage and ACCO schedule, and says what to set",
         description="Predicts time and memory of a step under each ZeRO stage and ACCO schedule. The terms and their "
-        "sources are in the docstring of deepspeed_acco/plan.py.",
+        "sources are in docs/explanation/plan-formulas.md.",
         usage="%(prog)s (--params N | --model CONFIG | --results FILE | --calibrate CONFIG) [options] "
         "[-- ARGUMENTS OF THE SCRIPT]",
     )
@@ -246,7 +247,7 @@ def inputs_of(options: argparse.Namespace) -> Inputs:
     """What the parsed arguments describe; ``--calibrate`` measures it first.
 
     Raises:
-        ValueError: for arguments that are missing, contradict one another, or that plan.py refuses.
+        ValueError: for arguments that are missing, contradict one another, or that model.py refuses.
         MeasurementFailed: the measured run failed.
     """
     if options.calibrate is None:
@@ -322,7 +323,7 @@ def _describe(inputs: Inputs, is_measured: bool) -> str:
         source += f" of {inputs.measured_ranks} ranks"
     return (
         f"PREDICTION, not a measurement ({source}; "
-        "terms and sources: deepspeed_acco/plan.py)\n"
+        "terms and sources: docs/explanation/plan-formulas.md)\n"
         f"{model.numel:,} parameters of {model.weight_bytes} bytes, {cluster.ranks} ranks{hosts}, {cluster.backend}, "
         f"{rate}, {seconds(cluster.latency_s) if cluster.latency_s else 'no'} latency, "
         f"{work.n} micro-batches of {seconds(work.micro_batch_s)}"
@@ -361,30 +362,48 @@ def table(inputs: Inputs) -> str:
 def _splits(inputs: Inputs) -> str:
     """The ``estimate_fraction`` of the rows that have one."""
     model, cluster, work = inputs.model, inputs.cluster, inputs.work
-    fractions = {name: plan.split_of(name, model, cluster, work) / work.n for name in plan.TWO_PHASES}
+    splitting = [name for name, mode in plan.modes().items() if mode.schedule.has_two_phases]
+    splits = {name: plan.split_of(name, model, cluster, work) for name in splitting}
+    fractions = [f"{name} {_short(plan.fraction_of(a, work.n), work.n)}" for name, a in splits.items()]
     given = "as given" if work.estimate_fraction is not None else "acco's default, the best one for int8 and int4"
-    return f"estimate_fraction: {', '.join(f'{name} {f:.3g}' for name, f in fractions.items())} ({given})"
+    return f"estimate_fraction: {', '.join(fractions)} ({given})"
 
 
 def words(advice: Advice) -> str:
     """The advice: what to set, then why."""
+    mode = plan.modes().get(advice.name or "")
     if advice.name is None:
         setting = "Nothing fits."
-    elif advice.estimate_fraction is None:
+    elif mode is None:
         setting = f"Use DeepSpeed's {advice.name}; ACCO does not pay here."
     else:
-        schedule, estimate_comm = plan.MODES[advice.name]
-        keys: dict[str, Any] = {"schedule": schedule}
-        if estimate_comm != "full":
-            keys["estimate_comm"] = estimate_comm
-        if advice.name in plan.TWO_PHASES:
-            keys["estimate_fraction"] = float(f"{advice.estimate_fraction:.4g}")
+        keys: dict[str, Any] = {"schedule": mode.schedule.name}
+        if mode.is_quantized:
+            keys["estimate_comm"] = mode.estimate_comm
+        if advice.estimate_fraction is not None:
+            keys["estimate_fraction"] = _short(advice.estimate_fraction, advice.n)
         setting = (
             f'Use ACCO: {json.dumps(keys)}, "gradient_accumulation_steps": {advice.n}; '
             f"{advice.speedup:.2f}x the speed of {advice.baseline}."
         )
     wrap = textwrap.TextWrapper(width=116, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return "\n".join([setting, *(wrap.fill(sentence) for sentence in advice.sentences)])
+
+
+def _short(fraction: float, n: int) -> float:
+    """Returns the fraction with as few digits, three at least, as leave phase A as long."""
+    a = phase_a_micro_batches(n, fraction)
+    shorter = (float(f"{fraction:.{digits}g}") for digits in range(3, 18))
+    return next(value for value in shorter if value < 1 and phase_a_micro_batches(n, value) == a)
+
+
+def _swept(n: int) -> list[str]:
+    """Returns the modes that the table over ranks shows: all but those between a full ESTIMATE and the coarsest."""
+    return [
+        name
+        for name, mode in plan.modes().items()
+        if mode.has_room(n) and (not mode.is_quantized or mode.estimate_comm == COARSEST.estimate_comm)
+    ]
 
 
 def sweep(inputs: Inputs, ranks: list[int]) -> list[dict[str, Any]]:
@@ -394,7 +413,7 @@ def sweep(inputs: Inputs, ranks: list[int]) -> list[dict[str, Any]]:
     if not ranks:
         powers = (in_host * 2**power for power in range(1, _SWEEP_UP_TO.bit_length()))
         ranks = [number for number in powers if number <= max(_SWEEP_UP_TO, inputs.cluster.ranks)]
-    names = [name for name in _SWEPT if name not in plan.TWO_PHASES or inputs.work.n > 1]
+    names = _swept(inputs.work.n)
     for number in ranks:
         cluster = inputs.cluster.with_ranks(number)
         commit = plan.round_s(inputs.model, cluster, inputs.work)
@@ -402,14 +421,14 @@ def sweep(inputs: Inputs, ranks: list[int]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"ranks": number, "round_s": commit, "ratio": commit / inputs.work.compute_s}
         row |= {"stage": stage and stage.name, "stage_s": stage and stage.step_s}
         row |= {name: plan.predict(name, inputs.model, cluster, inputs.work).step_s for name in names}
-        row["acco_memory_bytes"] = plan.memory_bytes("acco", inputs.model, number)
+        row["acco_memory_bytes"] = plan.memory_bytes(DEFAULT.name, inputs.model, number)
         rows.append(row)
     return rows
 
 
 def sweep_table(rows: list[dict[str, Any]], has_latency: bool) -> str:
     """Of what :func:`sweep` gave."""
-    names = [name for name in _SWEPT if name in rows[0]]
+    names = [name for name in plan.modes() if name in rows[0]]
     lines = [["ranks", "R s", "R/C", "best stage", "s/step", *names, "ACCO GiB/rank"]]
     for row in rows:
         stage = [row["stage"], f"{row['stage_s']:.4g}"] if row["stage"] else ["none fits", "-"]
