@@ -43,8 +43,8 @@ _SWEEP_UP_TO = 4096
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a plan is made of; ``micro_batch_size`` is in samples, 1 where it is not known. ``measured_ranks``: those
-    that were measured, where the plan is for another number of them."""
+    """Holds what a plan is made of; ``micro_batch_size`` is in samples, 1 where it is not known. ``measured_ranks``:
+    those that were measured, where the plan is for another number of them."""
 
     model: Model
     cluster: Cluster
@@ -62,7 +62,7 @@ def from_measurement(
     hosts: int | None = None,
     update_s_per_parameter: float | None = None,
 ) -> Inputs:
-    """The inputs of a plan from a short measured run: its network is the one that makes a round as long as measured.
+    """Returns a plan's inputs from a short measured run: the network is the one that makes a round as long as measured.
 
     Args:
         header: the first line of a rank's record: ``world_size``, ``numel``, ``weight_bytes``, ``comm_bytes``, ``n``,
@@ -96,7 +96,7 @@ def from_measurement(
 
 
 def from_results(path: str | Path, **options) -> Inputs:
-    """The same from the ``results.json`` that ``ds_acco compare`` wrote; ``options`` as in :func:`from_measurement`.
+    """Returns the same from the ``results.json`` of ``ds_acco compare``; ``options`` as in :func:`from_measurement`.
 
     Raises:
         ValueError: when the file is not one.
@@ -115,7 +115,7 @@ def from_results(path: str | Path, **options) -> Inputs:
 
 
 def count_parameters(name: str) -> int:
-    """Trainable parameters of a transformers model, built on the meta device, so without its weights.
+    """Counts the trainable parameters of a transformers model, built on the meta device, so without its weights.
 
     Args:
         name: a name on the hub, a folder with a config.json, or such a file.
@@ -244,7 +244,7 @@ def _require_options(options: argparse.Namespace, names: list[str], reason: str)
 
 
 def inputs_of(options: argparse.Namespace) -> Inputs:
-    """What the parsed arguments describe; ``--calibrate`` measures it first.
+    """Returns what the parsed arguments describe; ``--calibrate`` measures it first.
 
     Raises:
         ValueError: for arguments that are missing, contradict one another, or that model.py refuses.
@@ -341,7 +341,7 @@ def _columns(rows: list[list[str]]) -> str:
 
 
 def table(inputs: Inputs) -> str:
-    """One line per stage and schedule."""
+    """Puts the predictions into a table, one line for each stage and mode, with notes."""
     baseline = best_stage(inputs.model, inputs.cluster, inputs.work)
     rows = [["", "s/step", "samples/s", "exposed s", "sent GB", "GiB/rank"]]
     for row in plan.predict_all(inputs.model, inputs.cluster, inputs.work):
@@ -360,7 +360,7 @@ def table(inputs: Inputs) -> str:
 
 
 def _splits(inputs: Inputs) -> str:
-    """The ``estimate_fraction`` of the rows that have one."""
+    """Lists the ``estimate_fraction`` of the rows that have one."""
     model, cluster, work = inputs.model, inputs.cluster, inputs.work
     splitting = [name for name, mode in plan.modes().items() if mode.schedule.has_two_phases]
     splits = {name: plan.split_of(name, model, cluster, work) for name in splitting}
@@ -370,7 +370,7 @@ def _splits(inputs: Inputs) -> str:
 
 
 def words(advice: Advice) -> str:
-    """The advice: what to set, then why."""
+    """Puts the advice into words: what to set, then why."""
     mode = plan.modes().get(advice.name or "")
     if advice.name is None:
         setting = "Nothing fits."
@@ -407,7 +407,7 @@ def _swept(n: int) -> list[str]:
 
 
 def sweep(inputs: Inputs, ranks: list[int]) -> list[dict[str, Any]]:
-    """The step at other numbers of ranks, with the same micro-batches on each (so the batch grows with them)."""
+    """Predicts the step at other numbers of ranks with the same micro-batches on each: the batch grows with them."""
     rows = []
     in_host = inputs.cluster.ranks // inputs.cluster.host_count
     if not ranks:
@@ -427,7 +427,7 @@ def sweep(inputs: Inputs, ranks: list[int]) -> list[dict[str, Any]]:
 
 
 def sweep_table(rows: list[dict[str, Any]], has_latency: bool) -> str:
-    """Of what :func:`sweep` gave."""
+    """Puts what :func:`sweep` returned into a table."""
     names = [name for name in plan.modes() if name in rows[0]]
     lines = [["ranks", "R s", "R/C", "best stage", "s/step", *names, "ACCO GiB/rank"]]
     for row in rows:
@@ -442,7 +442,7 @@ def sweep_table(rows: list[dict[str, Any]], has_latency: bool) -> str:
 
 
 def _bandwidth_alone(options: argparse.Namespace, inputs: Inputs) -> str:
-    """How far a round computed from the bandwidth is off the measured one."""
+    """Says how far a round computed from the bandwidth is off the measured one."""
     latency = _LATENCY_S[inputs.cluster.backend] if options.latency is None else options.latency
     nominal = replace(inputs.cluster, bandwidth=options.bandwidth, latency_s=latency, efficiency=options.efficiency)
     computed = plan.round_s(inputs.model, nominal, inputs.work)
@@ -454,7 +454,7 @@ def _bandwidth_alone(options: argparse.Namespace, inputs: Inputs) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity."""
+    """Replaces infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: _finite(inside) for key, inside in value.items()}
     return None if isinstance(value, float) and math.isinf(value) else value
