@@ -45,7 +45,7 @@ def planned_fraction(arguments, micro_batch_ms: float) -> float:
     model = plan.Model(arguments.numel)
     work = plan.Work(micro_batch_ms / 1e3, arguments.n, update_s_per_parameter=1e-9)
     cluster = plan.calibrated(model, plan.Cluster(2, 1e9, backend="gloo"), work, arguments.round_ms / 1e3)
-    return plan.best_split_of("acco-int4", model, cluster, work) / arguments.n
+    return plan.split_of("acco-int4", model, cluster, work) / arguments.n
 
 
 def measure(arguments, micro_batch_ms: float) -> dict:
@@ -68,6 +68,7 @@ def points(measured: list[dict]) -> tuple[float, dict, list[dict]]:
     from dataclasses import replace
 
     from deepspeed_acco.tools.plan import model as plan
+    from deepspeed_acco.tools.plan.advice import stops_paying
 
     round_s = statistics.median(point["round_alone_s"] for point in measured)
     first = measured[0]
@@ -80,7 +81,7 @@ def points(measured: list[dict]) -> tuple[float, dict, list[dict]]:
         stages = [name for name in names if name.startswith("zero")]
         for name in ("acco", "acco_int4", "wp"):
             if name in names and stages:
-                crossings[name] = plan.stops_paying(model, cluster, work, stages, plan_name(name))
+                crossings[name] = stops_paying(model, cluster, work, stages, plan_name(name))
         row = {"round_over_compute": round(round_s / point["compute_s"], 4), "compute_s": point["compute_s"]}
         row["estimate_fraction_of_int"] = point["estimate_fraction_of_int"]
         for config in point["rows"]:

@@ -2,20 +2,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan's formulas against simulations of the rings, hand-made sums, published and measured figures."""
 
+import itertools
 import json
 import math
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from deepspeed_acco.algorithm.schedules import COMMIT, ESTIMATE, PREDICT
 from deepspeed_acco.algorithm.window import phase_a_micro_batches
+from deepspeed_acco.engine.auto_fraction import WINDOWS_TO_MEASURE, Split
+from deepspeed_acco.runtime.clock import LaneTimes
+from deepspeed_acco.settings import Settings
 from deepspeed_acco.tools.cli import main
 from deepspeed_acco.tools.launch import launcher as launches
 from deepspeed_acco.tools.plan import command as planning
 from deepspeed_acco.tools.plan import model as plan
+from deepspeed_acco.tools.plan.advice import advise, best_window, stops_paying
 from deepspeed_acco.tools.plan.model import Cluster, Model, Work, predict
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +128,7 @@ def test_steps_by_hand(name, exposed_s):
 
 
 def test_bytes_on_the_wire():
-    sent = {name: predict(name, SMALL, slow(), WORK).wire_bytes for name in plan.NAMES}
+    sent = {name: predict(name, SMALL, slow(), WORK).wire_bytes for name in plan.names()}
     norm = 2 * 16 * 3 / 4
     assert sent["dpu"] == sent["wp"] == sent["sync"] == 3000 + norm  # RS + AG
     assert sent["acco"] == 2 * sent["dpu"]
@@ -155,7 +163,7 @@ def test_a_quantised_estimate_by_hand():
     assert plan.round_s(SMALL, slow(), WORK, COMMIT, "int4") == plan.round_s(SMALL, slow(), WORK, COMMIT)
     # R_commit = 3.02 s, R_estimate = 0.79 s. Ten micro-batches of 0.4 s: 8 of them hide the COMMIT, 2 the ESTIMATE.
     work = Work(0.4, 10, 0.0)
-    assert plan.best_split(SMALL, slow(), work, "acco-int4").estimate_fraction == 0.8
+    assert plan.split_of("acco-int4", SMALL, slow(), work) == 8
     assert predict("acco-int4", SMALL, slow(), work).step_s == pytest.approx(4.0)
     assert predict("acco", SMALL, slow(), work).step_s == pytest.approx(2 * (3.0 + NORM_S))
     given = replace(work, estimate_fraction=0.5)
@@ -296,18 +304,18 @@ def _work_at(ratio, n=8, cluster=None, **changes):
 def test_where_acco_stops_paying():
     work, cluster = _work_at(0.3), slow()
     norm = NORM_S
-    assert plan.stops_paying(SMALL, cluster, work, ["sync"]) == pytest.approx(1.0)  # 2R = C + R
-    assert plan.stops_paying(SMALL, cluster, work, ["zero0"]) == pytest.approx(1.0)
+    assert stops_paying(SMALL, cluster, work, ["sync"]) == pytest.approx(1.0)  # 2R = C + R
+    assert stops_paying(SMALL, cluster, work, ["zero0"]) == pytest.approx(1.0)
     expected = (3.0 + norm) / (2 * (3.0 + norm) - (4.5 + norm))  # 2R = C + 1.5 R: about 2
-    assert plan.stops_paying(SMALL, cluster, work, ["zero1"]) == pytest.approx(expected)
+    assert stops_paying(SMALL, cluster, work, ["zero1"]) == pytest.approx(expected)
     assert expected == pytest.approx(2.0, rel=0.02)
-    assert plan.stops_paying(SMALL, cluster, work, ["wp"]) is None
-    assert plan.stops_paying(SMALL, cluster, work, ["zero3"]) == math.inf
-    assert plan.stops_paying(SMALL, cluster, work) == pytest.approx(1.0)
-    assert plan.stops_paying(SMALL, slow(1), work) is None
+    assert stops_paying(SMALL, cluster, work, ["wp"]) is None
+    assert stops_paying(SMALL, cluster, work, ["zero3"]) == math.inf
+    assert stops_paying(SMALL, cluster, work) == pytest.approx(1.0)
+    assert stops_paying(SMALL, slow(1), work) is None
     # R + R_estimate = C + R, where no phase is longer than its round: at C = R_estimate.
     expected = (3.0 + norm) / INT4_S
-    assert plan.stops_paying(SMALL, cluster, work, ["sync"], "acco-int4") == pytest.approx(expected, rel=0.2)
+    assert stops_paying(SMALL, cluster, work, ["sync"], "acco-int4") == pytest.approx(expected, rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +331,7 @@ def test_where_acco_stops_paying():
     ],
 )
 def test_advice_over_the_regimes(ratio, name, speedup, says):
-    advice = plan.advise(SMALL, slow(), _work_at(ratio))
+    advice = advise(SMALL, slow(), _work_at(ratio))
     assert (advice.name, advice.baseline) == (name, "zero0")
     assert advice.speedup == pytest.approx(speedup, rel=1e-3)
     text = " ".join(advice.sentences)
@@ -333,22 +341,23 @@ def test_advice_over_the_regimes(ratio, name, speedup, says):
 
 
 def test_the_advice_names_int4_only_where_it_hides_more():
-    hidden = plan.advise(SMALL, slow(), _work_at(0.7, n=10))  # R_commit <= 0.7 C, R_estimate = 0.18 C <= 0.3 C
-    assert (hidden.name, hidden.estimate_fraction, hidden.speedup) == ("acco-int4", 0.7, pytest.approx(1.7))
+    # R_commit = 0.7 C, R_estimate = 0.182 C: 7 + 3 and 8 + 2 micro-batches hide both, 8 + 2 leaves more room.
+    hidden = advise(SMALL, slow(), _work_at(0.7, n=10))
+    assert (hidden.name, hidden.estimate_fraction, hidden.speedup) == ("acco-int4", 0.8, pytest.approx(1.7))
     text = " ".join(hidden.sentences)
     assert "the ESTIMATE then takes 786 ms" in text and "everything is hidden" in text and "1.40x the speed" in text
     assert "acco-int4 stops paying against zero0 at R/C" in text and "at a price" not in text
-    assert "int4" not in " ".join(plan.advise(SMALL, slow(), _work_at(0.45)).sentences), "acco hides all"
+    assert "int4" not in " ".join(advise(SMALL, slow(), _work_at(0.45)).sentences), "acco hides all"
     packed = replace(slow(64, hosts=8), backend="nccl")  # 8 ranks share a link
     exposed = Work(plan.round_s(SMALL, packed, WORK) / 0.8 / 8, 8, 0.0)
-    advice = plan.advise(SMALL, packed, exposed)
+    advice = advise(SMALL, packed, exposed)
     assert advice.name != "acco-int4"
     assert "would not be 2 % faster: its gradients go directly" in " ".join(advice.sentences)
 
 
 def test_the_larger_batch_hides_everything():
     work = _work_at(0.8)
-    sentence = next(said for said in plan.advise(SMALL, slow(), work).sentences if "If the batch may grow" in said)
+    sentence = next(said for said in advise(SMALL, slow(), work).sentences if "If the batch may grow" in said)
     assert "n = 14 " in sentence  # 2 x 0.8 x 8 = 12.8
     larger = replace(work, n=14)
     assert predict("acco", SMALL, slow(), larger).step_s == pytest.approx(larger.compute_s)
@@ -358,33 +367,66 @@ def test_the_larger_batch_hides_everything():
 
 def test_window_and_fraction_at_the_same_batch():
     odd = _work_at(0.45, n=3)
-    cut = plan.best_window(SMALL, slow(), odd, micro_batch_size=2)
+    cut = best_window(SMALL, slow(), odd, micro_batch_size=2)
     assert (cut.n, cut.estimate_fraction, cut.compute_s) == (6, 0.5, pytest.approx(odd.compute_s))
-    assert plan.best_window(SMALL, slow(), odd, micro_batch_size=1).n == 3
-    assert "An even n has equal phases" in " ".join(plan.advise(SMALL, slow(), odd).sentences)
+    assert best_window(SMALL, slow(), odd, micro_batch_size=1).n == 3
+    assert "An even n has equal phases" in " ".join(advise(SMALL, slow(), odd).sentences)
     one = _work_at(0.3, n=1)
-    assert plan.best_window(SMALL, slow(), one, 1) is None
-    assert plan.best_window(SMALL, slow(), one, 4).n == 2
-    assert "n = 1 has no second phase" in " ".join(plan.advise(SMALL, slow(), one).sentences)
-    assert plan.advise(SMALL, slow(), one, 4).n == 2
+    assert best_window(SMALL, slow(), one, 1) is None
+    assert best_window(SMALL, slow(), one, 4).n == 2
+    assert "n = 1 has no second phase" in " ".join(advise(SMALL, slow(), one).sentences)
+    assert advise(SMALL, slow(), one, 4).n == 2
     assert "acco" not in [row.name for row in plan.predict_all(SMALL, slow(), one)]
     # Where a COMMIT is longer than an ESTIMATE, phase A is: R_commit = 3 + 7, R_estimate = 3 + 4 s, C = 17.1 s.
     uneven = Work(1.71, 10, 0.028)
-    assert plan.best_split(SMALL, slow(), uneven).estimate_fraction == 0.6
+    assert best_window(SMALL, slow(), uneven).estimate_fraction == 0.6
     for n in range(2, 40):
         assert all(phase_a_micro_batches(n, a / n) == a for a in range(1, n))
 
 
+class _MeasuredRank:
+    """Is a driver whose rounds take what a plan predicts; every window takes ``n`` micro-batches and no more."""
+
+    def __init__(self, figures, n, monkeypatch):
+        self._figures, self._times = figures, LaneTimes()
+        self.lane = SimpleNamespace(times=self._times.copy)
+        self.comm = SimpleNamespace(device=torch.device("cpu"), gather_objects=lambda own: [own, own])
+        now = itertools.count(0.0, n * figures.micro_batch_s)
+        monkeypatch.setattr("deepspeed_acco.runtime.clock.time", SimpleNamespace(perf_counter=lambda: next(now)))
+
+    def finish(self):
+        self._times.add("COMMIT 7", self._figures.commit_s, 0.0)
+        self._times.add("ESTIMATE 7", self._figures.estimate_s, 0.0)
+
+
+@pytest.mark.parametrize("n", [2, 5, 8, 64])
+@pytest.mark.parametrize("estimate_comm", ["full", "int8", "int4"])
+def test_the_split_is_the_one_that_auto_takes(n, estimate_comm, monkeypatch):
+    name = "acco" if estimate_comm == "full" else f"acco-{estimate_comm}"
+    # Hosts of one and of two ranks, a fast and a slow update, rounds from far shorter to far longer than computation.
+    clusters = (slow(), slow(hosts=2), replace(slow(latency_s=0.1), backend="nccl"))
+    for cluster, update_s, total_s in itertools.product(clusters, (0.0, 0.02), (1.0, 5.0, 9.0, 23.0, 70.0)):
+        work = Work(total_s / n, n, update_s)
+        split = Split(Settings(estimate_fraction="auto", estimate_comm=estimate_comm))
+        driver = _MeasuredRank(plan.figures_of(name, SMALL, cluster, work), n, monkeypatch)
+        for window in range(WINDOWS_TO_MEASURE):
+            split.at_window_end(driver, window, n, n, logs=False)
+        planned = best_window(SMALL, cluster, work, name=name)
+        assert phase_a_micro_batches(n, planned.estimate_fraction) == split.phase_a(n), (cluster, work)
+        if estimate_comm != "full":
+            assert plan.split_of(name, SMALL, cluster, work) == split.phase_a(n)
+
+
 def test_advice_with_one_rank_and_with_little_memory():
-    assert "One rank communicates nothing" in " ".join(plan.advise(SMALL, slow(1), WORK).sentences)
+    assert "One rank communicates nothing" in " ".join(advise(SMALL, slow(1), WORK).sentences)
     work = _work_at(0.3)
-    need = {name: plan.memory_bytes(name, SMALL, 4) for name in plan.NAMES}
-    without_zero0 = plan.advise(SMALL, slow(memory_bytes=need["acco"]), work)
+    need = {name: plan.memory_bytes(name, SMALL, 4) for name in plan.names()}
+    without_zero0 = advise(SMALL, slow(memory_bytes=need["acco"]), work)
     assert (without_zero0.name, without_zero0.baseline) == ("acco", "zero1")
-    without_acco = plan.advise(SMALL, slow(memory_bytes=need["zero1"]), work)
+    without_acco = advise(SMALL, slow(memory_bytes=need["zero1"]), work)
     assert (without_acco.name, without_acco.baseline) == ("zero1", "zero1")
     assert "ACCO's model states do not fit" in without_acco.sentences[-1]
-    nothing = plan.advise(SMALL, slow(memory_bytes=10.0), work)
+    nothing = advise(SMALL, slow(memory_bytes=10.0), work)
     assert (nothing.name, nothing.baseline, nothing.speedup) == (None, None, None)
 
 
@@ -473,12 +515,13 @@ def test_the_command(tmp_path, capsys):
     assert main([*ARGUMENTS, "--round-ms", "648", "--bandwidth", "300mbit", "--json", str(report)]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("PREDICTION, not a measurement")
-    assert (
-        'Use ACCO: {"schedule": "acco", "estimate_fraction": 0.5}, "gradient_accumulation_steps": 8; 1.31x' in printed
-    )
+    # R = 648 ms. 3 of 265 ms in phase B leave the ESTIMATE room, 2 would not hide it: 5 of 8 for the COMMIT.
+    setting = '{"schedule": "acco", "estimate_fraction": 0.625}'
+    assert f'Use ACCO: {setting}, "gradient_accumulation_steps": 8; 1.31x' in printed
     assert "From the bandwidth alone a round would take 563 ms, -13 % against the measured one." in printed
     written = json.loads(report.read_text())
-    assert [row["name"] for row in written["rows"]] == list(plan.NAMES)
+    modes = ["acco", "acco-int8", "acco-int4", "wp", "dpu", "sync"]
+    assert [row["name"] for row in written["rows"]] == [*plan.STAGES, *modes]
     assert written["round_s"] == pytest.approx(0.648)
     assert written["cluster"]["memory_bytes"] is None
 
@@ -487,11 +530,38 @@ def test_the_command_says_what_to_set_with_int4(capsys):
     arguments = ["plan", "--params", "1e7", "--ranks", "2", "--micro-batch-ms", "100", "--n", "10"]
     assert main([*arguments, "--round-ms", "700"]) == 0
     printed = capsys.readouterr().out
-    setting = '{"schedule": "acco", "estimate_comm": "int4", "estimate_fraction": 0.7}'
+    # Of 100 ms each: 8 hide the COMMIT of 700, 2 the ESTIMATE of 178; in int8 of 353 it needs 3 or 4, and 7 are room.
+    setting = '{"schedule": "acco", "estimate_comm": "int4", "estimate_fraction": 0.8}'
     assert f'Use ACCO: {setting}, "gradient_accumulation_steps": 10; ' in printed
-    assert "acco 0.5, acco-int8 0.7, acco-int4 0.7 (acco's default, the best one for int8 and int4)" in printed
+    assert "acco 0.5, acco-int8 0.7, acco-int4 0.8 (acco's default, the best one for int8 and int4)" in printed
     assert main([*arguments, "--round-ms", "700", "--estimate-fraction", "0.3"]) == 0
     assert "acco 0.3, acco-int8 0.3, acco-int4 0.3 (as given)" in capsys.readouterr().out
+
+
+def test_the_command_says_what_to_set_with_one_phase(capsys):
+    one = ["plan", "--params", "1e7", "--ranks", "2", "--micro-batch-ms", "500", "--n", "1", "--round-ms", "400"]
+    assert main([*one, "--estimate-fraction", "0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert 'Use ACCO: {"schedule": "wp"}, "gradient_accumulation_steps": 1; ' in printed
+    assert "n = 1 has no second phase" in printed and "here is wp, at a price" in printed
+
+
+def test_a_fraction_that_is_printed_gives_the_split_that_was_chosen(capsys):
+    # A COMMIT of 22 ms, an ESTIMATE of at most 11.2: phase B needs one micro-batch, however many there are.
+    arguments = ["plan", "--params", "1e7", "--ranks", "2", "--micro-batch-ms", "20", "--round-ms", "22"]
+    for n, in_b in ((500, 1), (12_345, 1), (10**18, 128)):  # no float below one tells more of 10^18
+        assert main([*arguments, "--n", str(n)]) == 0
+        listed = re.search(r"acco-int8 (\S+), acco-int4 (\S+) ", capsys.readouterr().out)
+        settings = [Settings(estimate_fraction=float(fraction)) for fraction in listed.groups()]
+        chosen = [n - phase_a_micro_batches(n, given.estimate_fraction) for given in settings]
+        assert chosen == [in_b, in_b], n
+
+
+@pytest.mark.timeout(30)  # tried one by one, the splits would take minutes
+@pytest.mark.parametrize("size", ["1000", "997", "1e18"])
+def test_a_large_micro_batch_is_planned_at_once(size, capsys):
+    assert main([*ARGUMENTS, "--round-ms", "648", "--micro-batch-size", size]) == 0
+    assert '"gradient_accumulation_steps": 8; 1.31x' in capsys.readouterr().out
 
 
 def test_sweep_over_ranks(tmp_path, capsys):

@@ -1,7 +1,7 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""``ds_acco plan``: asks plan.py for a model, a cluster and a step that the user describes or has measured, and prints
-what it says. Everything printed is labelled as prediction."""
+"""Runs ``ds_acco plan``: reads a model, a cluster and a step that the user describes or has measured, and prints what
+model.py predicts and advice.py advises. Everything printed is labelled as prediction."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...algorithm.schedules import DEFAULT
+from ...algorithm.window import phase_a_micro_batches
 from ..compare.command import INTERRUPTED
 from ..compare.options import count
 from . import calibrate as calibration
 from . import model as plan
-from .model import Cluster, Model, Work, seconds
+from .advice import COARSEST, Advice, advise, best_stage, seconds, stops_paying
+from .model import Cluster, Model, Work
 
 _DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Seconds of AdamW per parameter: 28 bytes at 2.8 TB/s (an H100's memory); README's CPU kernel, rounded up.
@@ -36,13 +39,12 @@ _MEASURED_BY_RESULTS = (
     *("dtype", "comm_dtype", "accumulation_dtype"),
 )
 _SWEEP_UP_TO = 4096
-_SWEPT = ("acco", "acco-int4", "wp", "dpu", "sync")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a plan is made of; ``micro_batch_size`` is in samples, 1 where it is not known. ``measured_ranks``: those
-    that were measured, where the plan is for another number of them."""
+    """Holds what a plan is made of; ``micro_batch_size`` is in samples, 1 where it is not known. ``measured_ranks``:
+    those that were measured, where the plan is for another number of them."""
 
     model: Model
     cluster: Cluster
@@ -60,7 +62,7 @@ def from_measurement(
     hosts: int | None = None,
     update_s_per_parameter: float | None = None,
 ) -> Inputs:
-    """The inputs of a plan from a short measured run: its network is the one that makes a round as long as measured.
+    """Returns a plan's inputs from a short measured run: the network is the one that makes a round as long as measured.
 
     Args:
         header: the first line of a rank's record: ``world_size``, ``numel``, ``weight_bytes``, ``comm_bytes``, ``n``,
@@ -94,7 +96,7 @@ def from_measurement(
 
 
 def from_results(path: str | Path, **options) -> Inputs:
-    """The same from the ``results.json`` that ``ds_acco compare`` wrote; ``options`` as in :func:`from_measurement`.
+    """Returns the same from the ``results.json`` of ``ds_acco compare``; ``options`` as in :func:`from_measurement`.
 
     Raises:
         ValueError: when the file is not one.
@@ -113,7 +115,7 @@ def from_results(path: str | Path, **options) -> Inputs:
 
 
 def count_parameters(name: str) -> int:
-    """Trainable parameters of a transformers model, built on the meta device, so without its weights.
+    """Counts the trainable parameters of a transformers model, built on the meta device, so without its weights.
 
     Args:
         name: a name on the hub, a folder with a config.json, or such a file.
@@ -195,7 +197,7 @@ def add_command(commands) -> None:
         "plan",
         help="predicts time and memory of a step under each ZeRO stage and ACCO schedule, and says what to set",
         description="Predicts time and memory of a step under each ZeRO stage and ACCO schedule. The terms and their "
-        "sources are in the docstring of deepspeed_acco/plan.py.",
+        "sources are in docs/explanation/plan-formulas.md.",
         usage="%(prog)s (--params N | --model CONFIG | --results FILE | --calibrate CONFIG) [options] "
         "[-- ARGUMENTS OF THE SCRIPT]",
     )
@@ -242,10 +244,10 @@ def _require_options(options: argparse.Namespace, names: list[str], reason: str)
 
 
 def inputs_of(options: argparse.Namespace) -> Inputs:
-    """What the parsed arguments describe; ``--calibrate`` measures it first.
+    """Returns what the parsed arguments describe; ``--calibrate`` measures it first.
 
     Raises:
-        ValueError: for arguments that are missing, contradict one another, or that plan.py refuses.
+        ValueError: for arguments that are missing, contradict one another, or that model.py refuses.
         MeasurementFailed: the measured run failed.
     """
     if options.calibrate is None:
@@ -321,7 +323,7 @@ def _describe(inputs: Inputs, is_measured: bool) -> str:
         source += f" of {inputs.measured_ranks} ranks"
     return (
         f"PREDICTION, not a measurement ({source}; "
-        "terms and sources: deepspeed_acco/plan.py)\n"
+        "terms and sources: docs/explanation/plan-formulas.md)\n"
         f"{model.numel:,} parameters of {model.weight_bytes} bytes, {cluster.ranks} ranks{hosts}, {cluster.backend}, "
         f"{rate}, {seconds(cluster.latency_s) if cluster.latency_s else 'no'} latency, "
         f"{work.n} micro-batches of {seconds(work.micro_batch_s)}"
@@ -339,8 +341,8 @@ def _columns(rows: list[list[str]]) -> str:
 
 
 def table(inputs: Inputs) -> str:
-    """One line per stage and schedule."""
-    baseline = plan.best_stage(inputs.model, inputs.cluster, inputs.work)
+    """Puts the predictions into a table, one line for each stage and mode, with notes."""
+    baseline = best_stage(inputs.model, inputs.cluster, inputs.work)
     rows = [["", "s/step", "samples/s", "exposed s", "sent GB", "GiB/rank"]]
     for row in plan.predict_all(inputs.model, inputs.cluster, inputs.work):
         relative = f"{baseline.step_s / row.step_s:.2f}" if baseline else "-"
@@ -358,26 +360,28 @@ def table(inputs: Inputs) -> str:
 
 
 def _splits(inputs: Inputs) -> str:
-    """The ``estimate_fraction`` of the rows that have one."""
+    """Lists the ``estimate_fraction`` of the rows that have one."""
     model, cluster, work = inputs.model, inputs.cluster, inputs.work
-    fractions = {name: plan.split_of(name, model, cluster, work) / work.n for name in plan.TWO_PHASES}
+    splitting = [name for name, mode in plan.modes().items() if mode.schedule.has_two_phases]
+    splits = {name: plan.split_of(name, model, cluster, work) for name in splitting}
+    fractions = [f"{name} {_short(plan.fraction_of(a, work.n), work.n)}" for name, a in splits.items()]
     given = "as given" if work.estimate_fraction is not None else "acco's default, the best one for int8 and int4"
-    return f"estimate_fraction: {', '.join(f'{name} {f:.3g}' for name, f in fractions.items())} ({given})"
+    return f"estimate_fraction: {', '.join(fractions)} ({given})"
 
 
-def words(advice: plan.Advice) -> str:
-    """The advice: what to set, then why."""
+def words(advice: Advice) -> str:
+    """Puts the advice into words: what to set, then why."""
+    mode = plan.modes().get(advice.name or "")
     if advice.name is None:
         setting = "Nothing fits."
-    elif advice.estimate_fraction is None:
+    elif mode is None:
         setting = f"Use DeepSpeed's {advice.name}; ACCO does not pay here."
     else:
-        schedule, estimate_comm = plan.MODES[advice.name]
-        keys: dict[str, Any] = {"schedule": schedule}
-        if estimate_comm != "full":
-            keys["estimate_comm"] = estimate_comm
-        if advice.name in plan.TWO_PHASES:
-            keys["estimate_fraction"] = float(f"{advice.estimate_fraction:.4g}")
+        keys: dict[str, Any] = {"schedule": mode.schedule.name}
+        if mode.is_quantized:
+            keys["estimate_comm"] = mode.estimate_comm
+        if advice.estimate_fraction is not None:
+            keys["estimate_fraction"] = _short(advice.estimate_fraction, advice.n)
         setting = (
             f'Use ACCO: {json.dumps(keys)}, "gradient_accumulation_steps": {advice.n}; '
             f"{advice.speedup:.2f}x the speed of {advice.baseline}."
@@ -386,29 +390,45 @@ def words(advice: plan.Advice) -> str:
     return "\n".join([setting, *(wrap.fill(sentence) for sentence in advice.sentences)])
 
 
+def _short(fraction: float, n: int) -> float:
+    """Returns the fraction with as few digits, three at least, as leave phase A as long."""
+    a = phase_a_micro_batches(n, fraction)
+    shorter = (float(f"{fraction:.{digits}g}") for digits in range(3, 18))
+    return next(value for value in shorter if value < 1 and phase_a_micro_batches(n, value) == a)
+
+
+def _swept(n: int) -> list[str]:
+    """Returns the modes that the table over ranks shows: all but those between a full ESTIMATE and the coarsest."""
+    return [
+        name
+        for name, mode in plan.modes().items()
+        if mode.has_room(n) and (not mode.is_quantized or mode.estimate_comm == COARSEST.estimate_comm)
+    ]
+
+
 def sweep(inputs: Inputs, ranks: list[int]) -> list[dict[str, Any]]:
-    """The step at other numbers of ranks, with the same micro-batches on each (so the batch grows with them)."""
+    """Predicts the step at other numbers of ranks with the same micro-batches on each: the batch grows with them."""
     rows = []
     in_host = inputs.cluster.ranks // inputs.cluster.host_count
     if not ranks:
         powers = (in_host * 2**power for power in range(1, _SWEEP_UP_TO.bit_length()))
         ranks = [number for number in powers if number <= max(_SWEEP_UP_TO, inputs.cluster.ranks)]
-    names = [name for name in _SWEPT if name not in plan.TWO_PHASES or inputs.work.n > 1]
+    names = _swept(inputs.work.n)
     for number in ranks:
         cluster = inputs.cluster.with_ranks(number)
         commit = plan.round_s(inputs.model, cluster, inputs.work)
-        stage = plan.best_stage(inputs.model, cluster, inputs.work)
+        stage = best_stage(inputs.model, cluster, inputs.work)
         row: dict[str, Any] = {"ranks": number, "round_s": commit, "ratio": commit / inputs.work.compute_s}
         row |= {"stage": stage and stage.name, "stage_s": stage and stage.step_s}
         row |= {name: plan.predict(name, inputs.model, cluster, inputs.work).step_s for name in names}
-        row["acco_memory_bytes"] = plan.memory_bytes("acco", inputs.model, number)
+        row["acco_memory_bytes"] = plan.memory_bytes(DEFAULT.name, inputs.model, number)
         rows.append(row)
     return rows
 
 
 def sweep_table(rows: list[dict[str, Any]], has_latency: bool) -> str:
-    """Of what :func:`sweep` gave."""
-    names = [name for name in _SWEPT if name in rows[0]]
+    """Puts what :func:`sweep` returned into a table."""
+    names = [name for name in plan.modes() if name in rows[0]]
     lines = [["ranks", "R s", "R/C", "best stage", "s/step", *names, "ACCO GiB/rank"]]
     for row in rows:
         stage = [row["stage"], f"{row['stage_s']:.4g}"] if row["stage"] else ["none fits", "-"]
@@ -422,7 +442,7 @@ def sweep_table(rows: list[dict[str, Any]], has_latency: bool) -> str:
 
 
 def _bandwidth_alone(options: argparse.Namespace, inputs: Inputs) -> str:
-    """How far a round computed from the bandwidth is off the measured one."""
+    """Says how far a round computed from the bandwidth is off the measured one."""
     latency = _LATENCY_S[inputs.cluster.backend] if options.latency is None else options.latency
     nominal = replace(inputs.cluster, bandwidth=options.bandwidth, latency_s=latency, efficiency=options.efficiency)
     computed = plan.round_s(inputs.model, nominal, inputs.work)
@@ -434,13 +454,13 @@ def _bandwidth_alone(options: argparse.Namespace, inputs: Inputs) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity."""
+    """Replaces infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: _finite(inside) for key, inside in value.items()}
     return None if isinstance(value, float) and math.isinf(value) else value
 
 
-def _report(inputs: Inputs, advice: plan.Advice, sweep_rows: list[dict[str, Any]] | None) -> dict[str, Any]:
+def _report(inputs: Inputs, advice: Advice, sweep_rows: list[dict[str, Any]] | None) -> dict[str, Any]:
     model, cluster, work = inputs.model, inputs.cluster, inputs.work
     return {
         "prediction": True,
@@ -450,7 +470,7 @@ def _report(inputs: Inputs, advice: plan.Advice, sweep_rows: list[dict[str, Any]
         "compute_s": work.compute_s,
         "round_s": plan.round_s(model, cluster, work),
         "rows": [asdict(row) for row in plan.predict_all(model, cluster, work)],
-        "stops_paying": None if work.n == 1 else _finite(plan.stops_paying(model, cluster, work)),
+        "stops_paying": None if work.n == 1 else _finite(stops_paying(model, cluster, work)),
         "advice": asdict(advice),
         "sweep": sweep_rows,
     }
@@ -461,7 +481,7 @@ def run(options: argparse.Namespace) -> int:
     130 when it was interrupted."""
     try:
         inputs = inputs_of(options)
-        advice = plan.advise(inputs.model, inputs.cluster, inputs.work, inputs.micro_batch_size)
+        advice = advise(inputs.model, inputs.cluster, inputs.work, inputs.micro_batch_size)
         rows = None if options.sweep_ranks is None else sweep(inputs, options.sweep_ranks)
     except ValueError as error:
         print(f"ds_acco {error}", file=sys.stderr)

@@ -1,0 +1,292 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""The advice of ``ds_acco plan``: whether ACCO pays, with what settings, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from ...algorithm.schedules import DEFAULT, ESTIMATE, SCHEDULES, Schedule
+from ...algorithm.step_time import best_split
+from ...settings import ESTIMATE_COMMS
+from .model import (
+    STAGES,
+    Cluster,
+    Mode,
+    Model,
+    Prediction,
+    Work,
+    figures_of,
+    fraction_of,
+    memory_bytes,
+    modes,
+    predict,
+    round_s,
+)
+
+_WORTH_IT = 1.02  # a smaller speed-up is called none
+_MOST_CUTS = 1000  # into more parts no micro-batch is cut: a split is then exact to 0.1 %
+# The default schedule with the fewest bits of an ESTIMATE.
+COARSEST = Mode(DEFAULT, min((bits, name) for name, bits in ESTIMATE_COMMS.items() if bits)[1])
+
+
+def delayed_schedules() -> list[Schedule]:
+    """Returns the schedules that cost quality, the one to try first in front: they overlap and have one phase, so that
+    gradients are taken at old weights or predicted ones."""
+    return [schedule for schedule in SCHEDULES.values() if schedule.overlaps and not schedule.has_two_phases]
+
+
+def best_stage(model: Model, cluster: Cluster, work: Work) -> Prediction | None:
+    """Returns the fastest of DeepSpeed's stages whose model states fit; None where none does."""
+    stages = [predict(name, model, cluster, work) for name in STAGES]
+    fitting = [stage for stage in stages if stage.memory_bytes <= cluster.memory_bytes]
+    return min(fitting, key=lambda stage: stage.step_s, default=None)
+
+
+def best_window(
+    model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1, name: str = DEFAULT.name
+) -> Work | None:
+    """Returns the work with n and ``estimate_fraction`` chosen for ``name`` at the same batch: the smallest n within
+    0.1 % of the fastest. Micro-batches may be cut, never merged, as merged ones need more memory. Computation is taken
+    to stay as long.
+
+    Args:
+        micro_batch_size: samples of a micro-batch; 1: it cannot be cut.
+        name: of a mode with two phases.
+
+    Returns:
+        None where n = 1 and the micro-batch cannot be cut.
+    """
+    mode = modes()[name]
+    cuts = [cut for cut in range(1, min(micro_batch_size, _MOST_CUTS) + 1) if micro_batch_size % cut == 0]
+    windows = [
+        _with_best_split(mode, model, cluster, replace(work, n=cut * work.n, micro_batch_s=work.micro_batch_s / cut))
+        for cut in cuts
+        if mode.has_room(cut * work.n)
+    ]
+    steps = [predict(name, model, cluster, window).step_s for window in windows]
+    return next((window for window, step in zip(windows, steps) if step <= 1.001 * min(steps)), None)
+
+
+def _with_best_split(mode: Mode, model: Model, cluster: Cluster, work: Work) -> Work:
+    a = best_split(mode.schedule, work.n, figures_of(mode.name, model, cluster, work))
+    return replace(work, estimate_fraction=fraction_of(a, work.n))
+
+
+def stops_paying(
+    model: Model, cluster: Cluster, work: Work, against: Iterable[str] = STAGES, name: str = DEFAULT.name
+) -> float | None:
+    """Returns the R/C from which on ``name`` is not faster than the fastest of ``against``, as the computation varies.
+
+    Returns:
+        None where it is nowhere faster between R/C = 0.01 and 100, infinity where it still is at 100.
+    """
+    against = tuple(against)
+    commit = round_s(model, cluster, work)
+
+    def is_faster(ratio: float) -> bool:
+        this = replace(work, micro_batch_s=commit / ratio / work.n)
+        steps = [predict(other, model, cluster, this).step_s for other in against]
+        return predict(name, model, cluster, this).step_s < min(steps) * (1 - 1e-9)
+
+    if commit == 0:
+        return None
+    ratios = [10 ** (point / 100) for point in range(-200, 201)]
+    faster = [ratio for ratio in ratios if is_faster(ratio)]
+    if not faster:
+        return None
+    if faster[-1] == ratios[-1]:
+        return math.inf
+    low, high = faster[-1], ratios[ratios.index(faster[-1]) + 1]
+    for _ in range(50):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if is_faster(middle) else (low, middle)
+    return high
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Says what to use.
+
+    Attributes:
+        name: of a stage or a mode; None where no model states fit.
+        n: what to set with ACCO; with a stage as it is.
+        estimate_fraction: what to set with a mode of two phases, else None.
+        baseline: the fastest of DeepSpeed's stages that fits, or None.
+        speedup: how many times faster than the baseline; None without one.
+        sentences: why.
+    """
+
+    name: str | None
+    n: int
+    estimate_fraction: float | None
+    baseline: str | None
+    speedup: float | None
+    sentences: tuple[str, ...]
+
+
+def seconds(value: float) -> str:
+    """Returns a time in words, with three digits: ``2.12 s``, ``650 ms``, ``12 us``."""
+    for factor, unit in ((1.0, "s"), (1e-3, "ms")):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value / 1e-6:.3g} us"
+
+
+def advise(model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1) -> Advice:
+    """Says whether ACCO pays here, with what settings, and why. The default schedule is taken before a faster one that
+    costs quality, and before its own with a quantized ESTIMATE where that is not 2 % faster; anything must be at least
+    2 % faster than the best stage. Splits are chosen, whatever ``work.estimate_fraction`` says."""
+    baseline = best_stage(model, cluster, work)
+    commit, compute = round_s(model, cluster, work), work.compute_s
+    said = [
+        f"R = {seconds(commit)} (reduce-scatter, sharded update, all-gather), C = {seconds(compute)} "
+        f"({work.n} x {seconds(work.micro_batch_s)}): R/C = {commit / compute:.3g}."
+    ]
+
+    if baseline is None:  # nor does ACCO: ZeRO-3 has the smallest model states of all
+        said.append("The model states of no stage fit in a rank's memory: use more ranks, or offload.")
+        return Advice(None, work.n, None, None, None, tuple(said))
+
+    def use_stage() -> Advice:
+        return Advice(baseline.name, work.n, None, baseline.name, 1.0, tuple(said))
+
+    def use_acco(mode: Prediction, n: int, estimate_fraction: float | None) -> Advice:
+        speedup = baseline.step_s / mode.step_s
+        return Advice(mode.name, n, estimate_fraction, baseline.name, speedup, tuple(said))
+
+    window = best_window(model, cluster, work, micro_batch_size)
+    default = predict(DEFAULT.name, model, cluster, window) if window else None
+    delayed = predict(delayed_schedules()[0].name, model, cluster, work)
+    if cluster.ranks == 1:
+        said.append("One rank communicates nothing: there is nothing to hide.")
+        return use_stage()
+    if delayed.memory_bytes > cluster.memory_bytes:
+        said.append(
+            f"ACCO's model states do not fit: {delayed.memory_bytes / 2**30:.1f} GiB of "
+            f"{cluster.memory_bytes / 2**30:.1f}; {baseline.name} is the fastest stage that does."
+        )
+        return use_stage()
+    if baseline.step_s < _WORTH_IT * compute:
+        said.append(
+            f"Nothing to win: communication and update make a step of {baseline.name} only "
+            f"{100 * (baseline.step_s / compute - 1):.2g} % longer than its computation."
+        )
+        return use_stage()
+    if window is None or default is None:
+        said.append(
+            f"n = 1 has no second phase for {DEFAULT.name}: set gradient_accumulation_steps = 2 and halve the "
+            "micro-batch."
+        )
+    else:
+        chosen = default
+        said.append(_regime(default, delayed, baseline, commit, compute, window.n))
+        if default.step_s > 1.01 * compute:
+            quantized = best_window(model, cluster, work, micro_batch_size, COARSEST.name)
+            assert quantized is not None, "it has as many phases as the default"
+            coarsest = predict(COARSEST.name, model, cluster, quantized)
+            said.append(_larger_batch(commit, window))
+            if default.step_s >= _WORTH_IT * coarsest.step_s:
+                estimate = round_s(model, cluster, quantized, ESTIMATE, COARSEST.estimate_comm)
+                said.append(_quantized(default, coarsest, quantized, estimate))
+                window, chosen = quantized, coarsest
+            elif commit > compute / 2:
+                said.append(_not_quantized(cluster))
+        anywhere = replace(window, estimate_fraction=None)  # at each R/C one that suits it
+        crossing = stops_paying(model, cluster, anywhere, (baseline.name,), chosen.name)
+        said.append(_crossing(crossing, baseline.name, chosen.name))
+        if baseline.step_s >= _WORTH_IT * chosen.step_s:
+            if chosen.step_s >= _WORTH_IT * delayed.step_s:
+                faster = chosen.step_s / delayed.step_s
+                said.append(
+                    f"{_names(delayed_schedules())} would be {faster:.2f}x as fast as {chosen.name}, at a price: "
+                    f"{_QUALITY}"
+                )
+            said.append(_memory_cost(model, cluster.ranks))
+            return use_acco(chosen, window.n, window.estimate_fraction)
+    if baseline.step_s >= _WORTH_IT * delayed.step_s:
+        said.append(f"What is faster than {baseline.name} here is {delayed.name}, at a price: {_QUALITY}")
+        said.append(_memory_cost(model, cluster.ranks))
+        return use_acco(delayed, work.n, None)
+    said.append(f"No schedule is 2 % faster than {baseline.name}.")
+    return use_stage()
+
+
+def _names(schedules: list[Schedule]) -> str:
+    names = [schedule.name for schedule in schedules]
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+_QUALITY = (
+    "gradients are taken at weights one step old, or predicted ones, and the final loss is higher than acco's in every "
+    "comparison that the README has; measure yours."
+)
+
+
+def _regime(
+    default: Prediction, delayed: Prediction, baseline: Prediction, commit: float, compute: float, n: int
+) -> str:
+    against = f"{baseline.step_s / default.step_s:.2f}x the speed of {baseline.name} ({seconds(baseline.step_s)})"
+    if default.step_s <= 1.01 * compute:
+        return (
+            f"Everything is hidden: each round fits behind its part of the computation (R <= C/2), so {default.name} "
+            f"takes C, {against}. Nothing can be faster; at R = C/2 it would be 1.5x as fast as C + R."
+        )
+    if commit < compute / 2:
+        return (
+            f"R <= C/2, but with n = {n} one of the phases is shorter than its round: {default.name} takes "
+            f"{seconds(default.step_s)}, {against}. An even n has equal phases."
+        )
+    one_round = _names(delayed_schedules())
+    if commit < compute:
+        return (
+            f"A part is hidden: past R = C/2 {default.name}'s two rounds take longer than the computation; a step "
+            f"takes {seconds(default.step_s)}, {against}. {one_round} have one round and hide it until R = C: "
+            f"{seconds(delayed.step_s)}."
+        )
+    return (
+        f"The network is slower than the computation (R >= C): {default.name}'s two rounds take "
+        f"{seconds(default.step_s)}, {against}; they cost more than one that waits (C + R = "
+        f"{seconds(compute + commit)}), and {one_round}, with one round, take {seconds(delayed.step_s)}."
+    )
+
+
+def _quantized(default: Prediction, coarsest: Prediction, window: Work, estimate_s: float) -> str:
+    is_hidden = coarsest.exposed_s <= 0.01 * window.compute_s
+    hides = "everything is hidden" if is_hidden else f"{seconds(coarsest.exposed_s)} of it exposed"
+    return (
+        f'"estimate_comm": "{COARSEST.estimate_comm}" hides more: the ESTIMATE then takes {seconds(estimate_s)}, so '
+        f"phase A, which hides the COMMIT, can have {window.estimate_fraction:.4g} of the computation; a step takes "
+        f"{seconds(coarsest.step_s)} ({hides}), {default.step_s / coarsest.step_s:.2f}x the speed of plain "
+        f"{default.name}. The COMMIT stays exact; measure your loss with it."
+    )
+
+
+def _not_quantized(cluster: Cluster) -> str:
+    in_host = cluster.ranks // cluster.host_count
+    why = ""
+    if in_host > 1 and cluster.backend == "nccl":
+        why = f": its gradients go directly from rank to rank, and the {in_host} ranks of a host share its link"
+    return f'"estimate_comm": "{COARSEST.estimate_comm}" would not be 2 % faster{why}.'
+
+
+def _memory_cost(model: Model, ranks: int) -> str:
+    own, zero1 = memory_bytes(DEFAULT.name, model, ranks), memory_bytes("zero1", model, ranks)
+    return f"Model states: {own / 2**30:.3g} GiB a rank, {(own - zero1) / 2**30:.3g} GiB more than zero1."
+
+
+def _larger_batch(commit: float, work: Work) -> str:
+    n = 2 * math.ceil(commit / work.micro_batch_s * (1 - 1e-9))
+    if n <= work.n:
+        n = work.n + work.n % 2
+    return f"If the batch may grow: n = {n} (a {n / work.n:.3g} times larger batch) hides everything in {DEFAULT.name}."
+
+
+def _crossing(ratio: float | None, name: str, mode: str) -> str:
+    if ratio is None:
+        return f"{mode} is at no R/C faster than {name} here."
+    if math.isinf(ratio):
+        return f"{mode} stays faster than {name} up to R/C = 100."
+    return f"{mode} stops paying against {name} at R/C = {ratio:.3g}."
