@@ -4,7 +4,6 @@
 
 import json
 import math
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -696,12 +695,3 @@ def test_counting_a_transformers_config(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "nonesuch"}')
     with pytest.raises(ValueError, match="gives no model: .*nonesuch.* or give --params"):
         planning.count_parameters(str(tmp_path / "config.json"))
-
-
-def test_the_readme_prints_what_the_command_prints(capsys):
-    section = (ROOT / "README.md").read_text().split("\n## Plan\n")[1].split("\n## ")[0]
-    command = section.split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
-    printed = section.split("```text\n")[1].split("```")[0]
-    program, *arguments = shlex.split(command)
-    assert program == "ds_acco" and main(arguments) == 0
-    assert capsys.readouterr().out == printed
