@@ -92,12 +92,12 @@ def anchors_of(text: str) -> set[str]:
 
 
 def is_there(name: str, near: Path) -> bool:
-    """Whether a file that a text names exists: in the repository, or in the installed DeepSpeed (its ``runtime/`` may be
-    left out)."""
+    """Whether a file that a text names exists: in the repository, or in the installed DeepSpeed, also without its
+    ``runtime/`` or ``ops/``."""
     if "/" not in name:
         return name in NAMES | FOREIGN
     deepspeed = Path(importlib.util.find_spec("deepspeed").origin).parent
-    folders = (ROOT, near, PACKAGE, CSRC, deepspeed.parent, deepspeed, deepspeed / "runtime")
+    folders = (ROOT, near, PACKAGE, CSRC, deepspeed.parent, deepspeed, deepspeed / "runtime", deepspeed / "ops")
     return name in FOREIGN or any((folder / name).is_file() for folder in folders)
 
 
