@@ -401,6 +401,14 @@ def test_programs_of_the_commands_are_known():
     }
 
 
+def test_extras_that_the_papers_install_exist():
+    section = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]\n")[1].split("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = ", section, re.MULTILINE))
+    for path in PAPERS:
+        for names in re.findall(r"(?:deepspeed_acco|\.)\[([\w,]+)\]\"", path.read_text()):
+            assert set(names.split(",")) <= extras, f"{path.name} installs {names}; there are {sorted(extras)}"
+
+
 # ---- results
 
 
