@@ -260,7 +260,7 @@ def test_python_snippets_run(ranks):
             continue
         counted = ranks(2).run(run_snippet, code=code)
         if "engine.step()" in code:
-            assert counted[0]["steps"] == counted[1]["steps"] >= 2, (path.name, counted)
+            assert counted[0]["steps"] == counted[1]["steps"] >= 1, (path.name, counted)
         if "train_samples" in code:
             assert counted[0]["samples"] == 2 * 8 * 4, "every micro-batch of both ranks is in one step"
         run += 1
