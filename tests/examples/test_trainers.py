@@ -1,6 +1,7 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The examples of the HF Trainer and of Accelerate as a user starts them: the README's commands with a smaller model.
+"""The examples of the HF Trainer and of Accelerate as a user starts them: the commands of the docs with a
+smaller model.
 
 Every run is made once and serves all tests. Both trainers see an epoch that ends with a window of fewer micro-batches:
 3 of 4 under the HF Trainer, 1 of 3 under Accelerate.
@@ -35,13 +36,13 @@ pytestmark = pytest.mark.timeout(1600)  # a test may make several runs, and each
 
 
 def documented_command(script: str) -> list:
-    """Script and JSON of the README's command, as absolute paths."""
+    """Script and JSON of the docs' command, as absolute paths."""
     command = re.search(
         rf"^DS_ACCELERATOR=cpu deepspeed --num_accelerators {RANKS} (examples/{script} .*)$",
-        (ROOT / "README.md").read_text(),
+        (ROOT / "docs" / "how-to" / "trainers.md").read_text(),
         re.MULTILINE,
     )
-    assert command, f"the README has no command for {script}"
+    assert command, f"docs/how-to/trainers.md has no command for {script}"
     return [ROOT / word if (ROOT / word).is_file() else word for word in shlex.split(command.group(1))]
 
 
