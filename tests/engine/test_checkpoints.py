@@ -546,7 +546,7 @@ def _logged(folder) -> list[dict]:
 
 def _run_with_kills(folder, config, dice):
     """Starts the script again and again, and kills all of it with -9 at a random step (and somewhere inside it)."""
-    script = ROOT / "tests" / "resuming.py"
+    script = ROOT / "tests" / "support" / "resuming.py"
     kill_at = sorted(dice.sample(range(2, STEPS - 2), KILLS))
     for step in kill_at:
         run = Launched(script, folder, json.dumps(config), STEPS, stdout=subprocess.DEVNULL)
@@ -567,7 +567,7 @@ def test_killed_again_and_again(schedule, tmp_path):
     config = training.ds_config(4, 2.0, schedule=schedule)
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
     quiet.mkdir(), killed.mkdir()
-    done = launch(ROOT / "tests" / "resuming.py", quiet, json.dumps(config), STEPS)
+    done = launch(ROOT / "tests" / "support" / "resuming.py", quiet, json.dumps(config), STEPS)
     assert done.returncode == 0, done.stderr
     done, kill_at = _run_with_kills(killed, config, random.Random(20_260))
     assert done.returncode == 0, done.stderr
