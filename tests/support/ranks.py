@@ -1,6 +1,9 @@
 """Real processes for the distributed tests: a pool of gloo ranks that run one function after the other.
 
 A function that raises on any rank fails the test with that rank's traceback; one that hangs is killed after a limit.
+
+Ranks are forked by a server that has imported torch and DeepSpeed once: the imports take seconds, a fork milliseconds.
+The server only imports, so that no thread of torch, no group and no kernel is there to be inherited.
 """
 
 from __future__ import annotations
@@ -18,6 +21,10 @@ from tests.support.launcher import operators_folder, remove_shared_memory
 
 LIMIT_S = 240
 AFTER_ERROR_S = 30  # for each of the others, once a rank has raised or died
+IMPORTED_ONCE = [
+    *("torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.utils.cpp_extension"),
+    *("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed_acco"),
+]
 _pool_numbers = itertools.count()
 
 
@@ -26,6 +33,7 @@ class RankError(AssertionError):
 
 
 def _rank_main(rank, world_size, rendezvous, port, pipe, environment):
+    os.environ.clear()  # the server's, which are as old as it is
     os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
     # No rank listens there: DeepSpeed names its shared memory by it.
@@ -53,18 +61,23 @@ def _rank_main(rank, world_size, rendezvous, port, pipe, environment):
 
 
 class RankPool:
-    """``world_size`` spawned ranks joined by a gloo group; they stay for the next call."""
+    """``world_size`` ranks joined by a gloo group; they stay for the next call.
 
-    def __init__(self, world_size: int, **environment: str):
+    Args:
+        start_method: multiprocessing's name; ``spawn`` gives each rank a new interpreter.
+    """
+
+    def __init__(self, world_size: int, start_method: str = "forkserver"):
         self.world_size = world_size
         self._folder = tempfile.TemporaryDirectory()
         self._port = str(20_000 + (31 * os.getpid() + next(_pool_numbers)) % 40_000)
         rendezvous = os.path.join(self._folder.name, "rendezvous")
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(start_method)
+        context.set_forkserver_preload(IMPORTED_ONCE)
         self._pipes, self.processes = [], []
         for rank in range(world_size):
             mine, theirs = context.Pipe()
-            arguments = (rank, world_size, rendezvous, self._port, theirs, environment)
+            arguments = (rank, world_size, rendezvous, self._port, theirs, dict(os.environ))
             process = context.Process(target=_rank_main, args=arguments, daemon=True)
             process.start()
             self._pipes.append(mine)
