@@ -580,6 +580,7 @@ def _run_with_kills(folder, config, dice):
     return launch(script, folder, json.dumps(config), STEPS), kill_at
 
 
+@pytest.mark.distributed
 @pytest.mark.full
 @pytest.mark.parametrize("schedule", ["acco", "wp"])
 def test_killed_again_and_again(schedule, tmp_path):

@@ -96,6 +96,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("action", "schedule", "place"), CRUCIAL + [pytest.param(*case, marks=pytest.mark.full) for case in OTHERS]
 )
@@ -141,6 +142,7 @@ def _failing_round(config):
     return errors
 
 
+@pytest.mark.distributed
 def test_an_exception_in_the_background_surfaces_with_its_cause():
     pool = RankPool(2)
     try:
@@ -195,6 +197,7 @@ LEAVING_OTHERWISE = [
 ]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("how", "schedule"), LEAVING + [pytest.param(*case, marks=pytest.mark.full) for case in LEAVING_OTHERWISE]
 )
@@ -208,6 +211,7 @@ def test_leaving_is_clean(tmp_path, how, schedule):
     assert not re.search(r"Traceback|terminate called|Exception ignored", output), output
 
 
+@pytest.mark.distributed
 def test_the_harness_reports_a_failing_rank():
     pool = RankPool(2)
     with pytest.raises(RankError, match="(?s)rank 0: ValueError.*rank 1: ValueError"):

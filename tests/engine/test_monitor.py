@@ -130,7 +130,7 @@ def _expected_errors(schedule, windows, precision, **arguments):
         true.append(after)
 
     start = training.make_network().to(dtype)
-    groups = oracle._groups_of(start, arguments["groups"])[0]
+    groups = oracle.groups_of(start, arguments["groups"])[0]
     true.append(oracle.flatten([oracle.flatten(group) for group in groups]).detach().double())
     oracle.run_reference(
         schedule=schedule, world_size=2, windows=windows, n=4, a=2, precision=precision, keep=keep, **arguments
@@ -226,6 +226,7 @@ def _start_message(config):
     return "no error"
 
 
+@pytest.mark.distributed
 def test_a_monitor_on_one_rank_is_an_error(tmp_path):
     plain = training.ds_config(4)
     pool = RankPool(2)

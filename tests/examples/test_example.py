@@ -49,6 +49,7 @@ def rates(lr: float, steps: int) -> list[float]:
     return values
 
 
+@pytest.mark.distributed
 @pytest.mark.timeout(400)
 def test_acco_end_to_end(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("of an earlier run\n")
@@ -74,6 +75,7 @@ def test_acco_end_to_end(tmp_path):
     assert text.startswith("def ") and len(text) > 50
 
 
+@pytest.mark.distributed
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     "config",
@@ -92,6 +94,7 @@ def test_every_config_runs_the_same_script(tmp_path, config):
     assert (hidden == "n/a") == (config in STOCK_CONFIGS)
 
 
+@pytest.mark.distributed
 @pytest.mark.timeout(400)
 def test_a_slow_rank_computes_less_of_an_adaptive_batch(tmp_path):
     _, lines = train(tmp_path, "acco_adaptive", "--steps", 12, "--slow", 1, 3)
@@ -103,6 +106,7 @@ def test_a_slow_rank_computes_less_of_an_adaptive_batch(tmp_path):
     assert lines[-1]["val_loss"] < lines[0]["val_loss"]
 
 
+@pytest.mark.distributed
 @pytest.mark.full
 @pytest.mark.timeout(400)
 def test_three_ranks_and_a_file_of_the_user(tmp_path):
@@ -160,6 +164,7 @@ def test_learning_rates_of_the_json_come_first(tmp_path, monkeypatch):
         assert [factor(step) for step in (20, 21, 100)] == pytest.approx([last] * 3), "past the end nothing moves"
 
 
+@pytest.mark.distributed
 @pytest.mark.timeout(400)
 def test_too_little_text_is_explained(tmp_path):
     short = tmp_path / "short.txt"

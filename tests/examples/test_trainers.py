@@ -33,7 +33,8 @@ HF_ARGUMENTS = (
 ACCELERATE_N, ACCELERATE_STEPS, ACCELERATE_SAVED = 3, 54, 30  # two epochs of 26 whole windows and one of 1
 ACCELERATE_ARGUMENTS = ("--batch", MICRO_BATCH, "--accumulate", ACCELERATE_N, "--steps", ACCELERATE_STEPS)
 
-pytestmark = pytest.mark.timeout(1600)  # a test may make several runs, and each has a limit of its own
+# A test may make several runs, and each has a limit of its own.
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1600)]
 
 
 def documented_command(script: str) -> list:

@@ -13,6 +13,7 @@ import pytest
 from deepspeed_acco.optim import build as op_builder
 from tests.support.ranks import run_script
 
+pytestmark = pytest.mark.native
 ROOT = Path(__file__).resolve().parents[2]
 
 UPDATE = """

@@ -12,6 +12,7 @@ import pytest
 from deepspeed_acco.optim import build as op_builder
 from tests.support import sanitize
 
+pytestmark = pytest.mark.native
 NVCC = shutil.which("nvcc") or shutil.which(str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"))
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
 

@@ -10,7 +10,7 @@ from deepspeed_acco.algorithm.reference import Reference, ReferenceHyper
 from tests.support.training import DTYPES, HYPER, batch, make_network, param_groups
 
 
-def _groups_of(module, groups):
+def groups_of(module, groups):
     made = param_groups(module, groups)
     if groups == 1:
         return [made], [ReferenceHyper(HYPER["lr"], *HYPER["betas"], HYPER["eps"], HYPER["weight_decay"])]
@@ -88,7 +88,7 @@ def run_reference(
     dtype = DTYPES[kind] if kind != "fp32" else torch.float64
     accumulation_dtype = {"": dtype, "fp32": torch.float32}[accumulation]
     module = make_network(seed).to(dtype)
-    parameters, hyper = _groups_of(module, groups)
+    parameters, hyper = groups_of(module, groups)
     for h in hyper:
         h.eps = h.eps if eps is None else eps
     losses = []
@@ -128,7 +128,7 @@ def run_reference(
     # The engine casts the module before it copies the master weights.
     rounded_start = make_network(seed).to(DTYPES[kind])
     reference = Reference(
-        [flatten(group) for group in _groups_of(rounded_start, groups)[0]],
+        [flatten(group) for group in groups_of(rounded_start, groups)[0]],
         hyper,
         schedule,
         world_size,
