@@ -184,10 +184,13 @@ def run_script(script, *arguments, ranks: int = 2) -> subprocess.CompletedProces
             running = {process for process in running if process.is_alive()}
             if any(process.exitcode for process in processes):
                 break
+        # Of those that ended by themselves; -9 where only the limit ended them.
+        codes = [process.exitcode for process in processes if process.exitcode]
         for process in running:
             process.kill()
             process.join()
+            codes.append(process.exitcode)
         remove_shared_memory(port)
-        code = next((process.exitcode for process in processes if process.exitcode), 0)
+        code = codes[0] if codes else 0
         texts = [Path(path).read_text(errors="replace") for path in outputs]
     return subprocess.CompletedProcess([script, *arguments], code, *texts)
