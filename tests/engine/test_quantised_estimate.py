@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from deepspeed_acco.algorithm.window import phase_a_micro_batches
-from tests.distributed import test_adaptive as adaptive
+from tests.engine import test_adaptive_windows as adaptive
 from tests.runtime.test_communicator import loopback_bytes
 from tests.support import oracle, training
 
