@@ -158,6 +158,9 @@ class RankPool:
 
 def _script_main(rank, world_size, port, environment, outputs, script, arguments):
     _set_environment(rank, world_size, port, environment)
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # OpenMP has read the server's
     for path, stream in zip(outputs, (sys.stdout, sys.stderr)):
         with open(path, "a") as file:  # appends, since all ranks write to it
             os.dup2(file.fileno(), stream.fileno())
