@@ -227,6 +227,7 @@ def _start_message(config):
     return "no error"
 
 
+@pytest.mark.distributed
 def test_a_monitor_on_one_rank_is_an_error(tmp_path):
     plain = training.ds_config(4)
     pool = RankPool(2)

@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts a script through DeepSpeed's launcher, as a user does, on this machine."""
 
+import base64
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -30,20 +32,38 @@ def remove_shared_memory(master_port: int | str) -> None:
         left.unlink(missing_ok=True)
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environment() -> dict[str, str]:
+    """The environment of a rank: this one's, the checkout, the operators' folder, and one thread, since the ranks of a
+    test are as many as the cores."""
+    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    defaults = {"TORCH_EXTENSIONS_DIR": operators_folder(), "OMP_NUM_THREADS": "1"}
+    return {**defaults, **os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": search}
+
+
 class Launched:
     """A script started by the launcher in a session of its own. The launcher is a module here, so that it is this
-    interpreter's; ``deepspeed`` calls nothing else."""
+    interpreter's; ``deepspeed`` calls nothing else.
 
-    def __init__(self, script, *arguments, ranks: int = 2, **options):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
-        search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": search}
-        environment.setdefault("TORCH_EXTENSIONS_DIR", operators_folder())
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-        command += ["--master_port", str(self._port), str(script), *map(str, arguments)]
-        self.process = subprocess.Popen(command, env=environment, start_new_session=True, **options)
+    Args:
+        per_node: starts the module that the launcher starts on each node, which saves its imports.
+    """
+
+    def __init__(self, script, *arguments, ranks: int = 2, per_node: bool = False, **options):
+        self._port = free_port()
+        if per_node:
+            world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
+            command = ["deepspeed.launcher.launch", "--world_info", world, "--master_addr", "127.0.0.1"]
+        else:
+            command = ["deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
+        command = [sys.executable, "-m", *command, "--master_port", str(self._port), str(script)]
+        command += map(str, arguments)
+        self.process = subprocess.Popen(command, env=rank_environment(), start_new_session=True, **options)
 
     def kill(self) -> None:
         """SIGKILL for the launcher and every rank at once."""
@@ -63,9 +83,9 @@ class Launched:
             remove_shared_memory(self._port)
 
 
-def launch(script, *arguments, ranks: int = 2) -> subprocess.CompletedProcess:
+def launch(script, *arguments, ranks: int = 2, per_node: bool = False) -> subprocess.CompletedProcess:
     """Runs a script through the launcher to its end."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
-    run = Launched(script, *arguments, ranks=ranks, **pipes)
+    run = Launched(script, *arguments, ranks=ranks, per_node=per_node, **pipes)
     output, errors = run.wait()
     return subprocess.CompletedProcess(run.process.args, run.process.returncode, output, errors)
