@@ -1,18 +1,17 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Starts a script through DeepSpeed's launcher, as a user does, on this machine."""
+"""Starts a script through DeepSpeed's launcher, as a user does, on CPU ranks of this machine.
 
-import contextlib
+The package is imported where it is needed: ranks import this module before they have their environment.
+"""
+
 import os
-import socket
 import subprocess
-import sys
 import tempfile
+from contextlib import ExitStack
 from getpass import getuser
 from importlib.metadata import version
 from pathlib import Path
-
-import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 390  # the first use of DeepSpeed's own AdamW compiles it, and its communication on shared memory
@@ -25,42 +24,36 @@ def operators_folder() -> str:
 
 
 def remove_shared_memory(master_port: int | str) -> None:
-    """DeepSpeed leaves 66 MiB for each rank of a job in shared memory, named by the port."""
-    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{master_port}_*"):
-        left.unlink(missing_ok=True)
+    """Removes what the ranks of a job left in shared memory."""
+    from deepspeed_acco.tools.launch import launcher
+
+    launcher.remove_shared_memory(master_port)
 
 
 class Launched:
-    """A script started by the launcher in a session of its own. The launcher is a module here, so that it is this
-    interpreter's; ``deepspeed`` calls nothing else."""
+    """A script that is running; ``process`` is the launcher's."""
 
-    def __init__(self, script, *arguments, ranks: int = 2, **options):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
-        search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": search}
-        environment.setdefault("TORCH_EXTENSIONS_DIR", operators_folder())
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-        command += ["--master_port", str(self._port), str(script), *map(str, arguments)]
-        self.process = subprocess.Popen(command, env=environment, start_new_session=True, **options)
+    def __init__(self, script, *arguments, ranks: int = 2, **pipes):
+        from deepspeed_acco.tools.launch import launcher
+
+        self._left = ExitStack()
+        self._folder = Path(self._left.enter_context(tempfile.TemporaryDirectory()))
+        operators = {"TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", operators_folder())}
+        place = launcher.Place(world_size=ranks, slots=ranks, is_cpu=True)
+        words = ([str(script)], [str(argument) for argument in arguments])
+        (self.process,) = self._left.enter_context(launcher.started(*words, self._folder, place, operators, **pipes))
 
     def kill(self) -> None:
         """SIGKILL for the launcher and every rank at once."""
-        for child in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
-            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                child.kill()
-        self.process.wait()
-        remove_shared_memory(self._port)
+        from deepspeed_acco.tools.launch import launcher
+
+        launcher.kill_processes(self._folder)
+        self._left.close()
 
     def wait(self) -> tuple[str | None, str | None]:
         """Output and errors, when the script has ended."""
-        try:
+        with self._left:
             return self.process.communicate(timeout=LIMIT_S)
-        finally:
-            if self.process.poll() is None:
-                self.kill()
-            remove_shared_memory(self._port)
 
 
 def launch(script, *arguments, ranks: int = 2) -> subprocess.CompletedProcess:
