@@ -140,7 +140,7 @@ def _wait(launchers: list[subprocess.Popen], limit_s: float | None, watch: Calla
 
 def _commands(script, arguments, folder: Path, place: Place, port: int, changes: Mapping[str, str]):
     """Gives (command, environment) of each launcher to start: one, or one in each shaped host."""
-    environment = {**os.environ, **changes, _RUN: str(folder), "PYTHONPATH": _search_path()}
+    environment = {**os.environ, **changes, _RUN: str(folder), "PYTHONPATH": search_path()}
     if place.is_cpu:
         environment["DS_ACCELERATOR"] = "cpu"
     # As a module, so that it is this interpreter's; the command "deepspeed" calls nothing else.
@@ -166,8 +166,8 @@ def _commands(script, arguments, folder: Path, place: Place, port: int, changes:
     yield [*launcher, *options, *script, *arguments], environment
 
 
-def _search_path() -> str:
-    """PYTHONPATH with this package in front, where it is not an installed one."""
+def search_path() -> str:
+    """Returns PYTHONPATH with this package in front, where it is not an installed one."""
     root = Path(__file__).resolve().parents[3]
     own = [] if root == Path(sysconfig.get_paths()["purelib"]).resolve() else [str(root)]
     return os.pathsep.join([*own, *filter(None, [os.environ.get("PYTHONPATH")])])
