@@ -22,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from tests.support.launcher import LIMIT_S as SCRIPT_LIMIT_S
-from tests.support.launcher import free_port, rank_environment, remove_shared_memory
+from tests.support.launcher import rank_environment
 
 LIMIT_S = 240
 AFTER_ERROR_S = 30  # for each of the others, once a rank has raised or died
@@ -141,6 +141,8 @@ class RankPool:
 
     def close(self) -> None:
         """Ends all ranks, by force where needed."""
+        from deepspeed_acco.tools.launch import launcher
+
         for pipe in self._pipes:
             try:
                 pipe.send(None)
@@ -152,7 +154,7 @@ class RankPool:
                 process.kill()
                 process.join()
         self.processes = []
-        remove_shared_memory(self._port)
+        launcher.remove_shared_memory(self._port)
         self._folder.cleanup()
 
 
@@ -171,7 +173,9 @@ def _script_main(rank, world_size, port, environment, outputs, script, arguments
 
 def run_script(script, *arguments, ranks: int = 2) -> subprocess.CompletedProcess:
     """Runs a script as :func:`tests.support.launcher.launch` does, without a launcher and in forked ranks."""
-    port, context = free_port(), _context()
+    from deepspeed_acco.tools.launch import launcher
+
+    port, context = launcher.free_port(), _context()
     with tempfile.TemporaryDirectory() as folder:
         outputs = [os.path.join(folder, name) for name in ("stdout", "stderr")]
         words = (outputs, str(script), [str(argument) for argument in arguments])
@@ -193,7 +197,7 @@ def run_script(script, *arguments, ranks: int = 2) -> subprocess.CompletedProces
             process.kill()
             process.join()
             codes.append(process.exitcode)
-        remove_shared_memory(port)
+        launcher.remove_shared_memory(port)
         code = codes[0] if codes else 0
         texts = [Path(path).read_text(errors="replace") for path in outputs]
     return subprocess.CompletedProcess([script, *arguments], code, *texts)
