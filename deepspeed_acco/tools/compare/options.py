@@ -225,12 +225,12 @@ def _script(
         return list(EMULATED), [*arguments, "--numel", str(options.numel or EMULATED_NUMEL)], None
     given = list(options.script_arguments)
     example = _example()
-    if options.script is None and example is None:
+    script: Path | None = options.script or example
+    if script is None:
         raise ValueError(
             "--script is missing, and examples/train_gpt.py is not here: it is the default in a checkout of "
             "deepspeed_acco. Give your training script"
         )
-    script = options.script or example
     if not script.is_file():
         raise ValueError(f"--script {script} is not a file; give your training script")
     if example is None or script.resolve() != example.resolve():
