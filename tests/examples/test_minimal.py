@@ -9,6 +9,7 @@ import pytest
 from tests.support.launcher import ROOT, launch
 
 
+@pytest.mark.distributed
 @pytest.mark.timeout(400)
 def test_the_smallest_script_learns():
     script = ROOT / "examples" / "minimal.py"
