@@ -6,7 +6,18 @@ from __future__ import annotations
 
 from torch.optim import Optimizer
 
-from .settings import ACCO_KEYS, Settings, check_adamw, refuse_unknown
+from .settings import (
+    ACCO_KEYS,
+    ADAMW_KEYS,
+    Accumulation,
+    AdamWKeys,
+    Auto,
+    EstimateComm,
+    Lane,
+    LrFollows,
+    Settings,
+    refuse_unknown,
+)
 
 # Not for us: FusedAdam and DeepSpeedCPUAdam read them in the groups of a checkpoint that they load.
 FUSED_ADAM_KEYS = {"bias_correction": True, "amsgrad": False}
@@ -31,34 +42,34 @@ class ACCO(Optimizer):
     def __init__(
         self,
         params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        schedule: str = "acco",
-        estimate_fraction: float | str = 0.5,
-        overlap_warmup_steps: int = 0,
-        accumulation: str = "fixed",
-        lane: str = "auto",
-        comm_timeout_s: float | None = None,
-        max_window: int | None = None,
-        lr_follows: str = "samples",
-        estimate_comm: str = "full",
+        lr: float = AdamWKeys.lr,
+        betas: tuple[float, float] = AdamWKeys.betas,
+        eps: float = AdamWKeys.eps,
+        weight_decay: float = AdamWKeys.weight_decay,
+        schedule: str = Settings.schedule,
+        estimate_fraction: float | Auto = Settings.estimate_fraction,
+        overlap_warmup_steps: int = Settings.overlap_warmup_steps,
+        accumulation: Accumulation = Settings.accumulation,
+        lane: Lane = Settings.lane,
+        comm_timeout_s: float | None = Settings.comm_timeout_s,
+        max_window: int | None = Settings.max_window,
+        lr_follows: LrFollows = Settings.lr_follows,
+        estimate_comm: EstimateComm = Settings.estimate_comm,
         **unknown,
     ):
         refuse_unknown(unknown)
         self.settings = Settings(
-            schedule,
-            estimate_fraction,
-            overlap_warmup_steps,
-            accumulation,
-            lane,
-            comm_timeout_s,
-            max_window,
-            lr_follows,
-            estimate_comm,
+            schedule=schedule,
+            estimate_fraction=estimate_fraction,
+            overlap_warmup_steps=overlap_warmup_steps,
+            accumulation=accumulation,
+            lane=lane,
+            comm_timeout_s=comm_timeout_s,
+            max_window=max_window,
+            lr_follows=lr_follows,
+            estimate_comm=estimate_comm,
         )
-        check_adamw(lr, betas, eps, weight_decay)
+        AdamWKeys(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)  # checks them
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, **FUSED_ADAM_KEYS))
         self._opt_called = True  # or torch's schedulers warn at their first step that this one never stepped
 
@@ -76,7 +87,7 @@ class ACCO(Optimizer):
                 raise ValueError(
                     f"ACCO: {key} = {merged[key]!r} in a parameter group is not allowed; allowed: {allowed}. Remove it"
                 )
-        check_adamw(merged["lr"], merged["betas"], merged["eps"], merged["weight_decay"])
+        AdamWKeys(**{key: merged[key] for key in ADAMW_KEYS})  # checks them
         super().add_param_group(param_group)
 
     def complete_groups(self) -> None:

@@ -6,119 +6,212 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
-from .algorithm.schedules import SCHEDULES
+from .algorithm.schedules import DEFAULT, SCHEDULES, names_of
 
-LANES = ("auto", "inline")
-ACCUMULATIONS = ("fixed", "adaptive")
-LR_FOLLOWS = ("samples", "steps")
-ESTIMATE_COMMS = {"full": 0, "int8": 8, "int4": 4}  # bits of a value; 0: in its dtype
-AUTOS = ("auto", "measured")  # the same; HF Trainer and Accelerate take every "auto" for their own
+Lane = Literal["auto", "inline"]
+Accumulation = Literal["fixed", "adaptive"]
+LrFollows = Literal["samples", "steps"]
+EstimateComm = Literal["full", "int8", "int4"]
+Auto = Literal["auto", "measured"]  # the same; HF Trainer and Accelerate take every "auto" for their own
+
 FIRST_OF_AUTO = 0.5
 MAX_WINDOW_GROWTH = 8  # default of max_window, in nominal windows
+ESTIMATE_COMMS = {"full": 0, "int8": 8, "int4": 4}  # bits of a value; 0: in its dtype
+
+
+# ---- what a value may be: each class checks it and describes it, for messages and in the JSON schema
 
 
 def _refuse(key: str, given: Any, allowed: str, fix: str) -> ValueError:
     return ValueError(f"ACCO: optimizer.params.{key} = {given!r} is not allowed; allowed: {allowed}. {fix}")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _quoted(names: Iterable[str]) -> list[str]:
+    return [f'"{name}"' for name in names]
 
 
-def _check_choice(key: str, value: Any, choices) -> None:
-    if not isinstance(value, str) or value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f'Did you mean "{near[0]}"?' if near else "Set one of these."
-        raise _refuse(key, value, ", ".join(f'"{choice}"' for choice in choices), hint)
+@dataclass(frozen=True)
+class _Choice:
+    """One of the names: those that the collection has now, since rows may be added to SCHEDULES."""
+
+    names: Collection[str]
+
+    def check(self, key: str, value: Any) -> None:
+        if not isinstance(value, str) or value not in self.names:
+            near = difflib.get_close_matches(str(value), self.names, n=1)
+            hint = f'Did you mean "{near[0]}"?' if near else "Set one of these."
+            raise _refuse(key, value, ", ".join(_quoted(self.names)), hint)
+
+    def schema(self) -> dict[str, Any]:
+        return {"enum": list(self.names)}
 
 
-def _check_number(key: str, value: Any, low: float, *, open_low: bool = False, below: float = math.inf) -> None:
-    bound = f"a number {'>' if open_low else '>='} {low:g}" + (f" and < {below:g}" if below < math.inf else "")
-    if not _is_number(value):
-        raise _refuse(key, value, bound, "Write it as a JSON number, without quotes.")
-    if value < low or (open_low and value == low) or value >= below:
-        raise _refuse(key, value, bound, "Choose a value in that range.")
+@dataclass(frozen=True)
+class _Number:
+    """A finite number from ``low`` on, or above it, and below ``below``; or one of the words."""
+
+    low: float = 0.0
+    is_low_open: bool = False
+    below: float = math.inf
+    words: tuple[str, ...] = ()
+
+    def check(self, key: str, value: Any) -> None:
+        if isinstance(value, str) and value in self.words:
+            return
+        bound = f"a number {'>' if self.is_low_open else '>='} {self.low:g}"
+        bound += f" and < {self.below:g}" if self.below < math.inf else ""
+        words = _quoted(self.words)
+        allowed = ", ".join([bound, *words[:-1]]) + (f", or {words[-1]}" if words else "")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            raise _refuse(key, value, allowed, "Write it as a JSON number, without quotes.")
+        if value < self.low or (self.is_low_open and value == self.low) or value >= self.below:
+            raise _refuse(key, value, allowed, "Choose a value in that range.")
+
+    def schema(self) -> dict[str, Any]:
+        number: dict[str, Any] = {
+            "type": "number",
+            "exclusiveMinimum" if self.is_low_open else "minimum": self.low,
+            **({"exclusiveMaximum": self.below} if self.below < math.inf else {}),
+        }
+        return {"anyOf": [number, {"enum": list(self.words)}]} if self.words else number
 
 
-def check_adamw(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
-    """Raises ValueError for hyper-parameters that AdamW cannot use, naming the key as the JSON spells it."""
-    _check_number("lr", lr, 0.0)
-    if not isinstance(betas, (list, tuple)) or len(betas) != 2:
-        raise _refuse("betas", betas, "a list of two numbers", "For example [0.9, 0.999].")
-    for beta in betas:
-        if not _is_number(beta) or not 0.0 <= beta < 1.0:
-            raise _refuse("betas", betas, "two numbers >= 0 and < 1", "For example [0.9, 0.999].")
-    _check_number("eps", eps, 0.0)
-    _check_number("weight_decay", weight_decay, 0.0)
+@dataclass(frozen=True)
+class _Whole:
+    """A whole number from ``low`` on."""
+
+    low: int
+    hint: str
+
+    def check(self, key: str, value: Any) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < self.low:
+            raise _refuse(key, value, f"a whole number >= {self.low}", self.hint)
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "integer", "minimum": self.low}
+
+
+class _Betas:
+    """Two numbers >= 0 and < 1."""
+
+    def check(self, key: str, value: Any) -> None:
+        example = "For example [0.9, 0.999]."
+        if not isinstance(value, (list, tuple)) or len(value) != 2:
+            raise _refuse(key, value, "a list of two numbers", example)
+        for beta in value:
+            if not isinstance(beta, (int, float)) or isinstance(beta, bool) or not 0.0 <= beta < 1.0:
+                raise _refuse(key, value, "two numbers >= 0 and < 1", example)
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "array", "items": _Number(below=1.0).schema(), "minItems": 2, "maxItems": 2}
+
+
+def _key(default: Any, allowed: _Choice | _Number | _Whole | _Betas, description: str) -> Any:
+    """A field of Settings or AdamWKeys; one whose default is None may be None."""
+    return field(default=default, metadata={"allowed": allowed, "description": description})
+
+
+def _check_keys(keys: Settings | AdamWKeys) -> None:
+    for key in fields(keys):
+        value = getattr(keys, key.name)
+        if value is not None or key.default is not None:
+            key.metadata["allowed"].check(key.name, value)
+
+
+# ---- the keys
+
+
+@dataclass(frozen=True)
+class AdamWKeys:
+    """AdamW's keys under ``params``, with the defaults of torch.optim.AdamW.
+
+    Raises:
+        ValueError: for a value that AdamW cannot use, naming the key as the JSON spells it.
+    """
+
+    lr: float = _key(1e-3, _Number(), "learning rate")
+    betas: tuple[float, float] = _key((0.9, 0.999), _Betas(), "decay of the averages of the gradient and its square")
+    eps: float = _key(1e-8, _Number(), "added to the root of the averaged square")
+    weight_decay: float = _key(1e-2, _Number(), "decoupled weight decay")
+
+    def __post_init__(self):
+        _check_keys(self)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """ACCO's own keys (the rest of ``params`` is AdamW's).
+    """ACCO's own keys under ``params``; each field says what its key means.
 
-    Attributes:
-        schedule: ``acco``, ``wp``, ``dpu`` or ``sync`` (rounds.py).
-        estimate_fraction: part of the window's micro-batches that phase A has, in (0, 1); ``auto`` or ``measured``: one
-            half, until after 10 windows the split that was measured to be the fastest is taken (split.py).
-        overlap_warmup_steps: so many first windows run as ``sync``.
-        accumulation: ``fixed``: every window has ``gradient_accumulation_steps`` micro-batches; ``adaptive``: it has at
-            least so many, and a rank goes on until its running round is finished.
-        max_window: with ``adaptive``: a rank's micro-batches of one window at most, then it waits; None: 8 times
-            ``gradient_accumulation_steps``.
-        lr_follows: with ``adaptive``: the engine's scheduler moves by one for every ``train_batch_size`` ``samples`` of
-            the commits finished, or at each of the ``steps``. With ``fixed`` both are the same.
-        lane: ``auto``: a side stream on CUDA, a worker thread on CPU; ``inline``: blocking, for debugging.
-        comm_timeout_s: timeout of ACCO's own process group in seconds; None: DeepSpeed's default.
-        estimate_comm: what an ESTIMATE sends: ``full``, or gradients and changes of weights as ``int8`` or ``int4``
-            (quantize.py). A COMMIT is always sent in full.
+    Raises:
+        ValueError: for a value that is not allowed, or not together with another, naming the key as the JSON spells it.
     """
 
-    schedule: str = "acco"
-    estimate_fraction: float | str = 0.5
-    overlap_warmup_steps: int = 0
-    accumulation: str = "fixed"
-    lane: str = "auto"
-    comm_timeout_s: float | None = None
-    max_window: int | None = None
-    lr_follows: str = "samples"
-    estimate_comm: str = "full"
+    schedule: str = _key(DEFAULT.name, _Choice(SCHEDULES), "which rounds run behind which computation")
+    estimate_fraction: float | Auto = _key(
+        0.5,
+        _Number(is_low_open=True, below=1.0, words=get_args(Auto)),
+        "part of the window's micro-batches that phase A has; auto or measured, which are the same: one half, until "
+        "after 10 windows the split that was measured to be the fastest is taken",
+    )
+    overlap_warmup_steps: int = _key(
+        0, _Whole(0, "0 overlaps from the first step on."), "so many first windows run as sync"
+    )
+    accumulation: Accumulation = _key(
+        "fixed",
+        _Choice(get_args(Accumulation)),
+        "fixed: every window has gradient_accumulation_steps micro-batches; adaptive: it has at least so many, and a "
+        "rank goes on until its running round is finished",
+    )
+    lane: Lane = _key(
+        "auto",
+        _Choice(get_args(Lane)),
+        "auto: rounds run on a side stream on CUDA and in a worker thread on CPU; inline: blocking, for debugging",
+    )
+    comm_timeout_s: float | None = _key(
+        None, _Number(is_low_open=True), "timeout of ACCO's process group in seconds; null: DeepSpeed's default"
+    )
+    max_window: int | None = _key(
+        None,
+        _Whole(1, "It counts micro-batches."),
+        "with adaptive accumulation: a rank's micro-batches of one window at most, then it waits; null: "
+        f"{MAX_WINDOW_GROWTH} times gradient_accumulation_steps",
+    )
+    lr_follows: LrFollows = _key(
+        "samples",
+        _Choice(get_args(LrFollows)),
+        "with adaptive accumulation: the engine's scheduler moves by one for every train_batch_size samples of the "
+        "commits finished, or at each of the steps",
+    )
+    estimate_comm: EstimateComm = _key(
+        "full",
+        _Choice(get_args(EstimateComm)),
+        "what an ESTIMATE sends: values in full, or gradients and changes of weights in 8 or 4 bits; a COMMIT is "
+        "always sent in full",
+    )
 
     def __post_init__(self):
-        _check_choice("schedule", self.schedule, tuple(SCHEDULES))
-        if self.estimate_fraction in AUTOS:
-            if not SCHEDULES[self.schedule].has_two_phases:
-                fix = 'Remove it, or set the schedule to "acco": the others have one phase.'
+        _check_keys(self)
+        schedule = SCHEDULES[self.schedule]
+        if not schedule.has_two_phases:
+            remove = f"Remove it, or set the schedule to {names_of(lambda row: row.has_two_phases)}"
+            if isinstance(self.estimate_fraction, str):
                 allowed = f'a number with schedule = "{self.schedule}"'
+                fix = f"{remove}: the others have one phase."
                 raise _refuse("estimate_fraction", self.estimate_fraction, allowed, fix)
-        elif isinstance(self.estimate_fraction, str):
-            allowed = 'a number > 0 and < 1, "auto", or "measured", which is the same'
-            raise _refuse("estimate_fraction", self.estimate_fraction, allowed, "Write numbers without quotes.")
-        else:
-            _check_number("estimate_fraction", self.estimate_fraction, 0.0, open_low=True, below=1.0)
-        _check_choice("estimate_comm", self.estimate_comm, tuple(ESTIMATE_COMMS))
-        if self.estimate_bits and not SCHEDULES[self.schedule].has_two_phases:
-            fix = 'Remove it, or set the schedule to "acco": the others make no estimate, and a COMMIT is sent in full.'
-            raise _refuse("estimate_comm", self.estimate_comm, f'"full" with schedule = "{self.schedule}"', fix)
-        steps = self.overlap_warmup_steps
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-            raise _refuse("overlap_warmup_steps", steps, "a whole number >= 0", "0 overlaps from the first step on.")
-        _check_choice("accumulation", self.accumulation, ACCUMULATIONS)
-        _check_choice("lane", self.lane, LANES)
-        if self.comm_timeout_s is not None:
-            _check_number("comm_timeout_s", self.comm_timeout_s, 0.0, open_low=True)
-        _check_choice("lr_follows", self.lr_follows, LR_FOLLOWS)
-        if self.max_window is not None:
-            if not isinstance(self.max_window, int) or isinstance(self.max_window, bool) or self.max_window < 1:
-                raise _refuse("max_window", self.max_window, "a whole number >= 1", "It counts micro-batches.")
-            if not self.is_adaptive:
-                fix = 'Remove it, or set accumulation to "adaptive".'
-                raise _refuse("max_window", self.max_window, 'none with accumulation = "fixed"', fix)
-        if self.is_adaptive and not SCHEDULES[self.schedule].overlaps:
-            fix = 'Set the schedule to "acco", "wp" or "dpu": "sync" has no round to accumulate behind.'
-            raise _refuse("accumulation", self.accumulation, '"fixed" with schedule = "sync"', fix)
+            if self.estimate_bits:
+                fix = f"{remove}: the others make no estimate, and a COMMIT is sent in full."
+                raise _refuse("estimate_comm", self.estimate_comm, f'"full" with schedule = "{self.schedule}"', fix)
+        if self.max_window is not None and not self.is_adaptive:
+            fix = 'Remove it, or set accumulation to "adaptive".'
+            raise _refuse("max_window", self.max_window, 'none with accumulation = "fixed"', fix)
+        if self.is_adaptive and not schedule.overlaps:
+            overlapping = names_of(lambda row: row.overlaps)
+            fix = f'Set the schedule to {overlapping}: "{self.schedule}" has no round to accumulate behind.'
+            raise _refuse("accumulation", self.accumulation, f'"fixed" with schedule = "{self.schedule}"', fix)
 
     @property
     def is_adaptive(self) -> bool:
@@ -135,8 +228,8 @@ class Settings:
         return FIRST_OF_AUTO if isinstance(self.estimate_fraction, str) else self.estimate_fraction
 
 
-ADAMW_KEYS = ("lr", "betas", "eps", "weight_decay")
-ACCO_KEYS = tuple(field.name for field in fields(Settings))
+ADAMW_KEYS = tuple(key.name for key in fields(AdamWKeys))
+ACCO_KEYS = tuple(key.name for key in fields(Settings))
 
 
 def refuse_unknown(keys) -> None:
@@ -160,3 +253,30 @@ def max_window_micro_batches(window_micro_batches: int, max_window: int | None) 
         allowed = f">= gradient_accumulation_steps = {window_micro_batches}, the least that a window has"
         raise _refuse("max_window", max_window, allowed, "Raise it, or lower gradient_accumulation_steps.")
     return max_window
+
+
+# ---- for editors
+
+
+def json_schema() -> dict[str, Any]:
+    """Returns the JSON schema (draft 7) of a DeepSpeed JSON in so far as it concerns ACCO.
+
+    It has the values of each key and allows whatever else is in the file. What keys forbid each other is checked when
+    training starts.
+    """
+    properties: dict[str, Any] = {}
+    for key in (*fields(AdamWKeys), *fields(Settings)):
+        allowed = key.metadata["allowed"].schema()
+        if key.name in ADAMW_KEYS:
+            allowed = {"anyOf": [allowed, {"const": "auto", "description": "filled by HF Trainer and Accelerate"}]}
+        if key.default is None:
+            allowed = {"anyOf": [allowed, {"type": "null"}]}
+        properties[key.name] = {"description": key.metadata["description"], "default": key.default, **allowed}
+    is_acco = {"properties": {"type": {"const": "ACCO"}}, "required": ["type"]}
+    params = {"type": "object", "properties": properties, "additionalProperties": False}
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "DeepSpeed JSON with the optimizer ACCO",
+        "type": "object",
+        "properties": {"optimizer": {"if": is_acco, "then": {"properties": {"params": params}}}},
+    }

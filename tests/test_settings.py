@@ -1,15 +1,22 @@
+import inspect
+import json
 import math
 import warnings
+from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 
 from deepspeed_acco import ACCO
+from deepspeed_acco.algorithm import schedules
 from deepspeed_acco.algorithm.schedules import SCHEDULES
 from deepspeed_acco.algorithm.window import phase_a_micro_batches, require_room
 from deepspeed_acco.optim.flat import pieces
 from deepspeed_acco.runtime.layout import GroupLayout
-from deepspeed_acco.settings import max_window_micro_batches
+from deepspeed_acco.settings import ACCO_KEYS, ADAMW_KEYS, Settings, json_schema, max_window_micro_batches
+
+ROOT = Path(__file__).parents[1]
 
 
 def _make(**params):
@@ -27,45 +34,45 @@ def test_defaults_are_those_of_adamw():
     assert (settings.max_window, settings.lr_follows) == (None, "samples")
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("lr", "auto"),
-        ("lr", -1e-3),
-        ("lr", True),
-        ("lr", math.nan),
-        ("lr", None),
-        ("betas", 0.9),
-        ("betas", [0.9]),
-        ("betas", [0.9, 1.0]),
-        ("betas", [-0.1, 0.9]),
-        ("betas", ["0.9", 0.9]),
-        ("eps", -1e-8),
-        ("eps", "1e-8"),
-        ("weight_decay", -0.1),
-        ("weight_decay", "auto"),
-        ("schedule", "ACCO"),
-        ("schedule", 1),
-        ("estimate_fraction", 0),
-        ("estimate_fraction", 1),
-        ("estimate_fraction", "half"),
-        ("estimate_comm", "int2"),
-        ("estimate_comm", 4),
-        ("overlap_warmup_steps", -1),
-        ("overlap_warmup_steps", 1.5),
-        ("overlap_warmup_steps", True),
-        ("accumulation", "adaptiv"),
-        ("accumulation", True),
-        ("max_window", 0),
-        ("max_window", 16.0),
-        ("max_window", True),
-        ("max_window", 16),  # with fixed accumulation
-        ("lr_follows", "windows"),
-        ("lane", "thread"),
-        ("comm_timeout_s", 0),
-        ("comm_timeout_s", "60"),
-    ],
-)
+REFUSED = [
+    ("lr", "auto"),
+    ("lr", -1e-3),
+    ("lr", True),
+    ("lr", math.nan),
+    ("lr", None),
+    ("betas", 0.9),
+    ("betas", [0.9]),
+    ("betas", [0.9, 1.0]),
+    ("betas", [-0.1, 0.9]),
+    ("betas", ["0.9", 0.9]),
+    ("eps", -1e-8),
+    ("eps", "1e-8"),
+    ("weight_decay", -0.1),
+    ("weight_decay", "auto"),
+    ("schedule", "ACCO"),
+    ("schedule", 1),
+    ("estimate_fraction", 0),
+    ("estimate_fraction", 1),
+    ("estimate_fraction", "half"),
+    ("estimate_comm", "int2"),
+    ("estimate_comm", 4),
+    ("overlap_warmup_steps", -1),
+    ("overlap_warmup_steps", 1.5),
+    ("overlap_warmup_steps", True),
+    ("accumulation", "adaptiv"),
+    ("accumulation", True),
+    ("max_window", 0),
+    ("max_window", 16.0),
+    ("max_window", True),
+    ("max_window", 16),  # with fixed accumulation
+    ("lr_follows", "windows"),
+    ("lane", "thread"),
+    ("comm_timeout_s", 0),
+    ("comm_timeout_s", "60"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), REFUSED)
 def test_a_value_out_of_range_names_key_value_and_what_is_allowed(key, value):
     with pytest.raises(ValueError) as caught:
         _make(**{key: value})
@@ -86,6 +93,66 @@ def test_a_misspelt_auto_is_told_what_is_meant():
 def test_what_only_an_estimate_has_is_refused_elsewhere(schedule, key, value):
     with pytest.raises(ValueError, match=f'{key} = .{value}. is not allowed; .* schedule = "{schedule}"'):
         _make(schedule=schedule, **{key: value})
+
+
+def test_the_signature_has_every_key():
+    parameters = list(inspect.signature(ACCO).parameters)
+    assert parameters == ["params", *ADAMW_KEYS, *ACCO_KEYS, "unknown"]
+
+
+def test_a_schedule_is_a_row_of_the_table(monkeypatch):
+    with pytest.raises(ValueError, match="schedule = 'twin' is not allowed"):
+        Settings(schedule="twin")
+    acco, sync = schedules.SCHEDULES["acco"], schedules.SCHEDULES["sync"]
+    monkeypatch.setitem(schedules.SCHEDULES, "twin", acco)
+    monkeypatch.setitem(schedules.SCHEDULES, "waits", sync)
+    assert Settings(schedule="twin", estimate_comm="int4", estimate_fraction="auto").estimate_bits == 4
+    with pytest.raises(ValueError, match='accumulation = .adaptive. .* "fixed" with schedule = "waits"'):
+        Settings(schedule="waits", accumulation="adaptive")
+    with pytest.raises(ValueError, match='set the schedule to "acco" or "twin"'):
+        Settings(schedule="dpu", estimate_comm="int4")
+    assert _key_schema("schedule")["enum"] == ["acco", "wp", "dpu", "sync", "twin", "waits"]
+
+
+def _key_schema(key):
+    return json_schema()["properties"]["optimizer"]["then"]["properties"]["params"]["properties"][key]
+
+
+def _is_valid(params, type="ACCO"):
+    document = json.loads(json.dumps({"optimizer": {"type": type, "params": params}, "steps_per_print": 10}))
+    return jsonschema.Draft7Validator(json_schema()).is_valid(document)
+
+
+def test_the_schema_is_one_and_has_the_defaults():
+    jsonschema.Draft7Validator.check_schema(json_schema())
+    adamw = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).defaults
+    assert {key: _key_schema(key)["default"] for key in ADAMW_KEYS} == {key: adamw[key] for key in ADAMW_KEYS}
+    assert {key: _key_schema(key)["default"] for key in ACCO_KEYS} == vars(Settings())
+    assert all(_key_schema(key)["description"] for key in ADAMW_KEYS + ACCO_KEYS)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_the_schema_accepts_the_json_files(path):
+    jsonschema.Draft7Validator(json_schema()).validate(json.loads(path.read_text()))
+
+
+# Trainers fill "auto", JSON has no NaN, to a schema 16.0 is whole, and one key does not know another.
+NOT_OF_A_FILE = [("lr", "auto"), ("weight_decay", "auto"), ("max_window", 16)]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [row for row in REFUSED if row not in NOT_OF_A_FILE and row[1] is not math.nan]
+)
+def test_the_schema_refuses_what_training_refuses(key, value):
+    assert not _is_valid({key: value})
+
+
+def test_the_schema_refuses_unknown_keys():
+    assert _is_valid({"schedule": "acco"}) and not _is_valid({"shedule": "acco"})
+
+
+def test_the_schema_leaves_other_optimizers_alone():
+    assert _is_valid({"lr": "x", "amsgrad": True}, type="Adam")
 
 
 @pytest.mark.parametrize(

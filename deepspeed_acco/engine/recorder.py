@@ -23,8 +23,7 @@ from ..algorithm.schedules import ESTIMATE, SCHEDULES
 from ..algorithm.step_time import WARM_UP_STEPS
 from ..algorithm.window import phase_a_micro_batches
 from ..runtime.clock import Instant, LaneTimes
-
-RECORD_FOLDER = "DEEPSPEED_ACCO_RECORD"
+from .recorder_format import RECORD_FOLDER
 
 _recorders: list[Recorder] = []  # at most one: of the first engine that steps
 

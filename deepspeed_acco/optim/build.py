@@ -174,13 +174,11 @@ def _cpu_features() -> str:
 
 @contextlib.contextmanager
 def _exclusive(folder: Path):
-    """One process at a time. torch's own lock is a file that a killed build leaves behind, and everybody waits for it
-    for ever after; this one ends with its owner, who may therefore remove torch's."""
-    import fcntl
+    """Lets one process at a time in. torch's own lock is a file that a killed build leaves behind, and everybody waits
+    for it for ever after; this one ends with its owner, who may therefore remove torch's."""
+    from filelock import FileLock
 
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "owner", "w") as owner:
-        with contextlib.suppress(OSError):  # a file system without locks: torch's lock alone
-            fcntl.flock(owner, fcntl.LOCK_EX)
-            (folder / "lock").unlink(missing_ok=True)
+    with FileLock(folder / "owner"):
+        (folder / "lock").unlink(missing_ok=True)
         yield

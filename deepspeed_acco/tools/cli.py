@@ -1,52 +1,62 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``ds_acco``."""
+"""The command ``ds_acco``: its words. What a subcommand needs beyond the standard library is imported when it runs."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import subprocess
 import sys
+from pathlib import Path
 
-import torch
-
-from deepspeed_acco import __version__
-
-from ..optim import build as op_builder
-from ..optim import native
-from .compare import command as compare
-from .plan import command as planning
+from .. import __version__
+from . import units
+from .compare import options as compare
+from .plan import command as plan
 from .report import command as report
+from .subcommand import MissingExtra, add_parser, require_extra
 
 _CPU_NUMEL = 2**24
 _CUDA_NUMEL = 2**26
+_SHELLS = ("bash", "zsh")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one subcommand; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="ds_acco", description="Tools of deepspeed_acco")
-    commands = parser.add_subparsers(dest="command", required=True)
-    environment = commands.add_parser("env", help="what was found here, and which kernels are used and why")
-    environment.set_defaults(run=_env)
-    kernels = commands.add_parser("kernels", help="measures the update kernels beside other AdamW implementations")
-    kernels.add_argument("--numel", type=_positive, help="parameters (default: 2^24 on a CPU, 2^26 on CUDA)")
-    kernels.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    kernels.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
-    kernels.add_argument("--turns", type=_positive, default=15, help="measurements of each (default: 15)")
-    kernels.add_argument("--max-blocks", type=_positive, default=0, help="cap on the thread blocks of the CUDA kernels")
-    kernels.add_argument("--json", metavar="FILE", help="also write the figures there")
-    kernels.set_defaults(run=_kernels)
-    compare.add_command(commands)
-    planning.add_command(commands)
-    report.add_command(commands)
+    """Runs one subcommand and returns the exit status.
+
+    Args:
+        arguments: default: those of the process.
+    """
+    parser, _ = _make_parser()
     own, script_arguments = _split(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(own)
     if script_arguments and not getattr(options, "takes_script_arguments", False):
         parser.error(f"{options.command} takes nothing behind --: {' '.join(script_arguments)}")
     options.script_arguments = script_arguments
-    return options.run(options)
+    try:
+        return options.run(options)
+    except MissingExtra as error:
+        print(f"ds_acco {options.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _make_parser() -> tuple[argparse.ArgumentParser, list[argparse.ArgumentParser]]:
+    """The parser of the command, and those of its subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="ds_acco",
+        description="Tools of deepspeed_acco, which hides the communication of ZeRO-1 behind the next gradients.",
+        epilog="`ds_acco SUBCOMMAND --help` has the options and an example of each.",
+    )
+    parser.add_argument("--version", action="version", version=f"deepspeed_acco {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
+    plan.add_command(commands)
+    compare.add_command(commands)
+    report.add_command(commands)
+    _add_kernels(commands)
+    _add_env(commands)
+    _add_schema(commands)
+    _add_completion(commands)
+    return parser, list(commands.choices.values())
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -55,79 +65,123 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:place], arguments[place + 1 :]
 
 
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number >= 1")
-    return value
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _first_line_of(command: list[str], keyword: str = "") -> str:
-    if shutil.which(command[0]) is None:
-        return f"not found ({command[0]})"
-    done = subprocess.run(command, capture_output=True, text=True)
-    lines = [line.strip() for line in done.stdout.splitlines() if keyword in line]
-    return f"{lines[0]} ({shutil.which(command[0])})" if lines else f"gives no version ({shutil.which(command[0])})"
+# ---- env
 
 
-def describe_environment() -> list[tuple[str, str]]:
-    """(what, value) pairs; loads the kernels, and so may build them."""
-    import deepspeed
-    from torch.utils.cpp_extension import CUDA_HOME, is_ninja_available
-
-    nvcc = f"{CUDA_HOME}/bin/nvcc" if CUDA_HOME else "nvcc"
-    cuda_is_buildable, why_not = op_builder.cuda_is_buildable()
-    pairs = [
-        ("deepspeed_acco", __version__),
-        ("PyTorch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),
-        ("DeepSpeed", deepspeed.__version__),
-        ("C++ compiler", _first_line_of([op_builder.compiler(), "--version"])),
-        ("ninja", "found" if is_ninja_available() else "not found (pip install ninja)"),
-        ("nvcc", _first_line_of([nvcc, "--version"], "release")),
-        ("CUDA kernels", "can be built" if cuda_is_buildable else f"not built: {why_not}"),
-        ("CUDA architectures", ", ".join(_architectures()) or "no device is visible"),
-        ("kernels' sources", str(op_builder.csrc())),
-    ]
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        name, reason = native.kernels_name(device), native.kernels_reason(device)
-        pairs.append((f"kernels on {device}", f"{name}: {reason}" if reason else name))
-    if op_builder.loaded_from:
-        pairs.append(("kernels' library", op_builder.loaded_from))
-    return pairs
-
-
-def _architectures() -> list[str]:
-    if not torch.cuda.is_available():
-        return []
-    capabilities = (torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-    return sorted({f"sm_{major}{minor}" for major, minor in capabilities})
+def _add_env(commands) -> None:
+    parser = add_parser(
+        commands, "env", help="prints what was found here, and which kernels are used and why", example="ds_acco env"
+    )
+    parser.set_defaults(run=_env)
 
 
 def _env(options: argparse.Namespace) -> int:
-    for what, value in describe_environment():
+    from . import environment
+
+    for what, value in environment.describe():
         print(f"{what + ':':20} {value}")
     return 0
 
 
+# ---- kernels
+
+
+def _add_kernels(commands) -> None:
+    parser = add_parser(
+        commands,
+        "kernels",
+        help="measures the update kernels beside other AdamW implementations",
+        example="ds_acco kernels --numel 16M --threads 1 --json kernels.json",
+    )
+    add = parser.add_argument_group("what is measured").add_argument
+    add("--numel", type=units.count, metavar="N", help="parameters (default: 2^24 on a CPU, 2^26 on CUDA)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--threads", type=units.count, metavar="N", help="CPU threads (default: torch's)")
+    add("--max-blocks", type=units.count, default=0, metavar="N", help="cap on the thread blocks of the CUDA kernels")
+    add("--turns", type=units.count, default=15, metavar="N", help="measurements of each (default: %(default)s)")
+    add = parser.add_argument_group("output").add_argument
+    add("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.set_defaults(run=_kernels)
+
+
 def _kernels(options: argparse.Namespace) -> int:
-    from . import kernel_benchmark as kernel_bench
+    import torch
+
+    from . import kernel_benchmark
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        print("ds_acco: --device cuda: PyTorch sees no CUDA device. Use --device cpu", file=sys.stderr)
+        print("ds_acco kernels: --device cuda: PyTorch sees no CUDA device. Use --device cpu", file=sys.stderr)
         return 2
     numel = options.numel or (_CPU_NUMEL if device.type == "cpu" else _CUDA_NUMEL)
-    figures = kernel_bench.measure(
+    figures = kernel_benchmark.measure(
         numel, device, threads=options.threads, turns=options.turns, max_blocks=options.max_blocks
     )
-    print(kernel_bench.table(figures))
+    print(kernel_benchmark.table(figures))
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(figures, file, indent=2)
-            file.write("\n")
+        _write_json(options.json, figures)
+    return 0
+
+
+# ---- schema
+
+
+def _add_schema(commands) -> None:
+    parser = add_parser(
+        commands,
+        "schema",
+        help="prints the JSON schema of ACCO's part of a DeepSpeed JSON, for editors",
+        description="Prints the JSON schema of a DeepSpeed JSON in so far as it concerns ACCO: the keys of "
+        '"optimizer": {"type": "ACCO", "params": {...}}, their values and defaults. In an editor it completes and '
+        "checks them; everything else in the file is left alone.",
+        example="ds_acco schema --out acco.schema.json",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write it there instead")
+    parser.set_defaults(run=_schema)
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from ..settings import json_schema
+
+    if options.out is None:
+        print(json.dumps(json_schema(), indent=2))
+        return 0
+    try:
+        _write_json(options.out, json_schema())
+    except OSError as error:
+        print(f"ds_acco schema: --out {options.out} cannot be written: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# ---- completion
+
+
+def _add_completion(commands) -> None:
+    parser = add_parser(
+        commands,
+        "completion",
+        help="prints a shell's completion of this command",
+        example='eval "$(ds_acco completion bash)"',
+    )
+    parser.add_argument("shell", choices=_SHELLS)
+    parser.set_defaults(run=_completion)
+
+
+def _completion(options: argparse.Namespace) -> int:
+    require_extra("completion", "shtab")
+    import shtab
+
+    parser, subcommands = _make_parser()
+    for subcommand in subcommands:
+        for action in subcommand._actions:
+            if action.type is Path or action.metavar in ("FILE", "CONFIG"):
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(parser, shell=options.shell))
     return 0
 
 

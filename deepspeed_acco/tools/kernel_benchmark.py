@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""``ds_acco kernels``: what the two rounds cost per parameter, beside other AdamW implementations and a plain copy.
+"""``ds_acco kernels`` measures what the two rounds cost per parameter, beside other AdamW implementations and a copy.
 
 Every candidate runs once per turn, in an order that changes from turn to turn; the figures are medians over the turns.
 The rounds' operands lie in the pages that training gives them (optim/huge_pages.py), other optimizers' in those that
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -133,9 +134,10 @@ def _deepspeed_candidate(device: torch.device):
         return "", None, f"{type(failure).__name__}: {lines[0] if lines else ''}"
 
 
-def _quantised(low: _Operands, full: _Operands, is_native: bool, max_blocks: int) -> Iterator[_Candidate]:
+def _quantized(low: _Operands, full: _Operands, is_native: bool, max_blocks: int) -> Iterator[_Candidate]:
     """The kernels of an estimate in 4 bits, and the packing that one of them replaces."""
     bf16, fp32, int4 = torch.bfloat16, torch.float32, f"int{_BITS}"
+    module: ModuleType
     if is_native:
         kernels, share, module, pack = "native", 1, ops, ops.pack
     else:
@@ -150,7 +152,8 @@ def _quantised(low: _Operands, full: _Operands, is_native: bool, max_blocks: int
     if is_native:
         estimate = low.native_update("adamw_estimate_change", max_blocks, records, _BITS)
     else:
-        shard = ops.AdamWShard(*(tensor[:numel] for tensor in low.state()), low.shard.step)
+        master, exp_avg, exp_avg_sq = (tensor[:numel] for tensor in low.state())
+        shard = ops.AdamWShard(master, exp_avg, exp_avg_sq, low.shard.step)
         operands = (shard, low.grad[:numel], _HYPER, low.scale, low.is_finite, weights, records, _BITS)
         estimate = partial(quantize.adamw_estimate_change, *operands)
     size = records.numel() / numel
@@ -167,7 +170,7 @@ def _quantised(low: _Operands, full: _Operands, is_native: bool, max_blocks: int
 
 
 def candidates(numel: int, device: torch.device, max_blocks: int) -> tuple[list[_Candidate], list[str]]:
-    """What is measured, and remarks on what could not be."""
+    """Returns what is measured, and remarks on what could not be."""
     bf16, fp32 = torch.bfloat16, torch.float32
     found: list[_Candidate] = []
     remarks: list[str] = []
@@ -194,7 +197,7 @@ def candidates(numel: int, device: torch.device, max_blocks: int) -> tuple[list[
     add("commit, torch path", low, 2 * _STATE_BYTES, low.update(update, "adamw_commit"))
     add("estimate, torch path", low, _STATE_BYTES, low.update(update, "adamw_estimate"))
     for kernels_are_native in (True, False) if is_native else (False,):
-        found.extend(_quantised(low, full, kernels_are_native, max_blocks))
+        found.extend(_quantized(low, full, kernels_are_native, max_blocks))
     remarks.append(f"the torch path of the rows in {_BITS} bits is measured on 1/{_PLAIN_SHARE} of the parameters")
 
     # These have no 16-bit copy of the weights: 28 bytes are master, exp_avg, exp_avg_sq twice and the fp32 gradient.
@@ -236,7 +239,7 @@ def _time_once(run: Callable[[], Any], device: torch.device) -> float:
 def measure(
     numel: int, device: torch.device, *, threads: int | None = None, turns: int = 15, max_blocks: int = 0
 ) -> dict[str, Any]:
-    """The report as ``--json`` writes it, plus ``remarks``.
+    """Measures every candidate and returns the report as ``--json`` writes it.
 
     Args:
         threads: for torch's CPU operators and the native ones; None: as it is.
@@ -273,8 +276,8 @@ def measure(
     rows = []
     for candidate in found:
         ns, gb_s = speed(candidate)
-        dtypes = [str(dtype).removeprefix("torch.") for dtype in (candidate.grad_dtype, candidate.weight_dtype)]
-        rows.append(Row(candidate.name, *dtypes, ns, candidate.bytes_per_param, gb_s, gb_s / copy_gb_s))
+        grad, weight = (str(dtype).removeprefix("torch.") for dtype in (candidate.grad_dtype, candidate.weight_dtype))
+        rows.append(Row(candidate.name, grad, weight, ns, candidate.bytes_per_param, gb_s, gb_s / copy_gb_s))
     return {
         "device": device_name(device),
         "numel": numel,
@@ -286,7 +289,7 @@ def measure(
 
 
 def device_name(device: torch.device) -> str:
-    """What the hardware calls itself."""
+    """Returns what the hardware calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -300,7 +303,7 @@ def device_name(device: torch.device) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text."""
+    """Returns the report as text."""
     head = f"{report['device']}, {report['numel']:,} parameters, {report['threads']} CPU threads, "
     lines = [head + f"copy {report['copy_gb_s']:.1f} GB/s", ""]
     width = max(len(row["name"]) for row in report["rows"])

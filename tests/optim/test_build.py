@@ -100,6 +100,20 @@ def test_two_processes_build_at_once(tmp_path, monkeypatch):
     assert library.is_file() and (tmp_path / "log").read_text() == "compiles\n"
 
 
+def test_no_build_without_the_lock(run, tmp_path):
+    """Where the file system gives no locks, two builds at once would write the same files."""
+    no_locks = """
+import errno, fcntl
+def flock(*_):
+    raise OSError(errno.ENOLCK, "no locks here")
+fcntl.flock = flock
+"""
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "DEEPSPEED_ACCO_KERNELS": "native"}
+    code, output = run(no_locks + UPDATE, **environment)
+    assert code != 0 and "no locks here" in output, output
+    assert not list(tmp_path.rglob("*.o"))
+
+
 def test_falls_back_with_one_warning(run, broken_compiler):
     code, output = run(UPDATE, DEEPSPEED_ACCO_KERNELS="auto", **broken_compiler)
     assert code == 0 and "kernels torch" in output, output

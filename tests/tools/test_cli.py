@@ -1,12 +1,32 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""``ds_acco env`` and ``ds_acco kernels``."""
+"""The command: what it imports, and its small subcommands."""
 
 import json
+import subprocess
+import sys
 
+import jsonschema
 import pytest
 
+import deepspeed_acco
 from deepspeed_acco.tools import cli
+
+PLAN = ["plan", "--params", "7B", "--ranks", "64", "--hosts", "8", "--bandwidth", "100gbit", "--n", "24"]
+PLAN += ["--micro-batch-ms", "300ms"]
+HEAVY = {"torch", "deepspeed", "numpy", "psutil", "pydantic", "matplotlib", "jinja2", "transformers"}
+# As the script that pip writes.
+AS_COMMAND = """
+import sys
+sys.argv[0] = "/somewhere/bin/ds_acco"
+from deepspeed_acco.tools.cli import main
+try:
+    code = main()
+except SystemExit as stop:
+    code = stop.code
+assert not code, code
+"""
+TELL = "\nprint(sorted({name.split('.')[0] for name in sys.modules}))"
 
 INT4_ROWS = ("estimate to int4", "pack", "pack to int4", "sum of 2 in int4", "sum of 4 in int4", "add int4")
 
@@ -58,3 +78,102 @@ def test_refuses(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2 and "usage: ds_acco" in capsys.readouterr().err
+
+
+def _python(*arguments):
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["compare", "--help"], ["report", "--help"], ["schema"], PLAN],
+    ids=" ".join,
+)
+def test_answers_without_heavy_imports(arguments):
+    *printed, modules = _python("-c", AS_COMMAND + TELL, *arguments).splitlines()
+    assert printed and "argparse" in modules and not HEAVY & set(eval(modules))
+
+
+def test_as_a_module_it_is_light_too():
+    assert _python("-m", "deepspeed_acco.tools.cli", "--version") == f"deepspeed_acco {deepspeed_acco.__version__}\n"
+    told = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "deepspeed_acco.tools.cli", *PLAN], capture_output=True, text=True
+    )
+    imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in told.stderr.splitlines() if "|" in line}
+    assert told.returncode == 0 and "argparse" in imported and not HEAVY & imported
+
+
+def test_the_command_lacks_no_public_name():
+    script = """
+import sys
+sys.argv[0] = "ds_acco"
+import deepspeed_acco
+assert "torch" not in sys.modules
+assert all(callable(getattr(deepspeed_acco, name)) for name in deepspeed_acco.__all__ if name != "__version__")
+import torch
+print(torch.optim.ACCO is deepspeed_acco.ACCO, hasattr(deepspeed_acco, "acco"))
+"""
+    assert _python("-c", script).splitlines()[-1] == "True False"
+
+
+@pytest.mark.parametrize("program", ["/opt/ds_acco/train.py", ""])
+def test_every_other_program_registers(program):
+    script = f"import sys; sys.argv[0] = {program!r}; import deepspeed_acco, torch; print(torch.optim.ACCO.__name__)"
+    assert _python("-c", script).splitlines()[-1] == "ACCO"
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["compare", "x.json"]) == 1
+    assert 'ds_acco compare: numpy not installed: pip install "deepspeed_acco[tools]"' in capsys.readouterr().err
+    assert cli.main(["completion", "zsh"]) == 1
+    assert 'pip install "deepspeed_acco[completion]"' in capsys.readouterr().err
+
+
+def test_the_schema_is_printed_or_written(tmp_path, capsys):
+    assert cli.main(["schema"]) == 0
+    printed = capsys.readouterr().out
+    assert cli.main(["schema", "--out", str(tmp_path / "schema.json")]) == 0
+    assert (tmp_path / "schema.json").read_text() == printed
+    jsonschema.Draft7Validator.check_schema(json.loads(printed))
+    assert cli.main(["schema", "--out", str(tmp_path / "no" / "schema.json")]) == 2
+    assert "no/schema.json cannot be written" in capsys.readouterr().err
+
+
+def test_completion_by_the_shell(tmp_path):
+    script = tmp_path / "completion.bash"
+    script.write_text(_python("-m", "deepspeed_acco.tools.cli", "completion", "bash"))
+    (tmp_path / "mine.json").touch()
+    ask = f"""
+cd {tmp_path}; source {script}
+complete_words() {{
+    COMP_WORDS=("$@"); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); COMPREPLY=()
+    $(complete -p ds_acco | sed 's/.*-F \\([^ ]*\\).*/\\1/') ds_acco "${{COMP_WORDS[COMP_CWORD]}}" ""
+    echo "${{COMPREPLY[@]}}"
+}}
+complete_words ds_acco comp
+complete_words ds_acco plan --micro
+complete_words ds_acco plan --backend ""
+complete_words ds_acco compare mi
+"""
+    told = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, timeout=60)
+    assert told.stdout.splitlines() == [
+        "compare completion",
+        "--micro-batch-ms --micro-batch-size",
+        "nccl gloo",
+        "mine.json",
+    ], told.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_every_subcommand_has_an_example_and_is_completed(shell, capsys):
+    assert cli.main(["completion", shell]) == 0
+    completion = capsys.readouterr().out
+    for subcommand in ("plan", "compare", "report", "kernels", "env", "schema", "completion"):
+        assert f"ds_acco_{subcommand}" in completion
+        with pytest.raises(SystemExit):
+            cli.main([subcommand, "--help"])
+        assert f"ds_acco {subcommand}" in capsys.readouterr().out.split("\nexample:\n")[1]

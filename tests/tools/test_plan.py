@@ -461,52 +461,6 @@ def test_what_is_refused(make, message):
 # ---- the command
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("300mbit", 37.5e6),
-        ("25Gbit", 3.125e9),
-        ("12.5GB/s", 12.5e9),
-        ("8 bit", 1.0),
-        ("1e3kbit", 125e3),
-        ("2kB/s", 2e3),
-    ],
-)
-def test_bandwidths(text, value):
-    assert planning.bandwidth(text) == pytest.approx(value)
-
-
-def test_durations_sizes_and_counts():
-    assert [planning.duration(text) for text in ("10us", "1.5ms", "2s", "0")] == pytest.approx([1e-5, 1.5e-3, 2.0, 0.0])
-    assert planning.size("80GiB") == 80 * 2**30
-    assert [planning.count(text) for text in ("8", "7e9")] == [8, 7_000_000_000]
-
-
-@pytest.mark.parametrize(
-    ("parse", "text"),
-    [
-        (planning.bandwidth, "300"),
-        (planning.bandwidth, "300mbps"),
-        (planning.bandwidth, "-3mbit"),
-        (planning.bandwidth, "0mbit"),
-        (planning.bandwidth, "1.2.3mbit"),
-        (planning.bandwidth, "10gb/s"),
-        (planning.duration, "10"),
-        (planning.duration, "10min"),
-        (planning.size, "80"),
-        (planning.count, "1.5"),
-        (planning.count, "0"),
-        (planning.count, "nan"),
-        (planning.count, "inf"),
-        (planning._positive, "nan"),
-        (planning._positive, "x"),
-    ],
-)
-def test_quantities_that_are_refused(parse, text):
-    with pytest.raises(planning.argparse.ArgumentTypeError, match="is not allowed; allowed:"):
-        parse(text)
-
-
 ARGUMENTS = ["plan", "--params", "1e7", "--ranks", "2", "--micro-batch-ms", "265", "--n", "8", "--backend", "gloo"]
 
 

@@ -27,48 +27,16 @@ from typing import Any
 from ..launch import launcher as launches
 from ..launch import shaped_hosts as hosts
 from ..report import figures as pictures
+from ..subcommand import INTERRUPTED
 from . import verdict as summary
-from .options import (
-    EMULATED_STEPS,
-    EXAMPLE_STEPS,
-    REFERENCE,
-    Comparison,
-    add_run_arguments,
-    comparison_of,
-    count,
-    extra_reference,
-    is_sync,
-)
+from .options import REFERENCE, Comparison, comparison_of, extra_reference, is_sync
 
-DEFAULT_OUT = Path("runs") / "compare"
 DONE = "done.json"
 COMMAND = "command.json"
 RESULTS = "results.json"
 CONFIGS, RUNS = "configs", "runs"  # folders
-INTERRUPTED = 130
 _CLEAR = "\r\x1b[2K"  # the terminal's line
 LOG_LINES = 3  # of a failed run, in its sentence
-
-
-def add_command(commands) -> None:
-    """Adds the subcommand to what ``add_subparsers`` returned."""
-    parser = commands.add_parser(
-        "compare",
-        help="measures ACCO beside DeepSpeed's own stages: one script under several JSONs, in alternation",
-        usage="%(prog)s CONFIG [CONFIG ...] [options] [-- ARGUMENTS OF THE SCRIPT]",
-        description="Runs the same script under each DeepSpeed JSON, with the same seed and data, pass by pass through "
-        "DeepSpeed's launcher, and writes results.json and report.html. A run of schedule sync, derived from the "
-        "first CONFIG, is always among them: computation and communication are measured there one after the other. "
-        "The same command goes on where it was interrupted. ARGUMENTS may hold {out}, the run's own folder, and "
-        "{config}, the JSON, which else is given by --deepspeed_config.",
-    )
-    parser.add_argument("configs", nargs="+", metavar="CONFIG", type=Path, help="DeepSpeed JSONs; the stem is the name")
-    parser.add_argument("--hosts", type=count, help="so many shaped hosts on this machine (root, iproute2)")
-    add_run_arguments(parser, EXAMPLE_STEPS, EMULATED_STEPS)
-    parser.add_argument("--passes", type=count, default=3, help="runs of each JSON (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="of weights and data (default: 1)")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder (default: %(default)s)")
-    parser.set_defaults(run=run, takes_script_arguments=True)
 
 
 # ---- the folder

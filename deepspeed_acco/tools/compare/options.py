@@ -7,15 +7,17 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...settings import ADAMW_KEYS
+from .. import units
 from ..launch import shaped_hosts as hosts
+from ..subcommand import add_parser, require_extra
 
+DEFAULT_OUT = Path("runs") / "compare"
 REFERENCE = "reference"  # the runs of schedule sync that C and R come from
 REFERENCE_KEYS = ("lane", "comm_timeout_s")  # ACCO's keys that it takes over
 EMULATED = ("--module", "deepspeed_acco.tools.launch.emulated_accelerator")
@@ -29,42 +31,62 @@ EMULATED_NUMEL = 10_000_000
 # ---- options
 
 
-def add_run_arguments(parser: argparse._ActionsContainer, example_steps: int, emulated_steps: int) -> None:
-    """What says what is run and where, but for ``--hosts``."""
-    parser.add_argument("--script", type=Path, help="imports deepspeed_acco (default: examples/train_gpt.py)")
-    parser.add_argument("--num_accelerators", type=count, help="ranks, of each host (default: as the launcher)")
-    parser.add_argument("--rate", help="of each shaped host's link, as tc spells it, for example 300mbit")
-    parser.add_argument("--hostfile", type=Path, help="DeepSpeed's hostfile of real hosts, which all see --out")
-    parser.add_argument(
-        "--emulate-compute", type=_milliseconds, metavar="MS", help="emulated accelerator: a micro-batch waits so long"
+def add_command(commands) -> None:
+    """Adds the subcommand to what ``add_subparsers`` returned."""
+    parser = add_parser(
+        commands,
+        "compare",
+        help="measures ACCO beside DeepSpeed's own stages: one script under several JSONs, in alternation",
+        usage="%(prog)s CONFIG [CONFIG ...] [options] [-- ARGUMENTS OF THE SCRIPT]",
+        description="Runs the same script under each DeepSpeed JSON, with the same seed and data, pass by pass through "
+        "DeepSpeed's launcher, and writes results.json and report.html. A run of schedule sync, derived from the "
+        "first CONFIG, is always among them: computation and communication are measured there one after the other. "
+        "The same command goes on where it was interrupted. ARGUMENTS may hold {out}, the run's own folder, and "
+        "{config}, the JSON, which else is given by --deepspeed_config.",
+        example="ds_acco compare ds_configs/acco.json ds_configs/zero1.json --num_accelerators 2\n"
+        "ds_acco compare ds_configs/acco.json --hosts 2 --rate 300mbit --passes 6 --out runs/two_hosts",
     )
-    parser.add_argument("--numel", type=count, help=f"parameters of the emulated model (default: {EMULATED_NUMEL:,})")
-    parser.add_argument(
+    parser.add_argument("configs", nargs="+", metavar="CONFIG", type=Path, help="DeepSpeed JSONs; the stem is the name")
+    what, where = parser.add_argument_group("what is run"), parser.add_argument_group("where")
+    add_run_arguments(what, where, EXAMPLE_STEPS, EMULATED_STEPS)
+    what.add_argument("--passes", type=units.count, default=3, help="runs of each JSON (default: %(default)s)")
+    what.add_argument("--seed", type=int, help="of weights and data (default: 1)")
+    where.add_argument("--hosts", type=units.count, help="so many shaped hosts on this machine (root, iproute2)")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder (default: %(default)s)")
+    parser.set_defaults(run=_run, takes_script_arguments=True)
+
+
+def _run(options: argparse.Namespace) -> int:
+    require_extra("tools", "numpy", "psutil")
+    from . import command
+
+    return command.run(options)
+
+
+def add_run_arguments(
+    what: argparse._ActionsContainer, where: argparse._ActionsContainer, example_steps: int, emulated_steps: int
+) -> None:
+    """Adds the options that say what is run and where, but for ``--hosts``."""
+    what.add_argument("--script", type=Path, help="imports deepspeed_acco (default: examples/train_gpt.py)")
+    what.add_argument(
+        "--emulate-compute",
+        type=units.time_in("ms", or_zero=True),
+        metavar="MS",
+        help="emulated accelerator: a micro-batch waits so long",
+    )
+    what.add_argument(
+        "--numel", type=units.count, help=f"parameters of the emulated model (default: {EMULATED_NUMEL:,})"
+    )
+    what.add_argument(
         "--steps",
-        type=count,
+        type=units.count,
         help=f"optimizer steps of the example (default: {example_steps}) or the emulated model ({emulated_steps})",
     )
-
-
-def count(text: str) -> int:
-    """A whole number >= 1, also as ``7e9``."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not math.isfinite(value) or value < 1 or value != int(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number >= 1, for example 8 or 7e9")
-    return int(value)
-
-
-def _milliseconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: milliseconds >= 0")
-    return value
+    where.add_argument("--num_accelerators", type=units.count, help="ranks, of each host (default: as the launcher)")
+    where.add_argument(
+        "--rate", type=units.link_rate, help="of each shaped host's link, as tc spells it, for example 300mbit"
+    )
+    where.add_argument("--hostfile", type=Path, help="DeepSpeed's hostfile of real hosts, which all see --out")
 
 
 @dataclass(frozen=True)
@@ -203,12 +225,12 @@ def _script(
         return list(EMULATED), [*arguments, "--numel", str(options.numel or EMULATED_NUMEL)], None
     given = list(options.script_arguments)
     example = _example()
-    if options.script is None and example is None:
+    script: Path | None = options.script or example
+    if script is None:
         raise ValueError(
             "--script is missing, and examples/train_gpt.py is not here: it is the default in a checkout of "
             "deepspeed_acco. Give your training script"
         )
-    script = options.script or example
     if not script.is_file():
         raise ValueError(f"--script {script} is not a file; give your training script")
     if example is None or script.resolve() != example.resolve():

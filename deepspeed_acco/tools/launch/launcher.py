@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from ...engine.recorder import RECORD_FOLDER
+from ...engine.recorder_format import RECORD_FOLDER
 from .shaped_hosts import INTERFACE, ShapedHosts
 
 LOG = "log.txt"

@@ -16,8 +16,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from ..compare import command as compare
 from ..compare.options import REFERENCE, Comparison, add_run_arguments, comparison_of, host_count, reference_of
+from ..subcommand import require_extra
 
 DEFAULT_OUT = Path("runs") / "calibrate"
 # The example evaluates ten times, and steps behind an evaluation are not timed: this leaves nine.
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "say how long it runs: about ten steps, since the first two and those after an evaluation are not timed.",
     )
     group.add_argument("--calibrate", metavar="CONFIG", type=Path, help="a DeepSpeed JSON; --hosts are shaped then")
-    add_run_arguments(group, EXAMPLE_STEPS, EMULATED_STEPS)
+    add_run_arguments(group, group, EXAMPLE_STEPS, EMULATED_STEPS)
     group.add_argument("--out", type=Path, help=f"its folder, measured anew each time (default: {DEFAULT_OUT})")
 
 
@@ -59,6 +59,9 @@ def measure(options: argparse.Namespace) -> tuple[Path, int | None]:
         ValueError: for options that cannot be, before anything runs.
         MeasurementFailed: the script failed, with the end of its log.
     """
+    require_extra("tools", "numpy", "psutil")
+    from ..compare import command as compare
+
     out = options.out or DEFAULT_OUT
     try:
         comparison = _comparison(options)
@@ -95,6 +98,8 @@ def _comparison(options: argparse.Namespace) -> Comparison:
 
 def _clear(out: Path) -> None:
     """Removes an earlier measurement; a comparison's folder, and anybody else's, is left to ``compare.prepare``."""
+    from ..compare import command as compare
+
     command = out / compare.COMMAND
     if command.is_file() and list(json.loads(command.read_text()).get("configs", {})) == [REFERENCE]:
         for folder in (compare.CONFIGS, compare.RUNS):

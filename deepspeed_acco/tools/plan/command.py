@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
 import textwrap
 from collections.abc import Mapping
@@ -18,8 +17,8 @@ from typing import Any
 
 from ...algorithm.schedules import DEFAULT
 from ...algorithm.window import phase_a_micro_batches
-from ..compare.command import INTERRUPTED
-from ..compare.options import count
+from .. import units
+from ..subcommand import INTERRUPTED, add_parser
 from . import calibrate as calibration
 from . import model as plan
 from .advice import COARSEST, Advice, advise, best_stage, seconds, stops_paying
@@ -30,10 +29,6 @@ _DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _UPDATE_S = {"nccl": 1e-11, "gloo": 1e-9}
 # NCCL's own figure for a step of a ring on a network (src/graph/tuning.cc: 9.6 us); an assumption for TCP.
 _LATENCY_S = {"nccl": 10e-6, "gloo": 50e-6}
-_RATE_UNITS = {"bit": 1 / 8, "kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8, "tbit": 1e12 / 8}
-_BYTE_RATE_UNITS = {"B/s": 1.0, "kB/s": 1e3, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12}
-_TIME_UNITS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
-_SIZE_UNITS = {"MB": 1e6, "GB": 1e9, "MiB": 2.0**20, "GiB": 2.0**30}
 _MEASURED_BY_RESULTS = (
     *("params", "model", "micro_batch_ms", "micro_batch_size", "n", "round_ms", "backend"),
     *("dtype", "comm_dtype", "accumulation_dtype"),
@@ -149,85 +144,76 @@ def count_parameters(name: str) -> int:
 # ---- arguments
 
 
-def _quantity(text: str, units: Mapping[str, float], example: str) -> float:
-    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/]+)\s*", text)
-    if match and match[2] in units:
-        try:
-            value = float(match[1]) * units[match[2]]
-        except ValueError:
-            value = 0.0
-        if value > 0:
-            return value
-    raise argparse.ArgumentTypeError(
-        f"{text!r} is not allowed; allowed: a number > 0 with one of {', '.join(units)}, for example {example}"
-    )
-
-
-def bandwidth(text: str) -> float:
-    """Bytes/s of ``300mbit``, ``100Gbit``, ``12.5GB/s``."""
-    lowered = text.lower()
-    if lowered.rstrip().endswith("bit"):
-        return _quantity(lowered, _RATE_UNITS, "25gbit")
-    return _quantity(text, _BYTE_RATE_UNITS | _RATE_UNITS, "25gbit")
-
-
-def duration(text: str) -> float:
-    """Seconds of ``10us``; ``0`` is allowed."""
-    return 0.0 if text.strip() == "0" else _quantity(text, _TIME_UNITS, "10us")
-
-
-def size(text: str) -> float:
-    """Bytes of ``80GiB``."""
-    return _quantity(text, _SIZE_UNITS, "80GiB")
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not math.isfinite(value) or value <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a number > 0")
-    return value
-
-
 def add_command(commands) -> None:
     """Adds ``plan`` to the subcommands of ``ds_acco`` (the object of ``add_subparsers``)."""
-    parser = commands.add_parser(
+    parser = add_parser(
+        commands,
         "plan",
         help="predicts time and memory of a step under each ZeRO stage and ACCO schedule, and says what to set",
         description="Predicts time and memory of a step under each ZeRO stage and ACCO schedule. The terms and their "
         "sources are in docs/explanation/plan-formulas.md.",
         usage="%(prog)s (--params N | --model CONFIG | --results FILE | --calibrate CONFIG) [options] "
         "[-- ARGUMENTS OF THE SCRIPT]",
+        example="ds_acco plan --params 7B --ranks 64 --hosts 8 --bandwidth 100gbit --micro-batch-ms 300 --n 24\n"
+        "ds_acco plan --results runs/compare/results.json --sweep-ranks\n"
+        "ds_acco plan --calibrate ds_configs/acco.json --num_accelerators 2",
     )
-    add = parser.add_argument
-    add("--params", type=count, help="trainable parameters, for example 7e9")
+    add = parser.add_argument_group("model").add_argument
+    add("--params", type=units.count, metavar="N", help="trainable parameters, for example 7B or 7e9")
     add("--model", metavar="CONFIG", help="instead: a transformers config (name, folder or .json), built and counted")
     add("--results", metavar="FILE", help="instead of all of it: results.json of ds_acco compare")
-    add("--ranks", type=count, help="data-parallel ranks; with measured figures: predict for so many")
-    add("--hosts", type=count, help="they share the ranks equally (default: one rank in each)")
-    add("--bandwidth", type=bandwidth, help="of one host in one direction: 300mbit, 100gbit, 12.5GB/s")
-    add("--latency", type=duration, help="of one message (default: 10us with nccl, 50us with gloo)")
-    add(
-        "--efficiency",
-        type=_positive,
-        help="part of the bandwidth that carries payload (default: 0.9 nccl, 0.956 gloo)",
-    )
-    add("--micro-batch-ms", type=_positive, help="forward and backward of one micro-batch")
-    add("--micro-batch-size", type=count, help="its samples: lets the advice cut it")
-    add("--n", type=count, help="gradient_accumulation_steps")
-    add("--round-ms", type=_positive, help="a measured round; the network is then what makes it so long")
-    add("--estimate-fraction", type=_positive, help="ACCO's key (default: 0.5, the best one for acco-int8 and -int4)")
     add("--dtype", choices=_DTYPE_BYTES, help="of the weights (default: bf16)")
     add("--comm-dtype", choices=_DTYPE_BYTES, help="of the gradients sent (default: that of the weights)")
     add("--accumulation-dtype", choices=_DTYPE_BYTES, help="of the gradients summed (default: that of the weights)")
+    add = parser.add_argument_group("cluster").add_argument
+    add("--ranks", type=units.count, metavar="N", help="data-parallel ranks; with measured figures: for so many")
+    add("--hosts", type=units.count, metavar="N", help="they share the ranks equally (default: one rank in each)")
+    add(
+        "--bandwidth",
+        type=units.bandwidth,
+        metavar="RATE",
+        help="of one host in one direction: 300mbit, 100gbit, 12.5GB/s",
+    )
+    add(
+        "--latency",
+        type=units.duration,
+        metavar="TIME",
+        help="of one message (default: 10us with nccl, 50us with gloo)",
+    )
+    add(
+        "--efficiency",
+        type=units.positive,
+        metavar="SHARE",
+        help="part of the bandwidth that carries payload (default: 0.9 nccl, 0.956 gloo)",
+    )
+    add("--round-ms", type=units.time_in("ms"), metavar="MS", help="a measured round; the network makes it so long")
     add("--backend", choices=plan.BACKENDS, help="default: nccl")
-    add("--update-ns", type=_positive, help="AdamW per parameter in ns (default: 0.01 with nccl, 1 with gloo)")
-    add("--device-memory", type=size, help="of one rank, for model states: stages that do not fit are not compared")
+    add(
+        "--device-memory",
+        type=units.size,
+        metavar="SIZE",
+        help="of one rank, for model states, for example 80GB: stages that do not fit are not compared",
+    )
+    add = parser.add_argument_group("step").add_argument
+    add("--micro-batch-ms", type=units.time_in("ms"), metavar="MS", help="forward and backward of one micro-batch")
+    add("--micro-batch-size", type=units.count, metavar="N", help="its samples: lets the advice cut it")
+    add("--n", type=units.count, metavar="N", help="gradient_accumulation_steps")
+    add(
+        "--estimate-fraction",
+        type=units.positive,
+        metavar="SHARE",
+        help="ACCO's key (default: 0.5, the best one for acco-int8 and -int4)",
+    )
+    add(
+        "--update-ns",
+        type=units.time_in("ns"),
+        metavar="NS",
+        help="AdamW per parameter in ns (default: 0.01 with nccl, 1 with gloo)",
+    )
+    add = parser.add_argument_group("output").add_argument
     add(
         "--sweep-ranks",
-        type=count,
+        type=units.count,
         nargs="*",
         metavar="N",
         help=f"also a table over ranks (default: to {_SWEEP_UP_TO})",

@@ -11,15 +11,19 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..subcommand import add_parser
 from . import figures as pictures
-from .comparison_page import comparison_page
 from .read_run import read_results, read_run
-from .run_page import run_page
 
 
 def add_command(commands) -> None:
     """Adds ``report`` to the object of ``ArgumentParser.add_subparsers``."""
-    parser = commands.add_parser("report", help="one HTML file with the pictures of a comparison or of one run")
+    parser = add_parser(
+        commands,
+        "report",
+        help="writes one HTML file with the pictures of a comparison or of one run",
+        example="ds_acco report runs/compare",
+    )
     parser.add_argument(
         "source",
         metavar="RUN",
@@ -65,6 +69,8 @@ def write(results: Path, out: Path | None = None) -> Path:
         ModuleNotFoundError: there is no matplotlib; says how to install it.
     """
     pictures.require_matplotlib()
+    from .comparison_page import comparison_page
+
     page = comparison_page(read_results(results))
     return _written(page, out or results.parent / "report.html")
 
@@ -80,6 +86,8 @@ def write_run(folder: Path, out: Path | None = None) -> Path:
         ValueError, ModuleNotFoundError: as :func:`write`.
     """
     pictures.require_matplotlib()
+    from .run_page import run_page
+
     return _written(run_page(read_run(folder)), out or folder / "report.html")
 
 
