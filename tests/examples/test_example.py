@@ -80,8 +80,9 @@ def test_acco_end_to_end(tmp_path):
 @pytest.mark.parametrize(
     "config",
     [
-        # the most different of them; the schedules and stages are trained by other tests, too
-        name if name in ("acco_int4", "zero3") else pytest.param(name, marks=pytest.mark.full)
+        # The schedules and stages are trained by other tests, too; generating text with zero3 takes minutes where
+        # cores are shared, since each layer of each letter waits for the other rank.
+        name if name in ("acco_int4", "zero2") else pytest.param(name, marks=pytest.mark.full)
         for name in ACCO_CONFIGS + STOCK_CONFIGS
         if name != "acco"
     ],
