@@ -171,7 +171,7 @@ class Reference:
         return [stands_at + moved for stands_at, moved in zip(live, change)]
 
     def _adamw(self, gradients: Sequence[Tensor], theta, exp_avg, exp_avg_sq, step):
-        """Returns (theta, exp_avg, exp_avg_sq) after one AdamW step, as copies; None for a gradient that is not finite."""
+        """Returns copies (theta, exp_avg, exp_avg_sq) after one AdamW step; None for a gradient that is not finite."""
         norm = _norm(gradients)
         if not torch.isfinite(torch.tensor(norm)):
             return None

@@ -40,7 +40,7 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def pack(grads: Tensor, packed: Tensor, scale: float, *, clears: bool) -> None:
-    """Writes ``grads * scale`` to ``packed`` in the dtype of ``packed``; then zeroes ``grads`` if ``clears``. Both 1-D."""
+    """Writes ``grads * scale`` to ``packed`` in its dtype; then zeroes ``grads`` if ``clears``. Both 1-D."""
     for start, length in pieces(grads.numel(), piece_numel(grads.device)):
         source, target = grads[start : start + length], packed[start : start + length]
         if scale == 1.0:

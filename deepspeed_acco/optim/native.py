@@ -44,7 +44,7 @@ def prepare(device: torch.device) -> None:
 
 
 def reason_against(device: torch.device) -> str:
-    """Returns why that device computes in plain PyTorch, empty where it has native kernels; chooses at the first call."""
+    """Returns why that device computes in plain PyTorch, empty where by native kernels; chooses at the first call."""
     known = _reasons.get(device.type)
     if known is None:
         known = _reasons[device.type] = _choose(device.type)
