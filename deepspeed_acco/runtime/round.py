@@ -54,7 +54,7 @@ class ReportedCounts:
         return int(self.reported.value()[0])
 
     def micro_batches(self) -> list[int]:
-        """Returns the micro-batches of each data-parallel rank, in their order; waits likewise."""
+        """Returns the micro-batches of each data-parallel rank, in their order; waits as :meth:`ranks_without_data`."""
         self.reported.wait()
         return [int(count) for count in self.reported.value()[1:]]
 
