@@ -144,7 +144,7 @@ class RoundWork:
         return RoundOutcome(this, norm.float(), HostValue(is_finite), HostValue(is_same_round), error, counts, sent)
 
     def _reduce_records(self):
-        """Reduce-scatters the gradients that lie in X as records; the sum is taken in fp32."""
+        """Sums over the ranks, in fp32, the gradients of this rank's shard that lie in X as records."""
         reduced, bits = self._buffers.reduced, self._buffers.estimate_bits
         record = record_bytes(bits)
 
