@@ -1,4 +1,4 @@
-"""Checks that docstrings begin with a sentence that is readable without the name above: "Returns ...", "Holds ..." """
+"""Checks that docstrings begin with a sentence that is readable without the name above it."""
 
 import ast
 import re
