@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""ACCO for DeepSpeed: ZeRO-1 whose communication runs behind the computation of the next gradients.
+"""Brings ACCO to DeepSpeed: ZeRO-1 whose communication runs behind the computation of the next gradients.
 
 Importing this package registers the optimizer type ``ACCO`` with DeepSpeed and has no other effect. The command
 ``ds_acco`` trains nothing and answers without PyTorch and DeepSpeed; there the first use of a public name registers.

@@ -24,7 +24,7 @@ FUSED_ADAM_KEYS = {"bias_correction": True, "amsgrad": False}
 
 
 class ACCO(Optimizer):
-    """AdamW whose communication and sharded update run behind the gradient computation (arXiv 2406.02613).
+    """Trains by AdamW, whose communication and sharded update run behind the gradient computation (arXiv 2406.02613).
 
     Named in a DeepSpeed JSON as ``"optimizer": {"type": "ACCO", "params": {...}}``, or built by the client and given to
     ``deepspeed.initialize(optimizer=...)``. It works only through a DeepSpeed engine with ZeRO stage 1.
@@ -74,7 +74,7 @@ class ACCO(Optimizer):
         self._opt_called = True  # or torch's schedulers warn at their first step that this one never stepped
 
     def add_param_group(self, param_group) -> None:
-        """As torch's, with the group's own hyper-parameters checked."""
+        """Adds a group as torch does, with the group's own hyper-parameters checked."""
         misplaced = [key for key in ACCO_KEYS if key in param_group]
         if misplaced:
             raise ValueError(
@@ -97,7 +97,7 @@ class ACCO(Optimizer):
                 group.setdefault(key, value)
 
     def step(self, closure=None):
-        """Never the way to train: the engine's ZeRO wrapper updates the shards in the rounds' order.
+        """Refuses to train so: the engine's ZeRO wrapper updates the shards in the rounds' order.
 
         Raises:
             RuntimeError: always.

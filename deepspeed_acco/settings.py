@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a user may write under ``"optimizer": {"type": "ACCO", "params": {...}}``: names, ranges, clear errors."""
+"""Declares what may stand under ``"optimizer": {"type": "ACCO", "params": {...}}``: names, ranges, clear errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _quoted(names: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Choice:
-    """One of the names: those that the collection has now, since rows may be added to SCHEDULES."""
+    """Allows one of the names: those that the collection has now, since rows may be added to SCHEDULES."""
 
     names: Collection[str]
 
@@ -52,7 +52,7 @@ class _Choice:
 
 @dataclass(frozen=True)
 class _Number:
-    """A finite number from ``low`` on, or above it, and below ``below``; or one of the words."""
+    """Allows a finite number from ``low`` on, or above it, and below ``below``; or one of the words."""
 
     low: float = 0.0
     is_low_open: bool = False
@@ -82,7 +82,7 @@ class _Number:
 
 @dataclass(frozen=True)
 class _Whole:
-    """A whole number from ``low`` on."""
+    """Allows a whole number from ``low`` on."""
 
     low: int
     hint: str
@@ -96,7 +96,7 @@ class _Whole:
 
 
 class _Betas:
-    """Two numbers >= 0 and < 1."""
+    """Allows two numbers >= 0 and < 1."""
 
     def check(self, key: str, value: Any) -> None:
         example = "For example [0.9, 0.999]."
@@ -111,7 +111,7 @@ class _Betas:
 
 
 def _key(default: Any, allowed: _Choice | _Number | _Whole | _Betas, description: str) -> Any:
-    """A field of Settings or AdamWKeys; one whose default is None may be None."""
+    """Makes a field of Settings or AdamWKeys; one whose default is None may be None."""
     return field(default=default, metadata={"allowed": allowed, "description": description})
 
 
@@ -127,7 +127,7 @@ def _check_keys(keys: Settings | AdamWKeys) -> None:
 
 @dataclass(frozen=True)
 class AdamWKeys:
-    """AdamW's keys under ``params``, with the defaults of torch.optim.AdamW.
+    """Holds AdamW's keys under ``params``, with the defaults of torch.optim.AdamW.
 
     Raises:
         ValueError: for a value that AdamW cannot use, naming the key as the JSON spells it.
@@ -144,7 +144,7 @@ class AdamWKeys:
 
 @dataclass(frozen=True)
 class Settings:
-    """ACCO's own keys under ``params``; each field says what its key means.
+    """Holds ACCO's own keys under ``params``; each field says what its key means.
 
     Raises:
         ValueError: for a value that is not allowed, or not together with another, naming the key as the JSON spells it.
@@ -219,12 +219,12 @@ class Settings:
 
     @property
     def estimate_bits(self) -> int:
-        """Bits of a value that an ESTIMATE sends; 0: in full."""
+        """Returns the bits of a value that an ESTIMATE sends; 0: in full."""
         return ESTIMATE_COMMS[self.estimate_comm]
 
     @property
     def first_estimate_fraction(self) -> float:
-        """That of the first windows."""
+        """Returns the part of the first windows' micro-batches that phase A has."""
         return FIRST_OF_AUTO if isinstance(self.estimate_fraction, str) else self.estimate_fraction
 
 
@@ -242,7 +242,7 @@ def refuse_unknown(keys) -> None:
 
 
 def max_window_micro_batches(window_micro_batches: int, max_window: int | None) -> int:
-    """Micro-batches that a rank's adaptive window may have, of n at least.
+    """Returns the micro-batches that a rank's adaptive window may have, of n at least.
 
     Raises:
         ValueError: for a ``max_window`` below n.

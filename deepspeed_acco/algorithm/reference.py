@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The same algorithm in one process: dense, blocking, float64. The oracle of the distributed tests.
+"""Computes the same algorithm in one process, dense, blocking and in float64: the oracle of the distributed tests.
 
 It shares no code with the fast path: the windows are written out as the paper puts them, and each schedule has its
 lines in one table.
@@ -21,7 +21,7 @@ Gradient = Callable[[list[Tensor], int, int, int], list[Tensor]]
 
 @dataclass
 class ReferenceHyper:
-    """AdamW's hyper-parameters of one parameter group; the test changes ``lr`` between windows as a scheduler would."""
+    """Holds AdamW's hyper-parameters of one parameter group; a test sets ``lr`` between windows as a scheduler does."""
 
     lr: float
     beta1: float = 0.9
@@ -32,7 +32,7 @@ class ReferenceHyper:
 
 @dataclass
 class WindowReport:
-    """What one window did: the weights of its phases, and its COMMIT's norm before clipping."""
+    """Tells what one window did: the weights of its phases, and its COMMIT's norm before clipping."""
 
     phase_a_weights: list[Tensor]
     phase_b_weights: list[Tensor]
@@ -42,7 +42,7 @@ class WindowReport:
 
 @dataclass
 class Reference:
-    """ACCO in one process.
+    """Trains with every schedule of ACCO in one process.
 
     Args:
         theta: the initial true weights, flat, one tensor per parameter group (copied to float64).
@@ -51,7 +51,7 @@ class Reference:
         accumulate: adds one micro-batch's gradient to a rank's sum, in the precision that the run accumulates in.
         send: rounds a rank's sum to what is communicated.
         stands_on_true_after_skip: fp16, where a skipped COMMIT is known before it is launched.
-        estimate_bits: an ESTIMATE's gradients and its change of the weights are quantised to so many bits; None: not.
+        estimate_bits: an ESTIMATE's gradients and its change of the weights are quantized to so many bits; None: not.
         loss_scale: with ``estimate_bits``, what multiplies the delivered gradients (``send`` takes it away itself).
         shard_numels: with ``estimate_bits``, elements of one rank's shard of each group: blocks restart there.
     """
@@ -91,7 +91,7 @@ class Reference:
         *,
         runs_sync: bool = False,
     ) -> WindowReport:
-        """One optimizer step of ``counts`` micro-batches per rank (default n), the first ``a`` in phase A.
+        """Takes one optimizer step of ``counts`` micro-batches per rank (default n), the first ``a`` in phase A.
 
         Adaptive windows: ``counts`` and ``a`` are lists with one number for each rank; the gradients, divided by n as
         delivered, then become the mean over all micro-batches of all ranks.
@@ -149,29 +149,29 @@ class Reference:
     def _sent_for_estimate(self, total: list[Tensor]) -> list[Tensor]:
         if self.estimate_bits is None:
             return [self.send(tensor).double() for tensor in total]
-        return [tensor / self.loss_scale for tensor in self._quantised(total)]
+        return [tensor / self.loss_scale for tensor in self._quantized(total)]
 
-    def _quantised(self, values: list[Tensor]) -> list[Tensor]:
+    def _quantized(self, values: list[Tensor]) -> list[Tensor]:
         assert self.estimate_bits is not None
         return [
-            quantised(tensor.double(), self.estimate_bits, shard_numel)
+            quantized(tensor.double(), self.estimate_bits, shard_numel)
             for tensor, shard_numel in zip(values, self.shard_numels, strict=True)
         ]
 
     def _installed(self, estimated, before: list[Tensor]) -> list[Tensor]:
-        """Where the next phase A stands: ``before`` where the ESTIMATE was skipped."""
+        """Returns where the next phase A stands: ``before`` where the ESTIMATE was skipped."""
         if estimated is None:
             return before
         if self.estimate_bits is None:
             return estimated[0]
         live = [self.see(tensor).double() for tensor in before]
-        change = self._quantised([to - stands_at for to, stands_at in zip(estimated[0], live)])
+        change = self._quantized([to - stands_at for to, stands_at in zip(estimated[0], live)])
         if not all(tensor.isfinite().all() for tensor in change):
             return before
         return [stands_at + moved for stands_at, moved in zip(live, change)]
 
     def _adamw(self, gradients: Sequence[Tensor], theta, exp_avg, exp_avg_sq, step):
-        """One AdamW step on copies: (theta, exp_avg, exp_avg_sq), or None for a gradient that is not finite."""
+        """Returns copies (theta, exp_avg, exp_avg_sq) after one AdamW step; None for a gradient that is not finite."""
         norm = _norm(gradients)
         if not torch.isfinite(torch.tensor(norm)):
             return None
@@ -212,10 +212,10 @@ LINES = {
 }
 
 
-def quantised(values: Tensor, bits: int, shard_numel: int) -> Tensor:
-    """What float64 ``values`` are after they were sent in ``bits`` bits: in blocks of 256 that restart at every shard,
-    multiples of the block's scale, which is its largest absolute value over 2^(bits-1) - 1, rounded up to 8 significant
-    bits. A block with a value that is not finite becomes NaN."""
+def quantized(values: Tensor, bits: int, shard_numel: int) -> Tensor:
+    """Returns what float64 ``values`` are after they were sent in ``bits`` bits: in blocks of 256 that restart at every
+    shard, multiples of the block's scale, which is its largest absolute value over 2^(bits-1) - 1, rounded up to 8
+    significant bits. A block with a value that is not finite becomes NaN."""
     largest_level = 2 ** (bits - 1) - 1
     parts = []
     for shard in values.split(shard_numel):

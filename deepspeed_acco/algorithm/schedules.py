@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""THE ALGORITHM: which round runs behind which computation (ACCO, arXiv 2406.02613, sections 3 and 4).
+"""Defines THE ALGORITHM: which round runs behind which computation (ACCO, arXiv 2406.02613, sections 3 and 4).
 
 A *window* is one optimizer step: the micro-batches of phase A, then those of phase B. A *round* is one background job:
 reduce-scatter the gradients, update this rank's shard, all-gather the weights. At every boundary the same happens, in
@@ -38,14 +38,14 @@ from enum import Enum
 
 
 class Phase(Enum):
-    """The part of the window that is being computed."""
+    """Names the part of the window that is being computed."""
 
     A = "A"
     B = "B"
 
 
 class Place(Enum):
-    """Where the newest true weights are in full, once the running round is finished."""
+    """Says where the newest true weights are in full, once the running round is finished."""
 
     LIVE = "live"  # the model's own parameters
     COMM = "comm"  # the communication buffer, not installed yet
@@ -54,7 +54,7 @@ class Place(Enum):
 
 @dataclass(frozen=True)
 class Round:
-    """One background job: what it reduces, what it writes, and which weights are installed after it."""
+    """Describes one background job: what it reduces, what it writes, and which weights are installed after it."""
 
     name: str
     reduces: Phase | None  # gradients of this phase only; None: of the whole window

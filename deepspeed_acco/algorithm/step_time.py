@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""THE LAW of a step's time, and THE CHOICE of a window's split by it (ACCO, arXiv 2406.02613, section 3).
+"""Defines THE LAW of a step's time, and THE CHOICE of a window's split by it (ACCO, arXiv 2406.02613, section 3).
 
 Each round runs beside the computation that it hides behind (schedules.py), so the longer of the two counts. Plan, the
 key ``"estimate_fraction": "auto"``, comparisons and benchmarks all ask here.
@@ -37,7 +37,7 @@ def step_s(
 
 @dataclass(frozen=True)
 class Figures:
-    """What a window of two phases is made of, in seconds: a micro-batch without waiting, and its two rounds alone."""
+    """Holds what a window of two phases is made of, in seconds: a micro-batch without waiting, its two rounds alone."""
 
     micro_batch_s: float
     commit_s: float

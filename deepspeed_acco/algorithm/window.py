@@ -34,20 +34,20 @@ def phase_a_micro_batches(window_micro_batches: int, estimate_fraction: float) -
 
 @dataclass(frozen=True)
 class Limits:
-    """How many micro-batches a phase has at least and at most; fixed accumulation leaves no choice."""
+    """Holds how many micro-batches a phase has at least and at most; fixed accumulation leaves no choice."""
 
     least: int
     most: int
 
     def allow_end(self, micro_batches: int, is_round_finished: bool) -> bool:
-        """Whether a phase with so many micro-batches may end, while the round behind it is finished or not."""
+        """Tells whether a phase with so many micro-batches may end, while the round behind it is finished or not."""
         return micro_batches >= self.most or (micro_batches >= self.least and is_round_finished)
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where training stands. A micro-batch is everything from the first forward that builds a graph after a backward
-    to the last backward before the next such forward; it counts once."""
+    """Says where training stands. A micro-batch is everything from the first forward that builds a graph after a
+    backward to the last backward before the next such forward; it counts once."""
 
     window: int = 0
     phase: Phase = Phase.A
@@ -62,17 +62,21 @@ class Position:
         return self.phase is Phase.A and not self.micro_batches
 
     def after_forward(self) -> Position:
+        """Returns where training stands after a training forward."""
         return replace(self, is_graph_outstanding=True)
 
     def after_eval_forward(self) -> Position:
+        """Returns where training stands after an eval-mode forward that builds a graph."""
         return replace(self, is_eval_graph_outstanding=True)
 
     def after_backward(self) -> Position:
+        """Returns where training stands after a backward, which counts where a graph was outstanding."""
         counted = self.micro_batches + (self.is_graph_outstanding or self.is_eval_graph_outstanding)
         return replace(self, micro_batches=counted, is_graph_outstanding=False, is_eval_graph_outstanding=False)
 
     def is_phase_a_over(self, schedule: Schedule, limits: Limits, is_round_finished: bool = False) -> bool:
-        """Asked at the next forward, when no graph is outstanding: only there may weights change in mid-window."""
+        """Tells whether the next forward begins phase B: only there, with no graph outstanding, may weights change in
+        mid-window."""
         return (
             schedule.has_two_phases
             and self.phase is Phase.A
@@ -81,16 +85,19 @@ class Position:
         )
 
     def is_window_over(self, schedule: Schedule, limits: Limits, is_round_finished: bool) -> bool:
-        """Asked after a backward, where nobody else decides how long a window is; ``limits`` are the last phase's."""
+        """Tells after a backward whether the window ends, where nobody else decides it; ``limits`` are the last
+        phase's."""
         is_last_phase = not schedule.has_two_phases or self.phase is Phase.B
         return is_last_phase and limits.allow_end(self.micro_batches - self.micro_batches_in_a, is_round_finished)
 
     def after_phase_a(self) -> Position:
+        """Returns the start of phase B in the same window."""
         return replace(self, phase=Phase.B, micro_batches_in_a=self.micro_batches)
 
     def after_window(self) -> Position:
+        """Returns the start of the next window."""
         return Position(window=self.window + 1)
 
     def after_dropped_gradients(self) -> Position:
-        """The user threw this window's gradients away: it begins again, at the weights that are installed."""
+        """Returns the start of the same window, whose gradients the user threw away; the installed weights stay."""
         return Position(window=self.window)

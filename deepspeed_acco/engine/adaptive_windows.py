@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""What only adaptive windows need: how long they may be, what is counted of them, and how training ends.
+"""Says how long adaptive windows may be, counts what they had, and ends training with them on all ranks at once.
 
 The rule itself is in algorithm/window.py (``Limits``); the counts travel in the rounds' own small all-reduce
 (runtime/driver.py). What all ranks do alike (scheduler, samples, the end) follows from the counts of the COMMIT that
@@ -30,7 +30,7 @@ GROWTH_TO_WARN_OF = 2  # nominal batches
 
 @dataclass(frozen=True)
 class WindowCounts:
-    """Micro-batches of one finished window, of each data-parallel rank in their order.
+    """Holds the micro-batches of one finished window, of each data-parallel rank in their order.
 
     Attributes:
         window: number of the optimizer step, from 0.
@@ -44,7 +44,7 @@ class WindowCounts:
 
 
 class AdaptiveWindows(FixedWindows):
-    """How long this rank's windows are, and the books of the finished ones.
+    """Says how long this rank's windows are, and keeps the books of the finished ones.
 
     Attributes:
         has_data: whether this rank goes on after the window; told with its gradients.
@@ -274,8 +274,8 @@ def on_window(engine, fn: Callable[[WindowCounts], None]) -> None:
 
 
 def replay_windows(engine, windows: Iterable[WindowCounts]) -> None:
-    """Gives the windows of these numbers the counts that were recorded of them, so that a run with the same data and
-    number of ranks has the same bits again. Later windows are adaptive. Every rank must call it, before training.
+    """Gives the windows of these numbers the counts that they once had, so that a run with the same data and number of
+    ranks has the same bits again. Later windows are adaptive. Every rank must call it, before training.
 
     Raises:
         ValueError: for counts of another number of ranks, or when the engine's windows are not adaptive.

@@ -23,12 +23,12 @@ _GROUP_FLAGS = {"amsgrad": False, "maximize": False, "bias_correction": True, "d
 
 
 class CheckpointRefused(ValueError):
-    """A checkpoint was not loaded; the run in memory is what it was before."""
+    """Says that a checkpoint was not loaded; the run in memory is what it was before."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rank found out about a checkpoint; compared over the ranks before any of them loads."""
+    """Tells what one rank found out about a checkpoint; compared over the ranks before any of them loads."""
 
     tag: str | None  # None: there is no file that names the latest one
     stands_on: str  # which weights the resumed training would begin at
@@ -37,7 +37,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """The arguments of ``engine.load_checkpoint`` that decide what is loaded."""
+    """Holds the arguments of ``engine.load_checkpoint`` that decide what is loaded."""
 
     load_module_strict: bool = True
     load_optimizer_states: bool = True
@@ -167,7 +167,7 @@ def _check_module(module: nn.Module, saved, options: LoadOptions, path) -> None:
 
 
 def _renames_keys(module: nn.Module) -> bool:
-    """Whether loading may accept other keys than state_dict() has."""
+    """Tells whether loading may accept other keys than state_dict() has."""
     return any(
         part._load_state_dict_pre_hooks or not type(part)._load_from_state_dict.__module__.startswith("torch.")
         for part in module.modules()
@@ -219,8 +219,8 @@ def _check_shard(engine, load_dir, tag) -> str:
 
 
 def _check_placement(optimizer, state, saved_masters, path) -> None:
-    """The same parameters at the same places of the shards; DeepSpeed itself moves them only where alignment of single
-    parameters was added since (zero_optimization.parameter_alignment, not in older versions)."""
+    """Requires the same parameters at the same places of the shards; DeepSpeed itself moves them only where alignment
+    of single parameters was added since (zero_optimization.parameter_alignment, not in older versions)."""
     alignment = getattr(optimizer, "round_robin_bit16_padding", [])
     if "param_alignment_paddings" not in state and any(any(paddings) for paddings in alignment):
         return

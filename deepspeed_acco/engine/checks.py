@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Refuses, before anything is built, whatever in the configuration ACCO cannot train with."""
+"""Refuses whatever in the configuration ACCO cannot train with, before anything is built."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def refuse_if(is_given, key, value, allowed, fix) -> None:
 
 
 def check_json(raw) -> None:
-    """Refuses what DeepSpeed refuses with an error of its own, or acts on, before it comes to the optimizer."""
+    """Raises ValueError for what DeepSpeed refuses by an error of its own, or acts on, before it has an optimizer."""
     amp = raw.get("amp")
     refuse_if(
         isinstance(amp, dict) and amp.get("enabled"), "amp.enabled", True, "false", "Remove amp; use bf16 or fp16"

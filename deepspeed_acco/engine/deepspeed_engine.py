@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Names what is used of DeepSpeed's engine (deepspeed/runtime/engine.py), and nothing else of it.
+"""Declares what is used of DeepSpeed's engine (deepspeed/runtime/engine.py), and nothing else of it.
 
 tests/engine/test_deepspeed_names.py checks that the installed DeepSpeed has all of it.
 """
@@ -13,7 +13,7 @@ import torch
 
 
 class Engine(Protocol):
-    """The part of ``DeepSpeedEngine`` that this package calls, reads or sets."""
+    """Declares the part of ``DeepSpeedEngine`` that this package calls, reads or sets."""
 
     # What is trained, and where.
     module: torch.nn.Module

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Owns the accumulated gradient A of one rank, and what ``p.grad`` is meanwhile.
+"""Keeps the accumulated gradient A of one rank, and what ``p.grad`` is meanwhile.
 
 ::
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class GradientState(Enum):
-    """What A holds."""
+    """Says what A holds."""
 
     CLEAN = "clean"
     OPEN = "open"
@@ -30,7 +30,7 @@ class GradientState(Enum):
 
 
 class Gradients:
-    """The parameters, and each one's view of A.
+    """Owns ``p.grad`` of the parameters, and each one's view of A.
 
     Args:
         views: (parameter, its part of A in its shape), of the trainable parameters.
@@ -43,6 +43,7 @@ class Gradients:
 
     @property
     def state(self) -> GradientState:
+        """Returns what A holds now."""
         return self._state
 
     def attach(self) -> None:
@@ -64,7 +65,7 @@ class Gradients:
                 self._collect_one(param, view)
 
     def collect_from(self, param: Tensor) -> None:
-        """Does the same for one parameter, by DeepSpeed's hook, where gradients must be freed one by one."""
+        """Takes over one parameter's gradient, by DeepSpeed's hook, where gradients must be freed one by one."""
         if param.grad is not None and param.grad is not self._view_of[id(param)]:
             self._collect_one(param, self._view_of[id(param)])
 

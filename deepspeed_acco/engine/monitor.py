@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""What DeepSpeed's monitor (TensorBoard, CSV, W&B, Comet) and its ``wall_clock_breakdown`` show of the rounds.
+"""Shows the rounds in DeepSpeed's monitor (TensorBoard, CSV, W&B, Comet) and its ``wall_clock_breakdown``.
 
 Nothing here waits: on CUDA a value that the device has not passed yet is shown one or more windows later.
 """
@@ -65,8 +65,8 @@ class Monitor:
 
 
 class LaneTimer:
-    """A timer with the methods of DeepSpeed's (deepspeed/utils/timer.py) that reads what the lane measures anyway: a
-    real one would be started in one thread and read in another, and on CUDA its reading waits for the device.
+    """Reads what the lane measures anyway by the methods of DeepSpeed's timer (deepspeed/utils/timer.py): a real one
+    would be started in one thread and read in another, and on CUDA its reading waits for the device.
 
     Args:
         field: which sum of :class:`~deepspeed_acco.runtime.lanes.LaneTimes` it shows.
@@ -78,17 +78,17 @@ class LaneTimer:
         self.reset()
 
     def start(self) -> None:
-        """Nothing: the lane starts and stops."""
+        """Does nothing: the lane starts and stops."""
 
     def stop(self, reset: bool = False, record: bool = False) -> None:
-        """Nothing, as :meth:`start`."""
+        """Does nothing: the lane starts and stops."""
 
     def reset(self) -> None:
         """Counts from now on."""
         self._seen = self._lane.times()
 
     def elapsed(self, reset: bool = True) -> float:
-        """Milliseconds of the rounds that finished since the last reset."""
+        """Returns the milliseconds of the rounds that finished since the last reset."""
         times = self._lane.times()
         spent = times.since(self._seen)
         if reset:
@@ -96,6 +96,6 @@ class LaneTimer:
         return getattr(spent, self._field) * 1e3
 
     def mean(self) -> float:
-        """Milliseconds per round since the last reset; 0 without one."""
+        """Returns the milliseconds per round since the last reset; 0 without one."""
         spent = self._lane.times().since(self._seen)
         return getattr(spent, self._field) * 1e3 / spent.rounds if spent.rounds else 0.0

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Makes DeepSpeed know ACCO. The only file that changes anything of DeepSpeed or torch; see TOUCH_POINTS."""
+"""Makes DeepSpeed know ACCO, as the only file that changes anything of DeepSpeed or torch; see TOUCH_POINTS."""
 
 from __future__ import annotations
 

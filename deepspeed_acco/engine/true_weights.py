@@ -40,7 +40,7 @@ def hook_of(method: Callable, of: Any, module: nn.Module) -> Callable:
 
 
 class TrueWeights:
-    """The looks of one engine at the true weights.
+    """Shows and hides the true weights of one engine, wherever somebody looks.
 
     Args:
         groups: the trainable parameters, one list per flat group.
@@ -106,14 +106,14 @@ class TrueWeights:
                     "torch.no_grad()"
                 )
 
-        is_record = dataclasses.is_dataclass(output) and not isinstance(output, (dict, type))
-        for tensor in tree_leaves(vars(output) if is_record else output):
+        has_fields = dataclasses.is_dataclass(output) and not isinstance(output, (dict, type))
+        for tensor in tree_leaves(vars(output) if has_fields else output):
             # Not on a leaf, such as a parameter that the module returns: it would keep the hook.
             if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
                 tensor.register_hook(check)
 
     def before_state_dict(self, module, prefix, keep_vars) -> None:
-        """Shows them until the next training forward, so that the returned references stay true."""
+        """Shows the true weights until the next training forward, so that the returned references stay true."""
         if not self._is_graph_outstanding():
             self._driver.show_true()
 

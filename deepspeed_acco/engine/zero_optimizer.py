@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSpeed's ZeRO-1 optimizer with the stepping replaced: engine events become calls on windows and rounds.
+"""Replaces the stepping of DeepSpeed's ZeRO-1 optimizer: engine events become calls on windows and rounds.
 
 Partitioning, master weights, hp mapping and checkpoint layout are inherited (deepspeed/runtime/zero/stage_1_and_2.py).
 """
@@ -41,7 +41,7 @@ from .true_weights import TrueWeights, hook_of, view_in_flat
 
 
 class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
-    """ZeRO-1 with ACCO's rounds. Built by the engine; takes whatever arguments its DeepSpeed version passes.
+    """Trains as ZeRO-1 with ACCO's rounds. The engine builds it, with whatever arguments its DeepSpeed version passes.
 
     Attributes:
         settings: the validated :class:`~deepspeed_acco.settings.Settings`.
@@ -126,7 +126,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
     # ---- attaching to the engine
 
     def attach(self, engine: Engine) -> None:
-        """Puts the hooks on ``engine.module`` and takes over what only the engine knows. Once, by patches.py."""
+        """Puts the hooks on ``engine.module`` and takes over what only the engine knows; patches.py calls it once."""
         self._engine_ref = weakref.ref(engine)
         # Both are younger than the oldest supported DeepSpeed, which always takes the mean over all ranks.
         sequence_parallel = float(getattr(self, "sequence_parallel_size", 1))
@@ -180,7 +180,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
 
     @property
     def estimate_fraction(self) -> float:
-        """Returns that of the running window: as given, or what ``"auto"`` has come to."""
+        """Returns the running window's fraction of phase A: as given, or what ``"auto"`` has come to."""
         return self._fraction.fraction
 
     # ---- gradients
@@ -374,7 +374,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             logger().info(f"ACCO: training goes on at the loaded true weights: {reason}")
 
     def state_dict(self):
-        """Returns the parent's, of the newest COMMIT, with the key ``acco`` (checkpoint_state.py)."""
+        """Returns the parent's state, of the newest COMMIT, with the key ``acco`` (checkpoint_state.py)."""
         self.driver.finish()
         if self.position.micro_batches and self._engine().global_rank == 0:
             logger().warning(
@@ -389,7 +389,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         return state
 
     def offload_states(self, *args, **kwargs):
-        """Refuses: the rounds hold the buffers that this would move.
+        """Refuses to move the states: the rounds hold the buffers.
 
         Raises:
             RuntimeError: always.

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The two updates of one shard in plain PyTorch: AdamW with the state written (COMMIT) or left alone (ESTIMATE).
+"""Updates one shard in plain PyTorch: AdamW with the state written (COMMIT) or left alone (ESTIMATE).
 
 The arithmetic is that of ``torch.optim.AdamW`` (decoupled decay, bias correction, ``eps`` outside the root). Nothing
 here asks the device for a value: scale and skip flag stay tensors.
@@ -23,7 +23,7 @@ _MEASURED_NUMEL = 2**20  # of the monitor's sums: their temporaries stay at a fe
 
 @dataclass(frozen=True)
 class AdamWHyper:
-    """The AdamW hyper-parameters of one parameter group at one moment (defaults: torch.optim.AdamW's)."""
+    """Holds the AdamW hyper-parameters of one parameter group at one moment (defaults: torch.optim.AdamW's)."""
 
     lr: float = 1e-3
     beta1: float = 0.9
@@ -39,7 +39,7 @@ class AdamWHyper:
 
 
 class AdamWShard:
-    """One parameter group's shard: fp32 state, all 1-D of ``shard_numel`` elements.
+    """Holds the fp32 state of one parameter group's shard, all 1-D of ``shard_numel`` elements.
 
     Attributes:
         master, exp_avg, exp_avg_sq: fp32, on the shard's device. step: fp32, 0-dim, the number of commits.
@@ -57,7 +57,7 @@ class AdamWShard:
         return cls(master, state["exp_avg"], state["exp_avg_sq"], state["step"])
 
     def adopt(self, state: dict[str, Any]) -> None:
-        """Points at the tensors that torch's ``state`` has now; loading replaced them."""
+        """Takes the tensors that torch's ``state`` has now; loading replaced them."""
         step = torch.as_tensor(state["step"], dtype=torch.float32, device=self.master.device).reshape(())
         state["step"] = step
         self.exp_avg, self.exp_avg_sq, self.step = state["exp_avg"], state["exp_avg_sq"], step
@@ -82,7 +82,7 @@ def adamw_estimate(
 def adamw_commit(
     shard: AdamWShard, grad: Tensor, hyper: AdamWHyper, grad_scale: Tensor, is_finite: Tensor, out: Tensor
 ):
-    """One AdamW step in place, and the new weights to ``out`` (arguments as in :func:`adamw_estimate`)."""
+    """Takes one AdamW step in place and writes the new weights to ``out`` (arguments as in :func:`adamw_estimate`)."""
     _adamw(shard, grad, hyper, grad_scale, is_finite, out, writes_state=True)
 
 
@@ -116,7 +116,7 @@ def _adamw(shard, grad, hyper, grad_scale, is_finite, out, *, writes_state):
 
 @torch.no_grad()
 def sums_of_error_and_step(shard: AdamWShard, hyper: AdamWHyper, stands_at: Tensor) -> Tensor:
-    """|stands_at - master|^2 and |master - master before|^2, right after a commit that was not skipped.
+    """Returns |stands_at - master|^2 and |master - master before|^2, right after a commit that was not skipped.
 
     The step is computed again from the state that the commit left, u = lr m_hat / (sqrt(v_hat) + eps), so that nothing
     is cloned before: after = before (1 - lr wd) - u gives after - before = -(u + lr wd after) / (1 - lr wd).

@@ -16,7 +16,7 @@ _DEVICE_PIECE_NUMEL = 2**24
 
 
 def pieces(numel: int, piece_numel: int) -> Iterator[tuple[int, int]]:
-    """``(start, length)`` of consecutive pieces of at most ``piece_numel`` elements that cover ``numel``."""
+    """Yields ``(start, length)`` of consecutive pieces of at most ``piece_numel`` elements that cover ``numel``."""
     if piece_numel < 1:
         raise ValueError(f"a piece needs at least one element, got {piece_numel}")
     for start in range(0, numel, piece_numel):
@@ -24,13 +24,13 @@ def pieces(numel: int, piece_numel: int) -> Iterator[tuple[int, int]]:
 
 
 def piece_numel(device: torch.device) -> int:
-    """How many elements one operator call handles at a time on that device."""
+    """Returns how many elements one operator call handles at a time on that device."""
     return _CPU_PIECE_NUMEL if device.type == "cpu" else _DEVICE_PIECE_NUMEL
 
 
 @torch.no_grad()
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    """Sum of the squares of all elements, float64, 0-dim; the order of the additions does not depend on threads."""
+    """Returns the sum of all elements' squares, float64, 0-dim; the order of additions does not depend on threads."""
     total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
     for tensor in tensors:
         for start, length in pieces(tensor.numel(), piece_numel(tensor.device)):
@@ -40,7 +40,7 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def pack(grads: Tensor, packed: Tensor, scale: float, *, clears: bool) -> None:
-    """``packed`` <- ``grads * scale`` in the dtype of ``packed``; then ``grads`` <- 0 if ``clears``. Both 1-D."""
+    """Writes ``grads * scale`` to ``packed`` in its dtype; then zeroes ``grads`` if ``clears``. Both 1-D."""
     for start, length in pieces(grads.numel(), piece_numel(grads.device)):
         source, target = grads[start : start + length], packed[start : start + length]
         if scale == 1.0:

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Large memory pages for the flat buffers on a CPU.
+"""Asks for large memory pages under the flat buffers on a CPU.
 
 The updates walk through several long arrays at once, and with 4 KiB pages a good part of their time goes into finding
 the pages. Linux gives 2 MiB pages to memory that asks for them (madvise(2), "Transparent Hugepage Support").
@@ -19,7 +19,7 @@ _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # linux/mman.h; the second one since Li
 
 
 def use_huge_pages(tensors: Iterable[Tensor]) -> int:
-    """Asks for 2 MiB pages under the tensors, and to move there what they hold. The values stay.
+    """Asks for 2 MiB pages under the tensors, and that what they hold is moved there. The values stay.
 
     It is advice: a system without such pages, or with none to spare, keeps the pages that it has.
 

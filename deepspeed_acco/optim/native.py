@@ -24,12 +24,12 @@ _reasons: dict[str, str] = {}  # by device type; empty: native
 
 
 def kernels_name(device: torch.device | str = "cpu") -> str:
-    """``native`` or ``torch``: what computes the updates on that device. Loads the library if nothing did before."""
+    """Returns what computes the updates on that device, ``native`` or ``torch``; loads the library if nothing did."""
     return "torch" if reason_against(torch.device(device)) else "native"
 
 
 def kernels_reason(device: torch.device | str = "cpu") -> str:
-    """Why it is not the native kernels; empty where it is."""
+    """Returns why the native kernels do not compute the updates on that device; empty where they do."""
     return reason_against(torch.device(device))
 
 
@@ -44,6 +44,7 @@ def prepare(device: torch.device) -> None:
 
 
 def reason_against(device: torch.device) -> str:
+    """Returns why that device computes in plain PyTorch, empty where by native kernels; chooses at the first call."""
     known = _reasons.get(device.type)
     if known is None:
         known = _reasons[device.type] = _choose(device.type)
@@ -95,15 +96,15 @@ def _is_registered() -> bool:
 
 
 _fakes: list[torch.library.Library] = []
-_QUANTISED = ("quantize", "dequantize_sum", "adamw_estimate_change", "add_change")
+_QUANTIZED = ("quantize", "dequantize_sum", "adamw_estimate_change", "add_change")
 
 
 def _register_fakes() -> None:
-    """What the operators do to shapes: nothing, but for the sum. For torch.compile and opcheck."""
+    """Tells torch.compile and opcheck what the operators do to shapes: nothing, but for the sum."""
     if _fakes:
         return
     library = torch.library.Library(_NAMESPACE, "FRAGMENT")
-    for name in ("adamw_estimate", "adamw_commit", *_QUANTISED, "pack", "traffic_estimate", "traffic_commit"):
+    for name in ("adamw_estimate", "adamw_commit", *_QUANTIZED, "pack", "traffic_estimate", "traffic_commit"):
         torch.library.register_fake(f"{_NAMESPACE}::{name}", lambda *_, **__: None, lib=library)
     torch.library.register_fake(
         f"{_NAMESPACE}::grad_sumsq", lambda grad: grad.new_empty((), dtype=torch.float64), lib=library

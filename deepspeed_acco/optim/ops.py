@@ -18,7 +18,7 @@ from .native import reason_against
 def adamw_estimate(
     shard: AdamWShard, grad: Tensor, hyper: AdamWHyper, grad_scale: Tensor, is_finite: Tensor, out: Tensor
 ) -> None:
-    """As :func:`adamw.adamw_estimate`, in one pass that reads the state and writes ``out`` alone."""
+    """Does what :func:`adamw.adamw_estimate` does, in one pass that reads the state and writes ``out`` alone."""
     if reason_against(grad.device):
         adamw.adamw_estimate(shard, grad, hyper, grad_scale, is_finite, out)
     else:
@@ -29,7 +29,7 @@ def adamw_estimate(
 def adamw_commit(
     shard: AdamWShard, grad: Tensor, hyper: AdamWHyper, grad_scale: Tensor, is_finite: Tensor, out: Tensor
 ) -> None:
-    """As :func:`adamw.adamw_commit`, in one pass."""
+    """Does what :func:`adamw.adamw_commit` does, in one pass."""
     if reason_against(grad.device):
         adamw.adamw_commit(shard, grad, hyper, grad_scale, is_finite, out)
     else:
@@ -43,7 +43,7 @@ def _arguments(shard, grad, hyper, grad_scale, is_finite, out):
 
 @torch.no_grad()
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    """As :func:`flat.sum_of_squares`."""
+    """Does what :func:`flat.sum_of_squares` does, in one pass over each tensor."""
     if reason_against(tensors[0].device):
         return flat.sum_of_squares(tensors)
     total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
@@ -54,19 +54,19 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def pack(grads: Tensor, packed: Tensor, scale: float, *, clears: bool) -> None:
-    """As :func:`flat.pack`, in one pass."""
+    """Does what :func:`flat.pack` does, in one pass."""
     if reason_against(grads.device):
         flat.pack(grads, packed, scale, clears=clears)
     else:
         torch.ops.deepspeed_acco.pack(grads, packed, scale, clears)
 
 
-# ---- the quantised estimate; arguments as in quantization.py
+# ---- the quantized estimate; arguments as in quantization.py
 
 
 @torch.no_grad()
 def quantize(values: Tensor, records: Tensor, bits: int, scale: float) -> None:
-    """As :func:`quantization.quantize`, in one pass."""
+    """Does what :func:`quantization.quantize` does, in one pass."""
     if reason_against(values.device):
         quantization.quantize(values, records, bits, scale)
     else:
@@ -75,7 +75,7 @@ def quantize(values: Tensor, records: Tensor, bits: int, scale: float) -> None:
 
 @torch.no_grad()
 def dequantize_sum(messages: list[Tensor], total: Tensor, bits: int) -> None:
-    """As :func:`quantization.dequantize_sum`, in one pass over ``total``."""
+    """Does what :func:`quantization.dequantize_sum` does, in one pass over ``total``."""
     if reason_against(total.device):
         quantization.dequantize_sum(messages, total, bits)
     else:
@@ -93,7 +93,7 @@ def adamw_estimate_change(
     records: Tensor,
     bits: int,
 ) -> None:
-    """As :func:`quantization.adamw_estimate_change`, in one pass that writes ``records`` alone."""
+    """Does what :func:`quantization.adamw_estimate_change` does, in one pass that writes ``records`` alone."""
     if reason_against(grad.device):
         quantization.adamw_estimate_change(shard, grad, hyper, grad_scale, is_finite, live, records, bits)
     else:
@@ -103,7 +103,7 @@ def adamw_estimate_change(
 
 @torch.no_grad()
 def add_change(records: Tensor, is_added: Tensor, live: Tensor, bits: int) -> None:
-    """As :func:`quantization.add_change`, in one pass."""
+    """Does what :func:`quantization.add_change` does, in one pass."""
     if reason_against(live.device):
         quantization.add_change(records, is_added, live, bits)
     else:

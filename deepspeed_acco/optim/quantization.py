@@ -1,7 +1,7 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Block-wise symmetric quantisation to 8 or 4 bits, in plain PyTorch: what an ESTIMATE sends with ``estimate_comm``
-(docs/how-to/slow-links.md).
+"""Quantizes block by block and symmetrically to 8 or 4 bits, in plain PyTorch: what an ESTIMATE sends with
+``estimate_comm`` (docs/how-to/slow-links.md).
 
 The values of one shard are cut into blocks of 256, which restart at every shard; the last block may be shorter. A block
 becomes one *record*: its scale (bf16, 2 bytes, little endian), then its levels. With 8 bits a level is a byte; with 4
@@ -31,24 +31,24 @@ _NAN_SCALE = 0x7FC0  # converting NaN to bf16 gives other bits on other CPUs and
 
 
 def record_bytes(bits: int, block_numel: int = BLOCK) -> int:
-    """Bytes of the record of a block of so many elements."""
+    """Returns the bytes of the record of a block of so many elements."""
     return SCALE_BYTES + -(-block_numel * bits // 8)
 
 
 def message_bytes(numel: int, bits: int) -> int:
-    """Bytes of the records of a shard of ``numel`` elements."""
+    """Returns the bytes of the records of a shard of ``numel`` elements."""
     blocks, rest = divmod(numel, BLOCK)
     return blocks * record_bytes(bits) + (record_bytes(bits, rest) if rest else 0)
 
 
 def message_stride(numel: int, bits: int) -> int:
-    """Bytes from one shard's message to the next, where the messages of several ranks lie in one buffer."""
+    """Returns the bytes from one shard's message to the next, where those of several ranks lie in one buffer."""
     return -(-message_bytes(numel, bits) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
 @torch.no_grad()
 def quantize(values: Tensor, records: Tensor, bits: int, scale: float = 1.0) -> None:
-    """``records`` <- the records of ``values * scale``, the product in fp32.
+    """Writes to ``records`` those of ``values * scale``, the product in fp32.
 
     Args:
         values: 1-D, any floating dtype; it begins at a block.
@@ -60,7 +60,7 @@ def quantize(values: Tensor, records: Tensor, bits: int, scale: float = 1.0) -> 
 
 @torch.no_grad()
 def dequantize_sum(messages: list[Tensor], total: Tensor, bits: int) -> None:
-    """``total`` <- the sum of what the messages hold, each a term of ``total.numel()`` elements, in their order.
+    """Writes to ``total`` the sum of what the messages hold, each a term of ``total.numel()`` elements, in their order.
 
     Args:
         messages: uint8, 1-D, of equal size. total: fp32, 1-D; it begins at a block.
@@ -83,7 +83,7 @@ def adamw_estimate_change(
     records: Tensor,
     bits: int,
 ) -> None:
-    """``records`` <- how far the weights of :func:`update.adamw_estimate`, in fp32, are from ``live``.
+    """Writes to ``records`` how far the weights of :func:`adamw.adamw_estimate`, in fp32, are from ``live``.
 
     Args:
         live: the shard of the weights as they stand, 1-D, any floating dtype. What its rounding lost is part of the
@@ -99,7 +99,7 @@ def adamw_estimate_change(
 
 @torch.no_grad()
 def add_change(records: Tensor, is_added: Tensor, live: Tensor, bits: int) -> None:
-    """``live`` <- ``live + level * scale``, added in fp32, rounded once to its dtype; nothing where not ``is_added``.
+    """Adds ``level * scale`` to ``live`` in fp32, rounded once to its dtype; nothing where not ``is_added``.
 
     Args:
         records: of one shard. is_added: bool, 0-dim. live: that shard's weights, 1-D.
@@ -112,7 +112,7 @@ def add_change(records: Tensor, is_added: Tensor, live: Tensor, bits: int) -> No
 
 @torch.no_grad()
 def are_finite(messages: Tensor, shards: int, numel: int, bits: int) -> Tensor:
-    """Whether every block of ``shards`` messages was finite, by their scales: bool, 0-dim.
+    """Tells whether every block of ``shards`` messages was finite, by their scales: bool, 0-dim.
 
     Args:
         messages: uint8, 1-D, of ``shards`` shards of ``numel`` elements each, :func:`message_stride` apart.
@@ -124,7 +124,7 @@ def are_finite(messages: Tensor, shards: int, numel: int, bits: int) -> Tensor:
 
 
 def _pieces(values: Tensor, bits: int):
-    """Slices of ``values`` and of its records that belong together: whole blocks of an operator call's size."""
+    """Yields slices of ``values`` and of its records that belong together: whole blocks of an operator call's size."""
     numel = piece_numel(values.device)
     assert numel % BLOCK == 0
     for start, length in pieces(values.numel(), numel):
@@ -149,17 +149,17 @@ def _encode(values: Tensor, records: Tensor, bits: int) -> None:
 
 
 def _as_scales(scale_bytes: Tensor) -> Tensor:
-    """A copy, since a record may begin at an odd address."""
+    """Returns the scales as a bf16 copy, since a record may begin at an odd address."""
     return scale_bytes.clone(memory_format=torch.contiguous_format).view(-1, SCALE_BYTES).view(torch.bfloat16)
 
 
 def _rounded_up(positive: Tensor) -> Tensor:
-    """The smallest bf16 numbers that are not below these fp32 ones."""
+    """Returns, in fp32, the smallest bf16 numbers that are not below these fp32 ones."""
     return ((positive.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
 
 
 def _decode(records: Tensor, numel: int, bits: int) -> Tensor:
-    """``level * scale`` of ``numel`` elements, fp32."""
+    """Returns ``level * scale`` of ``numel`` elements, fp32."""
     blocks = -(-numel // BLOCK)
     padded = torch.nn.functional.pad(records, (0, blocks * record_bytes(bits) - records.numel()))
     table = padded.view(blocks, record_bytes(bits))

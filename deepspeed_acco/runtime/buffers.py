@@ -21,7 +21,7 @@ _EXCHANGE_BYTES = 2**22
 
 
 class FlatBuffers:
-    """P, A, X and the reduced shards.
+    """Holds P, A, X and the reduced shards.
 
     Args:
         live: the flat live weights, one 1-D tensor per group, all of one dtype.
@@ -57,19 +57,19 @@ class FlatBuffers:
         return [flat[slice(*layout.shard_range(layout.rank))] for flat, layout in zip(whole, self.layouts)]
 
     def pack(self, scale: float, *, clears: bool) -> None:
-        """X <- A * scale in the communication dtype; then A <- 0 if ``clears``."""
+        """Writes A * scale to X in the communication dtype; then zeroes A if ``clears``."""
         for grads, packed in zip(self.grads, self.comm_grads):
             ops.pack(grads, packed, scale, clears=clears)
 
     def pack_records(self, scale: float) -> None:
-        """X <- A * scale as records, those of each rank's shard after those of the one before."""
+        """Writes A * scale to X as records, those of each rank's shard after those of the one before."""
         for layout, grads, records in zip(self.layouts, self.grads, self.comm_records):
             for rank in range(layout.world_size):
                 message = self._message(records, layout, rank)
                 ops.quantize(grads[slice(*layout.shard_range(rank))], message, self.estimate_bits, scale)
 
     def own_records(self) -> list[Tensor]:
-        """This rank's part of the records in X."""
+        """Returns this rank's part of the records in X, uint8, one 1-D view per group."""
         return [self._message(records, layout, layout.rank) for layout, records in zip(self.layouts, self.comm_records)]
 
     def _message(self, records: Tensor, layout: GroupLayout, rank: int) -> Tensor:
@@ -77,17 +77,17 @@ class FlatBuffers:
         return records.narrow(0, rank * (records.numel() // layout.world_size), size)
 
     def clear_gradients(self) -> None:
-        """A <- 0."""
+        """Zeroes A."""
         for grads in self.grads:
             grads.zero_()
 
     def install(self) -> None:
-        """P <- X. A copy: parameters, their views and DeepSpeed's mappings keep pointing at P."""
+        """Copies the weights in X to P: parameters, their views and DeepSpeed's mappings keep pointing at P."""
         for live, gathered in zip(self.live, self.comm_weights):
             live.copy_(gathered)
 
     def install_change(self) -> None:
-        """P <- P + the changes that X holds as records, the same bits on every rank; P stays where any of them is not
+        """Adds to P the changes that X holds as records, the same bits on every rank; nothing where any of them is not
         finite."""
         bits = self.estimate_bits
         are_all_finite = [
@@ -110,11 +110,11 @@ class FlatBuffers:
                 gathered[at] = kept
 
     def own_bytes(self) -> int:
-        """Bytes of A, X and the reduced shards: what this library adds to weights and optimizer state."""
+        """Returns the bytes of A, X and the reduced shards: what this library adds to weights and optimizer state."""
         return sum(tensor.nbytes for tensor in (self._comm, *self.grads, *self.reduced))
 
     def tensors(self) -> list[Tensor]:
-        """P, A, X and the reduced shards, each once."""
+        """Returns P, A, X and the reduced shards, each once."""
         return [self._comm, *self.live, *self.grads, *self.reduced]
 
 
@@ -123,7 +123,7 @@ def _records_bytes(layout: GroupLayout, bits: int) -> int:
 
 
 def _allocate_comm(live: list[Tensor], comm_dtype: torch.dtype, records: list[int]) -> tuple[Tensor, list[Tensor]]:
-    """One flat byte buffer, and the part of it that each group has for gradients, weights or records in turn."""
+    """Returns a flat byte buffer, and the part of it that each group has for gradients, weights or records in turn."""
     itemsize = max(comm_dtype.itemsize, live[0].element_size())
     # Records are smaller than 16-bit values, but for a tiny shard, whose scale weighs more.
     needed = [max(flat.numel() * itemsize, of_records) for flat, of_records in zip(live, records)]

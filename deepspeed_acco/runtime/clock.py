@@ -12,7 +12,7 @@ import torch
 
 
 class HostValue:
-    """A small tensor that the host reads later, without ever waiting for the device.
+    """Gives the host a small tensor later, without ever waiting for the device.
 
     On CUDA the value is copied to pinned memory behind the work that makes it, on the current stream.
     """
@@ -26,6 +26,7 @@ class HostValue:
             self._passed = torch.cuda.current_stream(value.device).record_event()
 
     def is_known(self) -> bool:
+        """Tells whether the host can read the value now."""
         return self._passed is None or self._passed.query()
 
     def wait(self) -> None:
@@ -34,12 +35,12 @@ class HostValue:
             self._passed.synchronize()
 
     def value(self) -> Any:
-        """The value, in Python's type for the tensor's dtype, of 1-D tensors a list; only when :meth:`is_known`."""
+        """Returns the value in Python's type for the dtype, of 1-D tensors a list; only when :meth:`is_known`."""
         return self._value.tolist()
 
 
 class Instant:
-    """Now, as the training thread sees it, and on CUDA its stream: read later, without ever waiting for the device."""
+    """Marks now, as the training thread (on CUDA: its stream) sees it; read later, without waiting for the device."""
 
     def __init__(self, device: torch.device):
         self._host_s = time.perf_counter()
@@ -49,6 +50,7 @@ class Instant:
             self._passed = stream.record_event(torch.cuda.Event(enable_timing=True))
 
     def is_known(self) -> bool:
+        """Tells whether the device has come to it."""
         return self._passed is None or self._passed.query()
 
     def wait(self) -> None:
@@ -57,7 +59,7 @@ class Instant:
             self._passed.synchronize()
 
     def seconds_since(self, earlier: Instant) -> float:
-        """Only when both :meth:`is_known`."""
+        """Returns the seconds from ``earlier`` to this instant; only when both :meth:`is_known`."""
         if self._passed is None or earlier._passed is None:
             return self._host_s - earlier._host_s
         return earlier._passed.elapsed_time(self._passed) / 1e3
@@ -65,7 +67,7 @@ class Instant:
 
 @dataclass
 class LaneTimes:
-    """Sums since the lane was made, in seconds (on CUDA of the rounds whose events have completed)."""
+    """Holds sums since the lane was made, in seconds (on CUDA of the rounds whose events have completed)."""
 
     round_s: float = 0.0  # the rounds' own duration
     exposed_s: float = 0.0  # how long the training thread (on CUDA: its stream) stood waiting for them
@@ -83,15 +85,16 @@ class LaneTimes:
         self.rounds_of[kind] = self.rounds_of.get(kind, 0) + 1
 
     def copy(self) -> LaneTimes:
+        """Returns the sums as they are now."""
         return replace(self, round_s_of=dict(self.round_s_of), rounds_of=dict(self.rounds_of))
 
     @property
     def hidden_share(self) -> float:
-        """Part of the rounds' time that cost training nothing, 0 to 1; 0 before the first round."""
+        """Returns the part of the rounds' time that cost training nothing, 0 to 1; 0 before the first round."""
         return max(0.0, 1.0 - self.exposed_s / self.round_s) if self.round_s > 0 else 0.0
 
     def since(self, earlier: LaneTimes) -> LaneTimes:
-        """What was added after ``earlier``, a copy that was made then."""
+        """Returns what was added after ``earlier``, a copy that was made then."""
         return LaneTimes(
             self.round_s - earlier.round_s,
             self.exposed_s - earlier.exposed_s,

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The collectives of a round, on a process group of our own. The only file that names torch.distributed.
+"""Runs the collectives of a round on a process group of our own. It is the only file that names torch.distributed.
 
 Two threads on one gloo group silently mix their payloads, so ACCO never shares DeepSpeed's group; and on every rank one
 thread at a time issues the same collectives in the same order.
@@ -39,11 +39,11 @@ def _reduce_scatter_in_place(own: Tensor, whole: Tensor, group) -> None:
 
 
 class CommFailed(RuntimeError):
-    """A collective did not complete; the cause is chained."""
+    """Says that a collective did not complete; the cause is chained."""
 
 
 def _names_the_timeout(method):
-    """The backend's error says what broke on the wire; say what that means for the user."""
+    """Says what the backend's error means for the user; itself it says what broke on the wire."""
 
     @functools.wraps(method)
     def checked(self, *args):
@@ -60,7 +60,7 @@ def _names_the_timeout(method):
 
 
 class Communicator:
-    """One process group over the data-parallel ranks, used by one thread at a time.
+    """Owns one process group over the data-parallel ranks, used by one thread at a time.
 
     Args:
         parallel_group: DeepSpeed's data-parallel group (its ranks are taken over), or None for all ranks.
@@ -96,7 +96,7 @@ class Communicator:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the group can still be used: not destroyed, here or with all others."""
+        """Tells whether the group can still be used: not destroyed, here or with all others."""
         return self._group is not None and dist.is_initialized()
 
     def require_same(self, description: str) -> None:
@@ -115,7 +115,7 @@ class Communicator:
             )
 
     def _part(self, tensor: Tensor, rank: int) -> Tensor:
-        """Of as many equal parts as ranks."""
+        """Returns that rank's part, of as many equal ones as there are ranks, as a view."""
         numel = tensor.numel() // self.world_size
         return tensor.narrow(0, rank * numel, numel)
 
@@ -146,20 +146,20 @@ class Communicator:
             self._count(source.nbytes - own.nbytes)
             target.copy_(own)
 
-    def all_to_all(self, whole: list[Tensor], record_numel: int, take: Taker) -> None:
+    def all_to_all(self, whole: list[Tensor], unit_numel: int, take: Taker) -> None:
         """Sends each rank its part of ``whole`` (1-D, one per group, as many equal parts as ranks) and gives what
         arrives to ``take``, piece by piece, so that no second buffer of that size is needed.
 
         Args:
-            record_numel: pieces begin at multiples of it.
+            unit_numel: pieces begin at multiples of it.
             take: called as ``take(group, start, terms)``: elements ``start`` and following of this rank's part, as each
                 rank sent them, in the order of the ranks. They are overwritten afterwards.
         """
-        self._exchange(whole, record_numel, take)
+        self._exchange(whole, unit_numel, take)
 
-    def _exchange(self, whole: list[Tensor], record_numel: int, take: Taker) -> None:
+    def _exchange(self, whole: list[Tensor], unit_numel: int, take: Taker) -> None:
         arriving = None
-        for piece in [*self._exchange_pieces(whole, record_numel), None]:
+        for piece in [*self._exchange_pieces(whole, unit_numel), None]:
             following = None if piece is None else self._start_exchange(whole, *piece)
             if arriving is not None:
                 group, start, terms, requests = arriving
@@ -167,13 +167,13 @@ class Communicator:
                 take(group, start, terms)  # its own errors pass as they are
             arriving = following
 
-    def _exchange_pieces(self, whole, record_numel):
-        """(group, start, length, slot): what is exchanged at a time, alternating between the two staging slots."""
+    def _exchange_pieces(self, whole, unit_numel):
+        """Yields what is exchanged at a time: (group, start, length, slot), alternating between the staging slots."""
         itemsize = whole[0].element_size()
         peers = max(1, self.world_size - 1)
         parts = [source.numel() // self.world_size for source in whole]
-        records = max(1, STAGING_BYTES // (2 * peers * itemsize * record_numel))
-        largest = min(records * record_numel, max(parts))
+        units = max(1, STAGING_BYTES // (2 * peers * itemsize * unit_numel))
+        largest = min(units * unit_numel, max(parts))
         needed = 2 * -(-peers * largest * itemsize // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
         if self._staging is None or self._staging.numel() < needed:
             self._staging = torch.empty(needed, dtype=torch.uint8, device=self.device)
@@ -219,7 +219,7 @@ class Communicator:
             self._count(tensor.nbytes - tensor.nbytes // self.world_size)
 
     def _pass_round(self, whole):
-        """A ring: each rank sends on to the next what arrives from the one before.
+        """Gathers by a ring: each rank sends on to the next what arrives from the one before.
 
         gloo tells the sender of every receive, and only then the data leaves; on the connection that the data take. So
         all receives come first: in gloo's own all-gather that word waits behind half of the data.
@@ -246,12 +246,12 @@ class Communicator:
         self._count(2 * value.nbytes * (self.world_size - 1) // self.world_size)
 
     def _count(self, sent_bytes: int) -> None:
-        """Of all collectives here every rank receives as much as it sends."""
+        """Counts what this rank sent; in all collectives here every rank receives as much."""
         self.sent_bytes += sent_bytes
 
     @_names_the_timeout
     def gather_objects(self, value) -> list:
-        """What every rank passed, in the order of the ranks: small picklable objects. On CUDA it waits for it."""
+        """Returns what every rank passed, small picklable objects in the order of the ranks; waits for the device."""
         everyone = [None] * self.world_size
         dist.all_gather_object(everyone, value, group=self._group)
         return everyone
@@ -274,12 +274,12 @@ class Communicator:
 
 
 def max_over_ranks(value: Tensor, group) -> None:
-    """In-place maximum over DeepSpeed's own ``group``, by the main thread (the overflow check of fp16)."""
+    """Takes the maximum over DeepSpeed's own ``group`` in place, by the main thread (the overflow check of fp16)."""
     dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
 
 
 def sum_over_ranks(value: Tensor, group) -> None:
-    """In-place sum over DeepSpeed's own ``group``, by the main thread (a full gradient that the user asked for)."""
+    """Sums over DeepSpeed's own ``group`` in place, by the main thread (a full gradient that the user asked for)."""
     dist.all_reduce(value, group=group)
 
 

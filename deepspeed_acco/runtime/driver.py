@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Carries out the rounds that algorithm/schedules.py decides, in the right order on a lane, and shows the true weights.
 
-Knows nothing of DeepSpeed. The caller says when a phase or a window ends, and never while a graph is outstanding.
+It knows nothing of DeepSpeed. The caller says when a phase or a window ends, and never while a graph is outstanding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _KINDS = 1009  # numbers of rounds are this far apart, so that the kind of a rou
 
 
 class RoundState(Enum):
-    """What there is of a round."""
+    """Says what there is of a round."""
 
     IDLE = "idle"  # none: the live weights are the newest true ones
     IN_FLIGHT = "in flight"
@@ -38,7 +38,7 @@ class RoundState(Enum):
 
 @dataclass(frozen=True)
 class _Look:
-    """What hiding the true weights again takes."""
+    """Holds what hiding the true weights again takes."""
 
     version: int  # of the weights that training had
     predictions: list[Tensor] | None  # this rank's shards of them, where X had to hold the true weights meanwhile
@@ -46,8 +46,8 @@ class _Look:
 
 @dataclass(frozen=True)
 class ResumeState:
-    """Where training stands between two rounds, beyond the true weights: this rank's shards, 1-D in the weights' dtype,
-    one per parameter group."""
+    """Holds where training stands between two rounds, beyond the true weights: this rank's shards, 1-D in the weights'
+    dtype, one per parameter group."""
 
     live: list[Tensor]  # of the weights that training computes at; empty where they are the true ones
     predictions: list[Tensor]  # of a finished prediction that is not installed yet; empty where there is none
@@ -55,7 +55,7 @@ class ResumeState:
 
 
 class RoundDriver:
-    """The round of one rank and its state; over it a look at the true weights, which exchanges them with the live ones.
+    """Drives one rank's round through its states, and exchanges the true weights with the live ones for a look.
 
     Attributes:
         outcomes: what the finished rounds told.

@@ -1,7 +1,7 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Where a round runs: on a side stream (CUDA), on a worker thread (CPU), or at once. The only file with streams,
-events and threads. At most one round is in flight; the same round gives the same bits on every lane."""
+"""Runs a round on a side stream (CUDA), on a worker thread (CPU), or at once. Streams and threads are here alone. At
+most one round is in flight; the same round gives the same bits on every lane."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .clock import LaneTimes
 
 
 class RoundFailed(RuntimeError):
-    """A round failed in the background; the cause is chained."""
+    """Says that a round failed in the background; the cause is chained."""
 
 
 class InlineLane:
-    """Runs the round where it is started. For debugging, and the reference of the other lanes."""
+    """Runs the round where it is started, for debugging and as the reference of the other lanes."""
 
     name = "inline"
 
@@ -63,24 +63,26 @@ class InlineLane:
             raise self.fail(cause) from cause
 
     def is_finished(self) -> bool:
-        """Whether :meth:`finish` would return, or raise, without waiting; never waits itself."""
+        """Tells whether :meth:`finish` would return, or raise, without waiting; never waits itself."""
         return True
 
     def pace(self) -> None:
-        """Once per micro-batch, before :meth:`is_finished` is asked: keeps the host at most one micro-batch ahead of
-        the device, so that the answer is about now. Of no effect where the host computes."""
+        """Keeps the host at most one micro-batch ahead of the device; called once per micro-batch, before
+        :meth:`is_finished`, so that the answer is about now. It has no effect where the host computes."""
 
     def fail(self, cause: Exception) -> RoundFailed:
-        """Makes ``cause`` what every later call raises: the buffers hold nobody knows what."""
+        """Makes ``cause`` what every later call raises, and returns it: the buffers hold nobody knows what."""
         self._failure = RoundFailed(f"ACCO: a communication round failed in the background: {cause}")
         self._failure.__cause__ = cause
         return self._failure
 
     @property
     def has_failed(self) -> bool:
+        """Tells whether a round has failed, so that :meth:`raise_failure` raises."""
         return self._failure is not None
 
     def raise_failure(self) -> None:
+        """Raises RoundFailed where a round has failed, again at every call."""
         if self._failure is not None:
             raise self._failure
 
@@ -99,12 +101,12 @@ class InlineLane:
         return result
 
     def times(self) -> LaneTimes:
-        """A copy of the sums so far, without waiting."""
+        """Returns a copy of the sums so far, without waiting."""
         return self._times.copy()
 
     @property
     def is_own_thread(self) -> bool:
-        """Whether the caller runs inside a round: there nothing may wait for it."""
+        """Tells whether the caller runs inside a round: there nothing may wait for it."""
         return False
 
     def close(self) -> None:
@@ -112,8 +114,8 @@ class InlineLane:
 
 
 class ThreadLane(InlineLane):
-    """One worker thread in first-in-first-out order. An executor and not a daemon thread: the interpreter joins it at
-    exit, where a daemon thread that is killed inside a collective aborts the process."""
+    """Runs rounds on one worker thread in first-in-first-out order. It is an executor's and no daemon: the interpreter
+    joins it at exit, where a daemon thread that is killed inside a collective aborts the process."""
 
     name = "thread"
 
@@ -158,8 +160,8 @@ class ThreadLane(InlineLane):
 
 
 class StreamLane(InlineLane):
-    """A high-priority CUDA side stream. The main thread enqueues everything and never waits for the device: events
-    order the two streams, and the round's result stays on the device."""
+    """Runs rounds on a high-priority CUDA side stream. The main thread enqueues everything and never waits for the
+    device: events order the two streams, and the round's result stays on the device."""
 
     name = "stream"
 
@@ -220,7 +222,7 @@ class StreamLane(InlineLane):
 
 
 def make_lane(name: str, device: torch.device) -> InlineLane:
-    """The lane for ``optimizer.params.lane`` (``auto`` or ``inline``) on that device.
+    """Makes the lane for ``optimizer.params.lane`` (``auto`` or ``inline``) on that device.
 
     Raises:
         ValueError: for devices other than CPU and CUDA.

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of the flat buffers: which elements of a parameter group belong to which rank."""
+"""Says which elements of a flat parameter group belong to which rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """One flat parameter group, cut into ``world_size`` equal shards (DeepSpeed runtime/zero/stage_1_and_2.py,
+    """Cuts one flat parameter group into ``world_size`` equal shards (DeepSpeed runtime/zero/stage_1_and_2.py,
     ``get_data_parallel_partitions``: the flat group is padded so that the shards are equal)."""
 
     padded_numel: int
@@ -25,8 +25,9 @@ class GroupLayout:
 
     @property
     def shard_numel(self) -> int:
+        """Returns the elements of one shard, with padding."""
         return self.padded_numel // self.world_size
 
     def shard_range(self, rank: int) -> tuple[int, int]:
-        """First element of that rank's shard and the one after its last."""
+        """Returns the first element of that rank's shard and the one after its last."""
         return rank * self.shard_numel, (rank + 1) * self.shard_numel

@@ -66,7 +66,7 @@ class OutcomeLog:
 
 
 class OutcomeReader:
-    """Goes through a log once. Made by :meth:`OutcomeLog.reader`.
+    """Goes through a log once; :meth:`OutcomeLog.reader` makes it.
 
     Attributes:
         following: number of the entry that it takes next.

@@ -21,7 +21,7 @@ from .communicator import Communicator
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one rank reports to the others in a round of an adaptive window."""
+    """Holds what one rank reports to the others in a round of an adaptive window."""
 
     micro_batches: int  # whose gradients it sends
     nominal: int  # micro-batches of all ranks for which ``grad_scale`` makes the mean
@@ -30,7 +30,7 @@ class Contribution:
 
 @dataclass(frozen=True)
 class RoundInputs:
-    """What a round needs from the moment it was launched: later changes (LR scheduler, loss scale) do not reach it."""
+    """Holds what a round needs of its launch's moment; later changes (LR scheduler, loss scale) do not reach it."""
 
     hyper: tuple[AdamWHyper, ...]  # one per parameter group
     pre_scale: float  # multiplies the gradients before they are summed over the ranks
@@ -42,26 +42,26 @@ class RoundInputs:
 
 @dataclass(frozen=True)
 class ReportedCounts:
-    """What all ranks reported in one round of an adaptive window."""
+    """Holds what all ranks reported in one round of an adaptive window."""
 
     round: Round
     window: int
     reported: HostValue  # float64, 1-D: ranks without more data, then the micro-batches of each rank
 
     def ranks_without_data(self) -> int:
-        """Returns their number; waits on CUDA until the device has passed the round, as :meth:`micro_batches`."""
+        """Returns how many ranks have no more data; waits until the device has passed the round."""
         self.reported.wait()
         return int(self.reported.value()[0])
 
     def micro_batches(self) -> list[int]:
-        """Returns those of each data-parallel rank, in their order."""
+        """Returns the micro-batches of each data-parallel rank, in their order; waits as :meth:`ranks_without_data`."""
         self.reported.wait()
         return [int(count) for count in self.reported.value()[1:]]
 
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """What a round tells afterwards; tensors on the parameters' device."""
+    """Holds what a round tells afterwards; tensors on the parameters' device."""
 
     round: Round
     grad_norm: Tensor  # global norm of the mean gradient before clipping, fp32, 0-dim
@@ -81,8 +81,8 @@ class RoundWork:
         self._comm = comm
 
     def _sends_records(self, this: Round) -> bool:
-        """Tells whether it is quantized: only what is thrown away after half a step may lose bits, since its errors do
-        not add up."""
+        """Tells whether the round is quantized: only what is thrown away after half a step may lose bits, since its
+        errors do not add up."""
         return self._buffers.estimate_bits > 0 and not this.writes_state
 
     def pack(self, this: Round, pre_scale: float, *, clears: bool) -> None:
@@ -144,7 +144,7 @@ class RoundWork:
         return RoundOutcome(this, norm.float(), HostValue(is_finite), HostValue(is_same_round), error, counts, sent)
 
     def _reduce_records(self):
-        """Reduce-scatters the gradients that lie in X as records; the sum is taken in fp32."""
+        """Sums over the ranks, in fp32, the gradients of this rank's shard that lie in X as records."""
         reduced, bits = self._buffers.reduced, self._buffers.estimate_bits
         record = record_bytes(bits)
 

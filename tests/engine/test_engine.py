@@ -625,7 +625,7 @@ REMOVED_LATER = {
 
 @pytest.mark.parametrize("option", list(REMOVED_LATER))
 def test_options_that_newer_deepspeeds_removed(ranks, option):
-    """Where DeepSpeed has them, the engine gives both to the forward, as in ZeRO-1 (an eigenvalue is used by quantised
+    """Where DeepSpeed has them, the engine gives both to the forward, as in ZeRO-1 (an eigenvalue is used by quantized
     training alone). DeepSpeed 0.19.8 refuses these keys itself, whatever the optimizer."""
     from deepspeed.runtime import config as ds_config
 

@@ -128,7 +128,7 @@ def test_accepted(ranks, change, kind):
     [{"prescale_gradients": True}, {"gradient_predivide_factor": 4.0}, {"gradient_allreduce_op": "sum"}],
 )
 def test_how_the_mean_is_taken(ranks, change):
-    """Scaling before or after the sum is the same mean; a sum instead of a mean is honoured."""
+    """Scaling before or after the sum is the same mean; a sum instead of a mean is honored."""
     from tests.support import oracle
 
     config = training.ds_config(4, schedule="acco", eps=1e-2) | change

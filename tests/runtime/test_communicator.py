@@ -67,7 +67,7 @@ def test_values(ranks, world_size, numels, staging_bytes, dtype):
     ranks(world_size).run(_reduce_scatter_and_gather, numels=numels, dtype_name=dtype, staging_bytes=staging_bytes)
 
 
-def _all_to_all(part_numels, record_numel, staging_bytes):
+def _all_to_all(part_numels, unit_numel, staging_bytes):
     """Every byte says who sent it to whom and where it lies."""
     import torch
     import torch.distributed as dist
@@ -86,13 +86,13 @@ def _all_to_all(part_numels, record_numel, staging_bytes):
     seen = [torch.zeros(numel, dtype=torch.int64) for numel in part_numels]
 
     def take(group, start, terms):
-        assert start % record_numel == 0 and len(terms) == world
+        assert start % unit_numel == 0 and len(terms) == world
         for sender, term in enumerate(terms):
             assert term.equal(part(sender, rank, group)[start : start + term.numel()])
         seen[group][start : start + terms[0].numel()] += 1
 
     for times in (1, 2):
-        comm.all_to_all(whole, record_numel, take)
+        comm.all_to_all(whole, unit_numel, take)
         assert all((count == times).all() for count in seen), "every element once"
     assert comm.sent_bytes == 2 * (world - 1) * sum(part_numels)
     comm.destroy()
@@ -101,10 +101,10 @@ def _all_to_all(part_numels, record_numel, staging_bytes):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize(
-    ("part_numels", "record_numel", "staging_bytes"), [([16], 1040, 2**20), ([1040 * 3 + 48, 16, 2080], 1040, 2500)]
+    ("part_numels", "unit_numel", "staging_bytes"), [([16], 1040, 2**20), ([1040 * 3 + 48, 16, 2080], 1040, 2500)]
 )
-def test_all_to_all(ranks, world_size, part_numels, record_numel, staging_bytes):
-    ranks(world_size).run(_all_to_all, part_numels=part_numels, record_numel=record_numel, staging_bytes=staging_bytes)
+def test_all_to_all(ranks, world_size, part_numels, unit_numel, staging_bytes):
+    ranks(world_size).run(_all_to_all, part_numels=part_numels, unit_numel=unit_numel, staging_bytes=staging_bytes)
 
 
 def _broken_take():

@@ -88,7 +88,7 @@ static void for_three_parts(int64_t count, const F& f) {
 }
 
 template <class Grad, class Live>
-static void run_quantised(int64_t count, int64_t shift, int bits, bool streams) {
+static void run_quantized(int64_t count, int64_t shift, int bits, bool streams) {
   const int64_t bytes = message_bytes(count, bits);
   Exact<float> master(count, shift), exp_avg(count, 0), exp_avg_sq(count, shift), weights(count, 0), total(count, shift);
   Exact<typename Grad::Storage> grad(count, shift);
@@ -124,9 +124,9 @@ int main() {
   for (const int64_t count : {0, 1, 2, 3, 31, 255, 256, 257, 511, 513, 4099}) {
     for (const int64_t shift : {0, 1, 3}) {
       for (const int bits : {4, 8}) {
-        run_quantised<Float32, Float32>(count, shift, bits, false);
-        run_quantised<BFloat16, BFloat16>(count, shift, bits, true);
-        run_quantised<Float16, Float16>(count, shift, bits, true);
+        run_quantized<Float32, Float32>(count, shift, bits, false);
+        run_quantized<BFloat16, BFloat16>(count, shift, bits, true);
+        run_quantized<Float16, Float16>(count, shift, bits, true);
       }
     }
   }

@@ -31,7 +31,7 @@ def build_and_run(source: Path, flags: list[str]) -> str:
 
 
 def sanitize() -> str:
-    """As built for training (vectorised), with the sanitizers; undefined behaviour is fatal too."""
+    """As built for training (vectorized), with the sanitizers; undefined behavior is fatal too."""
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
     numeric = ["-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     return build_and_run(HERE / "sanitize.cpp", sanitizers + numeric)

@@ -155,7 +155,7 @@ def test_acco_takes_the_longer_of_phase_and_round():
 INT4_S = 2 * 750 * 130 / 256 / 1000 + NORM_S  # R_estimate of SMALL on slow()
 
 
-def test_a_quantised_estimate_by_hand():
+def test_a_quantized_estimate_by_hand():
     estimate = plan.round_s(SMALL, slow(), WORK, ESTIMATE, "int4")
     assert estimate == pytest.approx(INT4_S)
     assert estimate / plan.round_s(SMALL, slow(), WORK) == pytest.approx(0.26, abs=0.01)
@@ -176,7 +176,7 @@ def test_a_quantised_estimate_by_hand():
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
-def test_a_quantised_estimate_on_nccl_goes_from_rank_to_rank(hosts):
+def test_a_quantized_estimate_on_nccl_goes_from_rank_to_rank(hosts):
     cluster = replace(slow(4, hosts=hosts), backend="nccl")
     whole = 1000 * 130 / 256
     crossing = {4: 3 / 4 * whole, 2: 2 * 2 / 4 * whole}[hosts]  # out of a host: each of its ranks to each one outside

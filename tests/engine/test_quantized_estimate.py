@@ -1,4 +1,4 @@
-"""The 4 and 8 bit estimate on real gloo ranks: the float64 reference with its own quantiser, the same bits on every
+"""The 4 and 8 bit estimate on real gloo ranks: the float64 reference with its own quantizer, the same bits on every
 lane and rank, values that are not finite, adaptive windows, checkpoints and the choice of the split."""
 
 import time
