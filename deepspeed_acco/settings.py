@@ -12,7 +12,8 @@ from typing import Any
 from .algorithm.schedules import SCHEDULES
 
 LANES = ("auto", "inline")
-ACCUMULATIONS = ("fixed", "adaptive")
+ADAPTIVE = "adaptive"
+ACCUMULATIONS = ("fixed", ADAPTIVE)
 LR_FOLLOWS = ("samples", "steps")
 ESTIMATE_COMMS = {"full": 0, "int8": 8, "int4": 4}  # bits of a value; 0: in its dtype
 AUTOS = ("auto", "measured")  # the same; HF Trainer and Accelerate take every "auto" for their own
@@ -53,6 +54,11 @@ def check_adamw(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
             raise _refuse("betas", betas, "two numbers >= 0 and < 1", "For example [0.9, 0.999].")
     _check_number("eps", eps, 0.0)
     _check_number("weight_decay", weight_decay, 0.0)
+
+
+def is_adaptive(accumulation: str | None) -> bool:
+    """Tells whether windows grow until the round behind them is finished, so that steps differ in size."""
+    return accumulation == ADAPTIVE
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ class Settings:
 
     @property
     def is_adaptive(self) -> bool:
-        return self.accumulation == "adaptive"
+        return is_adaptive(self.accumulation)
 
     @property
     def estimate_bits(self) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...algorithm.schedules import BLOCKING, DEFAULT, SCHEDULES
 from ...settings import ADAMW_KEYS
 from ..launch import shaped_hosts as hosts
 
@@ -203,12 +204,12 @@ def _script(
         return list(EMULATED), [*arguments, "--numel", str(options.numel or EMULATED_NUMEL)], None
     given = list(options.script_arguments)
     example = _example()
-    if options.script is None and example is None:
+    script: Path | None = options.script or example
+    if script is None:
         raise ValueError(
             "--script is missing, and examples/train_gpt.py is not here: it is the default in a checkout of "
             "deepspeed_acco. Give your training script"
         )
-    script = options.script or example
     if not script.is_file():
         raise ValueError(f"--script {script} is not a file; give your training script")
     if example is None or script.resolve() != example.resolve():
@@ -275,9 +276,11 @@ def _require_alike(configs: Mapping[str, Mapping[str, Any]], world_size: int) ->
                 )
 
 
-def is_sync(config: Mapping[str, Any]) -> bool:
+def measures_reference(config: Mapping[str, Any]) -> bool:
+    """Tells whether a JSON's runs measure C and R: its schedule overlaps nothing."""
     optimizer = config.get("optimizer", {})
-    return optimizer.get("type") == "ACCO" and optimizer.get("params", {}).get("schedule") == "sync"
+    row = SCHEDULES.get(str(optimizer.get("params", {}).get("schedule", DEFAULT.name)))
+    return optimizer.get("type") == "ACCO" and row is not None and row.blocks
 
 
 def reference_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -297,13 +300,13 @@ def reference_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     params = {key: params[key] for key in (*ADAMW_KEYS, *REFERENCE_KEYS) if key in params}
     if derived["optimizer"].get("type") != "ACCO":
         derived["zero_optimization"] = {"stage": 1}
-    derived["optimizer"] = {"type": "ACCO", "params": {**params, "schedule": "sync"}}
+    derived["optimizer"] = {"type": "ACCO", "params": {**params, "schedule": BLOCKING.name}}
     return derived
 
 
 def extra_reference(comparison: Comparison) -> dict[str, dict[str, Any]]:
     """The derived reference, unless a CONFIG is one."""
-    if any(map(is_sync, comparison.configs.values())):
+    if any(map(measures_reference, comparison.configs.values())):
         return {}
     first = next(iter(comparison.configs))
     return {REFERENCE: reference_of(first, comparison.configs[first])}

@@ -11,10 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..compare.results import RESULTS, read_results
 from . import figures as pictures
-from .comparison_page import comparison_page
-from .read_run import read_results, read_run
-from .run_page import run_page
+from .read_run import read_run
 
 
 def add_command(commands) -> None:
@@ -39,10 +38,10 @@ def _report(options: argparse.Namespace) -> int:
             raise ValueError(f"{source} does not exist; give a results.json, its folder, or the folder of one run")
         if out is not None and (out.is_dir() or not out.parent.is_dir()):
             raise ValueError(f"--out {out} is not allowed; allowed: a file in a folder that exists")
-        if source.is_dir() and not (source / "results.json").is_file():
+        if source.is_dir() and not (source / RESULTS).is_file():
             written = write_run(source, out)
         else:
-            written = write(source / "results.json" if source.is_dir() else source, out)
+            written = write(source / RESULTS if source.is_dir() else source, out)
     except (ValueError, OSError) as error:
         print(f"ds_acco report: {error}", file=sys.stderr)
         return 2
@@ -65,6 +64,8 @@ def write(results: Path, out: Path | None = None) -> Path:
         ModuleNotFoundError: there is no matplotlib; says how to install it.
     """
     pictures.require_matplotlib()
+    from .comparison_page import comparison_page
+
     page = comparison_page(read_results(results))
     return _written(page, out or results.parent / "report.html")
 
@@ -80,6 +81,8 @@ def write_run(folder: Path, out: Path | None = None) -> Path:
         ValueError, ModuleNotFoundError: as :func:`write`.
     """
     pictures.require_matplotlib()
+    from .run_page import run_page
+
     return _written(run_page(read_run(folder)), out or folder / "report.html")
 
 
