@@ -245,4 +245,5 @@ class _Progress:
 
     def say(self, text: str) -> None:
         """Prints a line that remains on screen."""
+        self._bar.set_description_str("", refresh=False)  # what was shown has passed
         tqdm.write(text, file=sys.stderr)
