@@ -27,6 +27,7 @@ DARK = {INK: "#e6edf3", EDGE: "#7d8590", GRID: "#30363d", PAPER: "#0d1117"}
 DARK |= {palette.SERIES[key]: palette.SERIES_DARK[key] for key in palette.SERIES}
 DARK |= {palette.PARTS[key]: palette.PARTS_DARK[key] for key in palette.PARTS}
 
+FONT_PT = 10.5
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 _WIDTH, _NARROW_WIDTH = 10.0, 3.75  # inches
 _LETTERS, _NARROW_LETTERS = 115, 44  # that fit beside each other in a legend
@@ -35,8 +36,7 @@ _LONGEST_LABEL, _NARROW_LABEL = 34, 20  # letters
 _FEW_POINTS = 40
 _SETTINGS: Any = {
     "font.family": "sans-serif",
-    "font.size": 10.5,
-    "axes.titlesize": 11,
+    "font.size": FONT_PT,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": EDGE,
