@@ -7,7 +7,10 @@ import json
 import torch
 
 from deepspeed_acco.engine import recorder
+from deepspeed_acco.engine.recorder_format import RankHeader
 from deepspeed_acco.runtime.clock import LaneTimes
+
+HEADER = RankHeader(rank=3, n=1, micro_batch=1, samples_per_step=1)
 
 
 class Engine:
@@ -31,7 +34,7 @@ def test_from_the_end_of_a_step_to_the_end_of_the_next(monkeypatch, tmp_path):
             return self.at - earlier.at
 
     monkeypatch.setattr(recorder, "Instant", Clock)
-    monkeypatch.setattr(recorder, "_header", lambda engine: {})
+    monkeypatch.setattr(recorder, "_header", lambda engine: HEADER)
     engine = Engine()
     record = recorder.Recorder(engine, tmp_path)
     for outside, inside in ((5.0, 1.0), (8.0, 2.0), (16.0, 4.0)):
@@ -59,7 +62,7 @@ class Optimizer:
 
 
 def test_samples_bytes_and_estimates_of_each_step(monkeypatch, tmp_path):
-    monkeypatch.setattr(recorder, "_header", lambda engine: {})
+    monkeypatch.setattr(recorder, "_header", lambda engine: HEADER)
     engine = Engine()
     engine.train_micro_batch_size_per_gpu = lambda: 8
     engine.optimizer = optimizer = Optimizer()

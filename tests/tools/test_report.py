@@ -515,7 +515,7 @@ def test_the_page_of_one_run(tmp_path, figures):
     times, hidden = rounds.axes
     samples = [8, 16, 24, 32, 40]
     assert _lines(times) == [(samples, [500, 500, 1000, 1000, 2000]), (samples, [125, 125, 250, 250, 1000])]
-    assert _lines(hidden) == [(samples, [0.75, 0.75, 0.75, 0.75, 0.5])]
+    assert _lines(hidden) == [(samples, [75, 75, 75, 75, 50])]
     # Steps 3 and 5 count: medians 2.5 s with 0.625 s exposed.
     widths = [[patch.get_width() for patch in container] for container in steps.axes[0].containers]
     assert widths == [[1.875] * 2, [0.625] * 2, [0.0] * 2, [0.0] * 2]
@@ -578,7 +578,7 @@ def test_the_monitor_alone(tmp_path, figures):
     (rounds,) = figures
     assert [_lines(axes) for axes in rounds.axes] == [
         [([8, 16], [20, 30]), ([8, 16], [5, 0])],
-        [([8, 16], [0.75, 1.0])],
+        [([8, 16], [75, 100])],
     ]
     assert "90.0 % of the communication was hidden" in page.text and "No loss:" in page.text
 

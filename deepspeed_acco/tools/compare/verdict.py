@@ -18,7 +18,7 @@ ONE_SEED = "one seed: all passes run the same command"
 
 
 def verdict(results: Results) -> list[str]:
-    """Returns the sentences of what was measured, also of an earlier version's file; ``results.verdict`` is not asked."""
+    """Returns the sentences of what was measured, as figures alone tell it: ``results.verdict`` is not asked."""
     acco = [config for config, _ in results.measured if config.is_acco]
     stock = [(config, step_s) for config, step_s in results.measured if not config.is_acco]
     best = min(stock, key=lambda pair: pair[1].median)[0] if stock else None

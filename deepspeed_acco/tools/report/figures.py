@@ -271,7 +271,7 @@ def _name_bar(axes: Axes, row: int, bar: Bar, narrow: bool, has_chip: bool) -> N
     above = row - 0.45
     look: dict[str, Any] = {"transform": across, "va": "center"}
     look["bbox"] = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}  # no line of the grid runs through the words
-    axes.text(0.05 * has_chip, above, _visible(bar.label, _NARROW_LABEL), **look)
+    axes.text(0.05 if has_chip else 0.012, above, _visible(bar.label, _NARROW_LABEL), **look)
     axes.text(1.0, above, bar.remark, ha="right", **look)
     if has_chip:
         axes.plot([0.02], [above], "s", **chip)

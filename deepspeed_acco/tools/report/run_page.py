@@ -28,7 +28,7 @@ _PARTS = (
     Part("inside engine.step()", palette.PARTS["overhead"]),
 )
 _MAIN, _SECOND = palette.SERIES["acco"], palette.SERIES["wp"]  # no configuration is meant: the page has one run
-_ROUNDS, _EXPOSED = palette.PARTS["overhead"], palette.PARTS["exposed"]
+_EXPOSED = palette.PARTS["exposed"]
 _MOST_RANKS, _MOST_FILES = 32, 40
 
 
@@ -213,13 +213,14 @@ def _rounds_picture(series: dict[str, Series]) -> Picture | Paragraphs:
             ]
         )
     times = [
-        Line("rounds", _ROUNDS, 0, *thinned(*series["round_ms"])),
+        Line("rounds", _SECOND, 0, *thinned(*series["round_ms"])),
         Line("exposed wait", _EXPOSED, 1, *thinned(*series["exposed_wait_ms"])),
     ]
     panels = [Panel("samples seen", "ms per window", times, from_zero=True)]
     if "hidden_share" in series:
-        share = Line("hidden share", _MAIN, 2, *thinned(*series["hidden_share"]))
-        panels.append(Panel("samples seen", "hidden share", [share], from_zero=True))
+        samples, shares = thinned(*series["hidden_share"])
+        hidden = Line("hidden share", _MAIN, 2, samples, [100 * share for share in shares])
+        panels.append(Panel("samples seen", "hidden share, %", [hidden], from_zero=True))
     medians = [number(statistics.median(line.y), 1) for line in times]
     words = (
         f"Over samples: rounds, median {medians[0]} ms a window; exposed wait, median {medians[1]} ms; hidden share "
