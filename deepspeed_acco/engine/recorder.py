@@ -40,6 +40,12 @@ def of_step(engine):
     return nullcontext()
 
 
+def finish() -> None:
+    """Ends the recording of this process; the next engine that steps is recorded anew."""
+    while _recorders:
+        _recorders.pop().close()
+
+
 class Recorder:
     """Writes one engine's steps.
 
@@ -61,8 +67,8 @@ class Recorder:
         self._looked: list[bool] = []  # one entry for each look since the last step
         self._pending: list[tuple[RankStep, Instant | None, Instant, Instant]] = []
         self._hook(engine.module)
-        self._write(_header(engine))
-        atexit.register(self._close)
+        self._write(header_of(engine))
+        atexit.register(self.close)
 
     def _hook(self, module) -> None:
         # Functions and not bound methods: a deepcopy of the module would copy this object and its file.
@@ -137,7 +143,8 @@ class Recorder:
     def _write(self, line: RankHeader | RankStep) -> None:
         print(json.dumps(asdict(line)), file=self._file)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Writes what has not passed on the device yet, waiting for it, and closes the file."""
         while self._pending:
             self._pending[0][3].wait()
             self._write_first_pending()
@@ -163,7 +170,8 @@ def _samples(engine) -> int | None:
     return engine.optimizer.last_micro_batches * engine.train_micro_batch_size_per_gpu()
 
 
-def _header(engine) -> RankHeader:
+def header_of(engine) -> RankHeader:
+    """Describes the run that the engine trains."""
     settings = getattr(engine.optimizer, "settings", None)
     n = engine.gradient_accumulation_steps()
     parameters = list(engine.module.parameters())

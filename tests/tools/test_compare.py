@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 import types
 from dataclasses import asdict, replace
@@ -380,6 +381,21 @@ def test_a_failed_configuration_and_a_failed_reference_are_said():
     assert found.configs[1].step_s and found.configs[1].split is None
     text = " ".join(found.verdict)
     assert "acco failed: it broke." in text and "reference (schedule sync) failed: no sync." in text
+
+
+def test_the_options_need_no_heavy_package():
+    """`ds_acco --help` asks these modules; the package itself stands for what registers with DeepSpeed."""
+    code = """
+import sys, types
+package = sys.modules["deepspeed_acco"] = types.ModuleType("deepspeed_acco")
+package.__path__ = [sys.argv[1]]
+import deepspeed_acco.tools.compare.command, deepspeed_acco.tools.report.command
+heavy = {"torch", "deepspeed", "numpy", "matplotlib", "jinja2", "tqdm", "psutil"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    package = str(Path(deepspeed_acco.__file__).parent)
+    done = subprocess.run([sys.executable, "-c", code, package], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- order and JSONs

@@ -90,7 +90,11 @@ class MeasuredRun:
 
 
 def summarize_run(number: int, folder: str, ranks: Sequence[RankFile], curve: list[Point]) -> MeasuredRun:
-    """Raises ValueError when no step is left to be timed."""
+    """Returns the figures of one run from what its ranks recorded.
+
+    Raises:
+        ValueError: no step is left to be timed.
+    """
     header = ranks[0].header
     count = min(len(rank.steps) for rank in ranks)
     batch = _batch(ranks, count)
@@ -188,8 +192,8 @@ def _spread(middle: float, resampled: numpy.ndarray) -> Interval:
 
 
 def median_of_passes(passes: Sequence[numpy.ndarray]) -> Interval:
-    """The median of the passes' medians, with a 95 % bootstrap interval: passes are drawn anew with replacement, and
-    in each of them its values.
+    """Returns the median of the passes' medians, with a 95 % bootstrap interval: passes are drawn anew with
+    replacement, and in each of them its values.
 
     Args:
         passes: of each pass its values.
@@ -201,8 +205,8 @@ def median_of_passes(passes: Sequence[numpy.ndarray]) -> Interval:
 
 
 def ratio_of_passes(above: Sequence[numpy.ndarray], below: Sequence[numpy.ndarray]) -> Interval:
-    """The median over the passes of median(above) / median(below), both of the same pass, so that what drifts from
-    pass to pass cancels; the interval as in :func:`median_of_passes`."""
+    """Returns the median over the passes of median(above) / median(below), both of the same pass, so that what drifts
+    from pass to pass cancels; the interval as in :func:`median_of_passes`."""
     random = numpy.random.default_rng(SEED)
     chosen = random.integers(len(above), size=(RESAMPLES, len(above)))
     resampled = _resampled_medians(above, chosen, random) / _resampled_medians(below, chosen, random)
@@ -220,11 +224,11 @@ def verdict_of(speedup: Interval) -> str:
 def bound_s(
     schedule: str | None, compute_s: float, round_s: float, n: int, a: int | None, estimate_s: float | None = None
 ) -> float | None:
-    """The shortest step that a schedule can have: each round beside the computation that it runs behind.
+    """Returns the shortest step that a schedule can have: each round beside the computation that it runs behind.
 
     Args:
         round_s: R, of every round.
-        estimate_s: of an ESTIMATE, where it is another one: a quantised one.
+        estimate_s: of an ESTIMATE, where it is another one: a quantized one.
     """
     row = SCHEDULES.get(schedule or "")
     if row is None:

@@ -101,7 +101,7 @@ def _names(comparison: Comparison) -> list[str]:
 
 
 def order(names: Sequence[str], passes: int) -> list[tuple[int, str]]:
-    """(pass, name) of every run: all names in each pass, turned round in every other, so that a drift cancels."""
+    """Returns (pass, name) of every run: all names in each pass, every other turned round, so that a drift cancels."""
     return [
         (number, name) for number in range(1, passes + 1) for name in (names if number % 2 else tuple(reversed(names)))
     ]
