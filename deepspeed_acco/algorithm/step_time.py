@@ -74,7 +74,7 @@ def best_split(schedule: Schedule, n: int, figures: Figures) -> int:
     first = _last_true(lambda steps: time(fastest - steps) <= limit_s, fastest - 1)
     last = _last_true(lambda steps: time(fastest + steps) <= limit_s, n - 1 - fastest)
     first, last = fastest - first, fastest + last
-    roomiest = min(last, within(n - ROOM * hides_estimate))
+    roomiest = min(last, max(1, n - math.ceil(ROOM * hides_estimate)))
     if roomiest >= first and room(roomiest) * figures.micro_batch_s >= ROOM * (1 - 1e-9):
         return roomiest
     balanced = n * hides_commit / (hides_commit + hides_estimate)

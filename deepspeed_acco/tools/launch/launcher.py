@@ -9,7 +9,6 @@ run is to end, whatever became of their parents: the launcher's children outlive
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -20,7 +19,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -52,14 +50,6 @@ class Place:
     hostfile: Path | None = None
     hosts: ShapedHosts | None = None
     is_cpu: bool = False
-
-
-@dataclass(frozen=True)
-class Record:
-    """What one rank wrote: see recorder.py."""
-
-    header: dict[str, Any]
-    steps: list[dict[str, Any]]
 
 
 def run(
@@ -230,30 +220,3 @@ def _remove_shared_memory(port: int) -> None:
     for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
         with contextlib.suppress(OSError):
             left.unlink()
-
-
-def steps_so_far(folder: Path) -> int:
-    """Optimizer steps that rank 0 of the run in ``folder`` has recorded."""
-    try:
-        return max(0, (folder / "rank0.jsonl").read_bytes().count(b"\n") - 1)  # the first line is the header
-    except OSError:
-        return 0
-
-
-def read(folder: Path, world_size: int) -> list[Record]:
-    """The records of all ranks of a finished run.
-
-    Raises:
-        ValueError: when one is missing, with what the script lacks.
-    """
-    records = []
-    for rank in range(world_size):
-        path = folder / f"rank{rank}.jsonl"
-        if not path.is_file():
-            raise ValueError(
-                f"{path} was not written: the script must import deepspeed_acco and train with the engine that "
-                f"deepspeed.initialize returns, in {world_size} ranks"
-            )
-        header, *steps = (json.loads(line) for line in path.read_text().splitlines())
-        records.append(Record(header, steps))
-    return records
