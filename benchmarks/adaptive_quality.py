@@ -3,26 +3,33 @@
 """Validation loss of adaptive windows beside ZeRO-1 on as many samples, one of two ranks slowed down.
 
     python benchmarks/adaptive_quality.py --out benchmarks/results/adaptive_quality.json
+    python benchmarks/adaptive_quality.py --out benchmarks/results/adaptive_quality.json --draw
 
 First the example with ds_configs/acco_adaptive.json. Its batch is what the clock made of it, so then DeepSpeed's ZeRO-1
 with the two batches next to that (n micro-batches and n + 1), and for the first seed with the nominal one. All runs
 have the same learning rate, the same schedule of it over the samples and the same data. ZeRO-1's loss at the batch that
-resulted lies between its two runs, on a straight line. The picture beside the JSON has the losses against samples and
-against seconds of training (matplotlib needed). Nothing else should run meanwhile: seconds are measured, and they make
+resulted lies between its two runs, on a straight line. The picture has the losses against samples and against
+seconds of training. Nothing else should run meanwhile: seconds are measured, and they make
 the batch, too.
 """
 
-import argparse
 import json
 import statistics
-import sys
 import time
-from datetime import date
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.convergence import interval  # noqa: E402
-from benchmarks.example_runs import machine, read_config, run_example  # noqa: E402
+from _common import (
+    interval,
+    make_parser,
+    new_figure,
+    origin,
+    progress,
+    read_config,
+    run_example,
+    save,
+    write,
+)
+
+from deepspeed_acco.tools.palette import SERIES
 
 RANKS = 2
 ADAPTIVE, BASELINE = "acco_adaptive", "zero1"
@@ -30,10 +37,8 @@ ADAPTIVE, BASELINE = "acco_adaptive", "zero1"
 
 def train(arguments, config: str, seed: int, steps: int, n: int | None = None) -> dict:
     """One run, and its curve."""
-    options = {"--preset": arguments.preset, "--seq_len": arguments.seq_len, "--steps": steps, "--seed": seed}
-    words = [str(word) for option in options.items() for word in option]
-    slow = ("--slow", "1", str(arguments.slowness))
-    lines = run_example(config, *words, *slow, ranks=RANKS, n=n, lr=arguments.lr)
+    options = {key: getattr(arguments, key) for key in ("preset", "seq_len")} | {"steps": steps, "seed": seed}
+    lines = run_example(config, options | {"slow": [1, arguments.slowness]}, ranks=RANKS, n=n, lr=arguments.lr)
     curve = {key: [line[key] for line in lines] for key in ("step", "samples", "seconds", "val_loss")}
     run = {
         "config": config,
@@ -43,7 +48,7 @@ def train(arguments, config: str, seed: int, steps: int, n: int | None = None) -
         **curve,
     }
     words = f"{run['samples_per_step']:.0f} samples a step, {curve['step'][-1]} steps, {curve['seconds'][-1]:.0f} s"
-    print(f"{config} seed {seed}: {words}, val_loss {curve['val_loss'][-1]:.4f}", file=sys.stderr, flush=True)
+    progress(f"{config} seed {seed}: {words}, val_loss {curve['val_loss'][-1]:.4f}")
     return run
 
 
@@ -67,7 +72,7 @@ def between(run: dict, two: list[dict], key: str) -> float:
     return low[key][-1] + part * (high[key][-1] - low[key][-1])
 
 
-def summarise(runs: list[dict]) -> dict:
+def summarize(runs: list[dict]) -> dict:
     rows, percent = [], []
     for config, n in dict.fromkeys((run["config"], run["n"]) for run in runs):
         own = [run for run in runs if (run["config"], run["n"]) == (config, n)]
@@ -97,58 +102,52 @@ def table(summary: dict) -> str:
     return "\n".join([*lines, text + ", by seed " + ", ".join(f"{value:+.2f}" for value in above["percent"])])
 
 
-def draw(runs: list[dict], slowness: float, path: Path) -> None:
-    """Curves of the first seed against samples and against seconds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(10.0, 4.2), sharey=True)
+def draw(results: dict):
+    """Returns a figure: the curves of the first seed against samples and against seconds."""
+    runs = results["runs"]
+    figure = new_figure(11.0, 4.8)
+    panels = figure.subplots(1, 2, sharey=True)
     shown = [run for run in runs if run["seed"] == runs[0]["seed"]]
     for axes, key in zip(panels, ("samples", "seconds")):
-        for run, colour in zip(shown, ("tab:blue", "tab:grey", "black", "tab:brown")):
+        for run, dashes in zip(shown, ("-", ":", "--", "-.")):
             name = "adaptive acco" if run["config"] == ADAPTIVE else "ZeRO-1"
             label = f"{name}, {run['samples_per_step']:.0f} a step: {run['val_loss'][-1]:.3f}"
-            axes.plot(run[key], run["val_loss"], "-" if run["config"] == ADAPTIVE else "--", label=label, color=colour)
+            axes.plot(run[key], run["val_loss"], dashes, label=label, color=SERIES[run["config"]])
         axes.grid(alpha=0.3)
     panels[0].locator_params(axis="x", nbins=5)
     panels[0].set(xlabel="samples trained", ylabel="validation loss (nats per byte)")
     panels[1].set(xlabel="seconds of training, without the validations")
     panels[0].legend(title="samples a step: last value", frameon=False)
-    figure.suptitle(
-        f"examples/train_gpt.py, 2 ranks, rank 1 is {slowness:g} times slower, seed {runs[0]['seed']}", fontsize=9
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    words = f"2 ranks, rank 1 is {results['slowness']:g} times slower, lr {results['lr']:g}, seed {runs[0]['seed']}"
+    figure.suptitle(f"examples/train_gpt.py, {words}", fontsize=11)
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, has_picture=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="of the nominal batch (default: %(default)s)")
-    parser.add_argument("--lr", type=float, help="of all runs (default: the JSONs')")
+    lr = read_config(BASELINE)["optimizer"]["params"]["lr"]
+    parser.add_argument("--lr", type=float, default=lr, help="of all runs (default: %(default)s, as in the JSONs)")
     parser.add_argument("--seq_len", type=int, default=32, help="(default: %(default)s)")
     parser.add_argument("--preset", default="small", help="(default: %(default)s)")
     parser.add_argument("--slowness", type=float, default=3.0, help="of rank 1 (default: %(default)s)")
-    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if arguments.draw:
+        results = json.loads(arguments.out.read_text())
+    else:
+        results = measure_all(arguments)
+        print(table(results))
+        write(results, arguments.out)
+    save(draw(results), arguments.out.with_suffix(".png"))
+
+
+def measure_all(arguments) -> dict:
     begin = time.perf_counter()
     runs = make_runs(arguments)
-    summary = {
-        "command": " ".join(["python", "benchmarks/adaptive_quality.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "machine": machine(),
-        **{key: getattr(arguments, key) for key in ("preset", "seq_len", "steps", "slowness", "lr")},
-        **summarise(runs),
-    }
-    print(table(summary))
-    print(f"the whole measurement took {time.perf_counter() - begin:.0f} s")
-    if arguments.out:
-        body = ",\n".join(f"  {json.dumps(run)}" for run in runs)
-        text = json.dumps(summary, indent=2)[:-2] + f',\n  "runs": [\n{body}\n  ]\n}}\n'
-        arguments.out.write_text(text)
-        draw(runs, arguments.slowness, arguments.out.with_suffix(".png"))
+    progress(f"the whole measurement took {time.perf_counter() - begin:.0f} s")
+    setting = {key: getattr(arguments, key) for key in ("preset", "seq_len", "steps", "slowness", "lr")}
+    return {**origin(), **setting, **summarize(runs), "runs": runs}
 
 
 if __name__ == "__main__":

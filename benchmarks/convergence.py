@@ -5,37 +5,33 @@
     python benchmarks/convergence.py --out benchmarks/results/convergence.json
     python benchmarks/convergence.py --out benchmarks/results/convergence.json --lr 1e-3 --ranks 4
     python benchmarks/convergence.py --out benchmarks/results/convergence.json --lr 1e-3 --batch-factor 4 --steps 75
-    python benchmarks/convergence.py --out benchmarks/results/convergence.json --summary
+    python benchmarks/convergence.py --out benchmarks/results/convergence.json --draw
 
 Runs are added to those in --out, and those that are there already are not made again: another configuration, seed or
 setting is one more command, and an interrupted one goes on. Every run of a setting sees the same batches, so the
-difference to ZeRO-1 is taken seed by seed, and its interval is Student's over the seeds. A picture is drawn beside the
-JSON (matplotlib needed).
+difference to ZeRO-1 is taken seed by seed, and its interval is Student's over the seeds.
 """
 
-import argparse
 import json
-import math
 import statistics
-import sys
 import time
 from datetime import date
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.example_runs import machine, read_config, run_example  # noqa: E402
+from _common import (
+    interval,
+    make_parser,
+    new_figure,
+    origin,
+    progress,
+    read_config,
+    run_example,
+    save,
+    write,
+)
+
+from deepspeed_acco.tools.palette import SERIES, colors_of
 
 BASELINE = "zero1"
-COLOURS = {
-    "zero1": "black",
-    "sync": "tab:grey",
-    "acco": "tab:blue",
-    "acco:estimate_fraction=0.75": "tab:cyan",
-    "wp": "tab:orange",
-    "dpu": "tab:red",
-    "acco_int8": "tab:green",
-    "acco_int4": "tab:purple",
-}
 SETTING = (
     "preset",
     "seq_len",
@@ -47,9 +43,6 @@ SETTING = (
     "lr",
     "precision",
 )  # what all runs of a row share
-# Student's t that holds 95 % in the middle, for 1, 2, ... degrees of freedom; 1.96 would make few seeds look sure.
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
 
 # ---- runs
 
@@ -66,11 +59,10 @@ def make_run(setting: dict, config: str, seed: int) -> dict:
     own = read_config(config)["train_micro_batch_size_per_gpu"]
     if own != setting["micro_batch"]:
         raise SystemExit(f"{config} has the micro-batch {own}, {BASELINE} another; give both the same to compare them")
-    options = {"--preset": setting["preset"], "--seq_len": setting["seq_len"], "--steps": setting["steps"]}
-    arguments = [str(word) for option in (options | {"--seed": seed}).items() for word in option]
+    options = {key: setting[key] for key in ("preset", "seq_len", "steps")} | {"seed": seed}
     begin = time.perf_counter()
     changes = {key: setting[key] for key in ("ranks", "n", "lr", "precision")}
-    metrics = run_example(config, *arguments, **changes)
+    metrics = run_example(config, options, **changes)
     curve = {key: [line[key] for line in metrics] for key in ("step", "samples", "val_loss")}
     took = {"wall_s": round(time.perf_counter() - begin), "date": date.today().isoformat()}
     return {**setting, "config": config, "seed": seed, **took, **curve}
@@ -78,15 +70,6 @@ def make_run(setting: dict, config: str, seed: int) -> dict:
 
 def is_of(run: dict, setting: dict) -> bool:
     return all(run[key] == value for key, value in setting.items())
-
-
-def write(path: Path, results: dict) -> None:
-    """A run a line."""
-    rows = {key: ",\n".join(f"  {json.dumps(row)}" for row in results[key]) for key in ("commands", "summary", "runs")}
-    body = ",\n".join(f' "{key}": [\n{text}\n ]' for key, text in rows.items())
-    partly = path.with_suffix(".partly")
-    partly.write_text(f'{{\n "machine": {json.dumps(results["machine"])},\n{body}\n}}\n')
-    partly.replace(path)
 
 
 # ---- summary
@@ -107,7 +90,7 @@ def in_words(setting: dict) -> str:
     return f"{words}, lr {setting['lr']:g}, {setting['precision']}, {setting['preset']}"
 
 
-def summarise(runs: list[dict]) -> list[dict]:
+def summarize(runs: list[dict]) -> list[dict]:
     """For each setting and configuration the difference to the baseline with the same seed, in percent of its loss."""
     rows = []
     for setting in settings_in(runs):
@@ -126,17 +109,8 @@ def summarise(runs: list[dict]) -> list[dict]:
     return rows
 
 
-def interval(values: list[float]) -> list[float] | None:
-    """Of the mean, 95 %, by Student's t; None of a single value."""
-    if len(values) < 2:
-        return None
-    t = STUDENT_T[min(len(values) - 1, len(STUDENT_T)) - 1]  # with more values than known a little too wide
-    half = t * statistics.stdev(values) / math.sqrt(len(values))
-    return [round(statistics.mean(values) + sign * half, 3) for sign in (-1, 1)]
-
-
 def order(config: str) -> tuple[int, str]:
-    known = list(COLOURS)
+    known = [BASELINE, *SERIES]
     return (known.index(config) if config in known else len(known), config)
 
 
@@ -160,54 +134,51 @@ def table(summary: list[dict]) -> str:
 # ---- picture
 
 
-def draw(results: dict, path: Path) -> None:
-    """Curves of the setting with the most configurations, its first seed, and all final differences with intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def draw(results: dict):
+    """Returns a figure: the curves of the setting with the most configurations, its first seed, and all final
+    differences with intervals."""
     settings = settings_in(results["runs"])
     setting = max(settings, key=lambda one: len({run["config"] for run in results["runs"] if is_of(run, one)}))
     seed = min(run["seed"] for run in results["runs"] if is_of(run, setting))
     rows = [row for row in results["summary"] if "mean_percent" in row]
-    height = max(4.6, 1.2 + 0.24 * len(rows))
-    figure, (curves, differences) = pyplot.subplots(1, 2, figsize=(11.5, height), width_ratios=(1, 1.15))
+    colors = colors_of(sorted({run["config"] for run in results["runs"]}, key=order))
+    figure = new_figure(13.0, max(5.0, 1.6 + 0.28 * len(rows)))
+    curves, differences = figure.subplots(1, 2, width_ratios=(1, 1.1))
     shown = [run for run in results["runs"] if is_of(run, setting) and run["seed"] == seed]
     for run in sorted(shown, key=lambda run: order(run["config"])):
-        label, colour = f"{run['config']}  {run['val_loss'][-1]:.3f}", COLOURS.get(run["config"])
+        label = f"{run['config']}  {run['val_loss'][-1]:.3f}"
         style = "--" if run["config"] == BASELINE else "-"
-        curves.plot(run["step"], run["val_loss"], style, label=label, color=colour)
+        curves.plot(run["step"], run["val_loss"], style, label=label, color=colors[run["config"]])
     curves.set(xlabel="optimizer step", ylabel="validation loss (nats per byte)")
-    curves.set_title(f"Seed {seed}: {in_words(setting)}", fontsize=9)
+    curves.set_title(f"Seed {seed}: " + in_words(setting).replace(" steps, ", " steps,\n"), fontsize=10)
     curves.legend(title="last value", frameon=False)
 
     labels = []
     for place, row in enumerate(rows):
-        colour = COLOURS.get(row["config"], "tab:brown")
+        color = colors[row["config"]]
         if row.get("interval_percent"):
-            differences.plot(row["interval_percent"], [place, place], color=colour, linewidth=2)
-        differences.plot(row["percent"], [place] * len(row["percent"]), "|", color=colour, markersize=9)
-        differences.plot([row["mean_percent"]], [place], "o", color=colour)
+            differences.plot(row["interval_percent"], [place, place], color=color, linewidth=2)
+        differences.plot(row["percent"], [place] * len(row["percent"]), "|", color=color, markersize=9)
+        differences.plot([row["mean_percent"]], [place], "o", color=color)
         batch = row["micro_batch"] * row["n"] * row["ranks"]
         label = f"{row['config']}, {row['ranks']} ranks, batch {batch}, {row['steps']} steps, lr {row['lr']:g}"
         labels.append(label + (f", {row['precision']}" if row["precision"] != "fp32" else ""))
-    differences.axvline(0, color="black", linestyle="--", linewidth=1)
-    differences.axvspan(-0.5, 0.5, color="tab:green", alpha=0.12, linewidth=0)
+    differences.axvline(0, color=colors[BASELINE], linestyle="--", linewidth=1)
+    differences.axvspan(-0.5, 0.5, color="#ECECEC", linewidth=0)
     differences.set_xscale("symlog", linthresh=1)
     differences.set_xticks([-1, -0.5, 0, 0.5, 1, 3, 10], ["-1", "-0.5", "0", "0.5", "1", "3", "10"])
-    differences.set_yticks(range(len(rows)), labels, fontsize=8)
+    differences.set_yticks(range(len(rows)), labels, fontsize=9)
     differences.invert_yaxis()
-    differences.set_xlabel("final validation loss against ZeRO-1, % (beyond 1 logarithmic)")
-    differences.set_title("Seeds (|), their mean, its 95 % interval; green: 0.5 %", fontsize=9)
+    differences.set_xlabel("final validation loss against ZeRO-1, %\n(logarithmic beyond 1)")
+    differences.set_title("Each seed (|), their mean and its 95 % interval;\nshaded: within 0.5 %", fontsize=10)
     for axes in (curves, differences):
         axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+        axes.set_axisbelow(True)
+    return figure
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, has_picture=True)
     parser.add_argument(
         "--configs",
         nargs="+",
@@ -224,34 +195,35 @@ def parse_arguments():
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(default: %(default)s)")
     parser.add_argument("--seq_len", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--preset", default="small", help="(default: %(default)s)")
-    parser.add_argument("--summary", action="store_true", help="make no runs: summary and picture of those in --out")
-    parser.add_argument("--out", type=Path, required=True, help="JSON; runs that it has are kept")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    results = {"machine": machine(), "commands": [], "summary": [], "runs": []}
+    command, machine = (origin()[key] for key in ("command", "machine"))
+    results = {"machine": machine, "commands": [], "summary": [], "runs": []}
     if arguments.out.is_file():
         results |= json.loads(arguments.out.read_text())
+    if not arguments.draw:
+        make_missing_runs(arguments, results, command)
+    save(draw(results), arguments.out.with_suffix(".png"))
+    print(table(results["summary"]))
+
+
+def make_missing_runs(arguments, results: dict, command: str) -> None:
+    """Adds the runs that are asked for and not there yet; written after each."""
     setting = settings_of(arguments)
     wanted = [(seed, config) for seed in arguments.seeds for config in arguments.configs]
     have = {(run["seed"], run["config"]) for run in results["runs"] if is_of(run, setting)}
-    missing = [] if arguments.summary else [pair for pair in wanted if pair not in have]
-    command = " ".join(["python", "benchmarks/convergence.py", *sys.argv[1:]])
+    missing = [pair for pair in wanted if pair not in have]
     if missing and command not in results["commands"]:
         results["commands"].append(command)
     for number, (seed, config) in enumerate(missing, 1):
         run = make_run(setting, config, seed)
-        progress = f"{number}/{len(missing)} seed {seed} {config}: {run['val_loss'][-1]:.4f}, {run['wall_s']} s"
-        print(progress, file=sys.stderr, flush=True)
+        progress(f"{number}/{len(missing)} seed {seed} {config}: {run['val_loss'][-1]:.4f}, {run['wall_s']} s")
         results["runs"].append(run)
-        results["summary"] = summarise(results["runs"])
-        write(arguments.out, results)
-    results["summary"] = summarise(results["runs"])
-    write(arguments.out, results)
-    draw(results, arguments.out.with_suffix(".png"))
-    print(table(results["summary"]))
+        results["summary"] = summarize(results["runs"])
+        write(results, arguments.out)
 
 
 if __name__ == "__main__":

@@ -10,20 +10,11 @@ the share of weights that an estimate changes at all: with ``--bf16`` weights ar
 sees them, and at a small learning rate a change may be less than half a unit in a weight's last place.
 """
 
-import argparse
-import json
-import os
-import platform
 import statistics
-import sys
 import time
-from datetime import date
-from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+from _common import make_parser, origin, progress, tell, write
 
 RANKS, N, MICRO_BATCH = 2, 4, 32  # as ds_configs/acco.json on two ranks
 MODES = {"sync": None, "full": None, "8": 8, "4": 4, "2": 2}
@@ -108,7 +99,7 @@ def train(arguments, mode: str, seed: int) -> dict:
     return row
 
 
-def summarise(rows: list[dict]) -> list[dict]:
+def summarize(rows: list[dict]) -> list[dict]:
     """Of each mode: how far its final losses are above those of ``sync`` with the same seed, in percent."""
     sync = {row["seed"]: row["val_loss"] for row in rows if row["mode"] == "sync"}
     summary = []
@@ -126,7 +117,7 @@ def summarise(rows: list[dict]) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=60)
@@ -134,24 +125,16 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="weights rounded to bf16")
     parser.add_argument("--preset", default="small")
     parser.add_argument("--seq_len", type=int, default=64)
-    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     rows = []
     for seed in arguments.seeds:
         for mode in arguments.modes:
             begin = time.perf_counter()
             rows.append(train(arguments, mode, seed))
-            print(f"{rows[-1]} ({time.perf_counter() - begin:.0f} s)", file=sys.stderr, flush=True)
-            summary = {
-                "command": " ".join(["python", "benchmarks/estimate_bits.py", *sys.argv[1:]]),
-                "date": date.today().isoformat(),
-                "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-                "summary": summarise(rows),
-                "runs": rows,
-            }
-            if arguments.out:
-                arguments.out.write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
+            progress(f"{rows[-1]} ({time.perf_counter() - begin:.0f} s)")
+            results = {**origin(), "summary": summarize(rows), "runs": rows}
+            write(results, arguments.out)
+    tell(results, arguments.out)
 
 
 if __name__ == "__main__":

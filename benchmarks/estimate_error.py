@@ -7,30 +7,21 @@
 In alternation, one thread, for weights in fp32 and in bf16; medians in ns per parameter of the shard.
 """
 
-import argparse
-import json
 import statistics
-import sys
 import time
-from datetime import date
-from pathlib import Path
 
 import torch
+from _common import make_parser, origin, tell
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.example_runs import machine  # noqa: E402
-from deepspeed_acco.optim import native, ops  # noqa: E402
-from deepspeed_acco.optim.adamw import (
-    AdamWHyper,  # noqa: E402
-    sums_of_error_and_step,  # noqa: E402
-)
-from deepspeed_acco.optim.huge_pages import use_huge_pages  # noqa: E402
+from deepspeed_acco.optim import native, ops
+from deepspeed_acco.optim.adamw import AdamWHyper, sums_of_error_and_step
+from deepspeed_acco.optim.huge_pages import use_huge_pages
 
 HYPER = AdamWHyper(lr=1e-4)
 
 
 def measure(numel: int, dtype: torch.dtype, turns: int) -> dict:
-    """Medians of COMMIT and of the error's pass, with gradients and weights of that dtype, in ns per parameter."""
+    """Returns medians of COMMIT and of the error's pass in ns per parameter; gradients and weights have that dtype."""
     generator = torch.Generator().manual_seed(0)
     master, exp_avg, exp_avg_sq, grad = (torch.randn(numel, generator=generator) * 1e-3 for _ in range(4))
     shard = ops.AdamWShard(master, exp_avg, exp_avg_sq.square_(), torch.tensor(10.0))
@@ -53,25 +44,16 @@ def measure(numel: int, dtype: torch.dtype, turns: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--numel", type=int, default=2**24, help="parameters of the shard (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=21, help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     native.prepare(torch.device("cpu"))
     if native.kernels_name() != "native":
         raise SystemExit(f"no native kernels to compare with: {native.kernels_reason()}")
-    summary = {
-        "command": " ".join(["python", "benchmarks/estimate_error.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "machine": machine(),
-        "numel": arguments.numel,
-        "rows": [measure(arguments.numel, dtype, arguments.turns) for dtype in (torch.float32, torch.bfloat16)],
-    }
-    print(json.dumps(summary, indent=2))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(summary, indent=2) + "\n")
+    rows = [measure(arguments.numel, dtype, arguments.turns) for dtype in (torch.float32, torch.bfloat16)]
+    tell({**origin(), "numel": arguments.numel, "rows": rows}, arguments.out)
 
 
 if __name__ == "__main__":

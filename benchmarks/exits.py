@@ -7,17 +7,14 @@
 The two alternate. A run is two ranks; every exit code that is not 0 is printed with what the rank wrote.
 """
 
-import argparse
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from _common import ROOT, make_parser, origin, progress, tell
+
 SCRIPT = """
 import os, sys
 sys.path.insert(0, {root!r})
@@ -47,7 +44,7 @@ OPTIMIZERS = {
 
 
 def run(name: str) -> list[tuple[int, str]]:
-    """Exit code and output of each rank."""
+    """Returns exit code and output of each rank."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "script.py"
         script.write_text(SCRIPT.format(root=str(ROOT), optimizer=OPTIMIZERS[name]))
@@ -64,9 +61,8 @@ def run(name: str) -> list[tuple[int, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--runs", type=int, default=30, help="of each")
-    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     failed: dict[str, list[int]] = {name: [] for name in OPTIMIZERS}
     for number in range(arguments.runs):
@@ -74,18 +70,9 @@ def main() -> None:
             for code, output in run(name):
                 if code:
                     failed[name].append(code)
-                    print(f"{name} run {number}: exit code {code}\n{output[-3000:]}", file=sys.stderr, flush=True)
-        print(f"{number + 1}/{arguments.runs} {failed}", file=sys.stderr, flush=True)
-    summary = {
-        "command": " ".join(["python", "benchmarks/exits.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "runs_of_each": arguments.runs,
-        "ranks_with_an_exit_code": failed,
-    }
-    print(json.dumps(summary, indent=2))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(summary, indent=2) + "\n")
+                    progress(f"{name} run {number}: exit code {code}\n{output[-3000:]}")
+        progress(f"{number + 1}/{arguments.runs} {failed}")
+    tell({**origin(), "runs_of_each": arguments.runs, "ranks_with_an_exit_code": failed}, arguments.out)
 
 
 if __name__ == "__main__":

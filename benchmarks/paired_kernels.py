@@ -5,70 +5,60 @@
     python benchmarks/paired_kernels.py --pairs 3 --out benchmarks/results/paired_kernels.json
 
 Twice: the example on two ranks with a larger preset, and two shaped hosts with emulated compute short enough that the
-rounds are not hidden (two_hosts.py; needs root and is left out without).
+rounds are not hidden (``ds_acco compare``; needs root and iproute2, and is left out without).
 """
 
-import argparse
-import json
-import os
-import platform
 import statistics
-import sys
-import tempfile
-from datetime import date
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.example_runs import ROOT, run_example  # noqa: E402
+from _common import compare, make_parser, origin, progress, read_config, run_example, tell
+
+from deepspeed_acco.algorithm.step_time import WARM_UP_STEPS
+from deepspeed_acco.tools.launch.shaped_hosts import why_not
 
 PATHS = ("native", "torch")
 
 
-def example_step_s(path: str, preset: str, seq_len: int, steps: int) -> float:
-    """Seconds of a step, from the second validation to the last: the first steps load and build."""
-    arguments = ("--preset", preset, "--seq_len", str(seq_len), "--steps", str(steps))
-    lines = run_example("acco", *arguments, DEEPSPEED_ACCO_KERNELS=path)
+def example_step_s(path: str, arguments) -> float:
+    """Returns seconds of a step, from the second validation to the last: the first steps load and build."""
+    options = {key: getattr(arguments, key) for key in ("preset", "seq_len", "steps")}
+    lines = run_example("acco", options, environment={"DEEPSPEED_ACCO_KERNELS": path})
     return (lines[-1]["seconds"] - lines[1]["seconds"]) / (lines[-1]["step"] - lines[1]["step"])
 
 
-def two_host_step_s(path: str, rate: str, micro_batch_ms: float) -> tuple[float, float]:
-    """Seconds of an acco step, and of a round with nothing beside it."""
-    import subprocess
-
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.json"
-        command = [sys.executable, str(ROOT / "benchmarks" / "two_hosts.py"), "--configs", "acco", "--passes", "1"]
-        command += ["--rate", rate, "--micro_batch_ms", str(micro_batch_ms), "--windows", "10", "--out", str(out)]
-        environment = {**os.environ, "DEEPSPEED_ACCO_KERNELS": path}
-        subprocess.run(command, check=True, capture_output=True, env=environment)
-        summary = json.loads(out.read_text())
-        return summary["rows"][0]["step_s"], summary["round_alone_s"]
+def two_host_step_s(path: str, arguments) -> tuple[float, float]:
+    """Returns seconds of an acco step, and of a round with nothing beside it."""
+    hosts = ("--hosts", 2, "--rate", arguments.rate, "--emulate-compute", arguments.micro_batch_ms)
+    lengths = ("--numel", arguments.numel, "--steps", arguments.windows + WARM_UP_STEPS, "--passes", 1)
+    acco = read_config("acco", "benchmarks/configs")
+    results = compare({"acco": acco}, *hosts, *lengths, environment={"DEEPSPEED_ACCO_KERNELS": path})
+    return results["configs"][0]["step_s"]["median"], results["reference"]["round_s"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--preset", default="medium")
     parser.add_argument("--seq_len", type=int, default=8, help="short, or computing hides the updates")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rate", default="1gbit")
     parser.add_argument("--micro_batch_ms", type=float, default=40.0)
+    parser.add_argument("--numel", type=int, default=10_000_000, help="parameters on the two hosts")
+    parser.add_argument("--windows", type=int, default=10, help="measured steps on the two hosts")
     parser.add_argument("--skip", nargs="*", default=[], choices=["example", "two_hosts"])
-    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     measured: dict[str, dict[str, list[float]]] = {}
 
     def keep(what: str, path: str, seconds: float) -> None:
         measured.setdefault(what, {}).setdefault(path, []).append(seconds)
-        print(f"{what} {path}: {seconds:.3f} s", file=sys.stderr, flush=True)
+        progress(f"{what} {path}: {seconds:.3f} s")
 
     for pair in range(arguments.pairs):
         for path in PATHS if pair % 2 == 0 else reversed(PATHS):
             if "example" not in arguments.skip:
                 what = f"example, preset {arguments.preset}, seq_len {arguments.seq_len}"
-                keep(what, path, example_step_s(path, arguments.preset, arguments.seq_len, arguments.steps))
-            if "two_hosts" not in arguments.skip and os.geteuid() == 0:
-                step, alone = two_host_step_s(path, arguments.rate, arguments.micro_batch_ms)
+                keep(what, path, example_step_s(path, arguments))
+            if "two_hosts" not in arguments.skip and why_not() is None:
+                step, alone = two_host_step_s(path, arguments)
                 keep(f"two hosts, {arguments.rate}, 8 x {arguments.micro_batch_ms:g} ms", path, step)
                 keep(f"two hosts, {arguments.rate}, one round alone", path, alone)
     rows = []
@@ -81,15 +71,7 @@ def main() -> None:
                 "median_ratio_native_to_torch": round(statistics.median(ratios), 4),
             }
         )
-    summary = {
-        "command": " ".join(["python", "benchmarks/paired_kernels.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "rows": rows,
-    }
-    print(json.dumps(summary, indent=2))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(summary, indent=2) + "\n")
+    tell({**origin(), "rows": rows}, arguments.out)
 
 
 if __name__ == "__main__":

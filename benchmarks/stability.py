@@ -5,13 +5,12 @@
     python benchmarks/stability.py
 
 Along one direction with curvature h (of the loss, divided by AdamW's root) every schedule is a linear map of its own
-state, stable while no eigenvalue is larger than 1. Printed is the largest lr * h that is, found by bisection. Large
+state, stable while no eigenvalue is larger than 1. Told is the largest lr * h that is, found by bisection. Large
 models train near ZeRO-1's limit (the "edge of stability"), so a schedule with a lower one cannot go where ZeRO-1 does.
 """
 
-import argparse
-
 import numpy as np
+from _common import make_parser, origin, tell
 
 
 def sync(h, beta):
@@ -43,7 +42,7 @@ def dpu(h, beta):
 
 
 def limit(schedule, *arguments) -> float:
-    """Largest h, with a learning rate of 1, whose map does not grow."""
+    """Returns the largest h, with a learning rate of 1, whose map does not grow."""
     low, high = 0.0, 1000.0
     while high - low > 1e-4:
         middle = (low + high) / 2
@@ -53,13 +52,14 @@ def limit(schedule, *arguments) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--beta1", type=float, default=0.9, help="(default: %(default)s)")
-    beta = parser.parse_args().beta1
-    for schedule in (sync, wp, dpu):
-        print(f"{schedule.__name__:<28} {limit(schedule, beta):6.2f}")
+    arguments = parser.parse_args()
+    limits = {schedule.__name__: limit(schedule, arguments.beta1) for schedule in (sync, wp, dpu)}
     for fraction in (0.25, 0.5, 0.625, 0.75):
-        print(f"{f'acco, estimate_fraction {fraction:g}':<28} {limit(acco, beta, fraction):6.2f}")
+        limits[f"acco, estimate_fraction {fraction:g}"] = limit(acco, arguments.beta1, fraction)
+    rows = [{"schedule": name, "largest_lr_times_curvature": round(value, 2)} for name, value in limits.items()]
+    tell({**origin(), "beta1": arguments.beta1, "rows": rows}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer that a user names or builds. It holds parameter groups and settings; engine/zero_optimizer.py steps."""
+"""Holds the parameter groups and settings of the optimizer that a user names or builds; engine/ does the stepping."""
 
 from __future__ import annotations
 

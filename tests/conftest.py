@@ -1,4 +1,5 @@
 import os
+import re
 
 import pytest
 
@@ -30,6 +31,22 @@ def native():
     if reason:
         pytest.fail(f"the native kernels are not in use: {reason}")
     return ops
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
+def pytest_collection_modifyitems(config, items):
+    """Marks a test by its fixtures, and leaves out ``full`` and ``gpu`` unless they are asked for."""
+    asked = config.option.markexpr
+    unasked = [marker for marker in ("full", "gpu") if not re.search(rf"\b{marker}\b", asked)]
+    chosen, left_out = [], []
+    for item in items:
+        for fixture, marker in (("ranks", "distributed"), ("native", "native")):
+            if fixture in item.fixturenames:
+                item.add_marker(marker)
+        (left_out if any(item.get_closest_marker(marker) for marker in unasked) else chosen).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+    items[:] = chosen
 
 
 def pytest_sessionfinish(session, exitstatus):

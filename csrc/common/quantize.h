@@ -1,7 +1,7 @@
 // Copyright (c) the deepspeed_acco authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// The 4 and 8 bit format of deepspeed_acco/quantize.py, once, for every kernel: blocks of 256 elements, each a record of
+// The 4 and 8 bit format of deepspeed_acco/optim/quantization.py, once, for every kernel: blocks of 256 elements, each a record of
 // its bf16 scale and its levels. Compile without contraction and with exact division, so that records have the same
 // bits on every device and path.
 #pragma once

@@ -1,7 +1,7 @@
 // Copyright (c) the deepspeed_acco authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// The CPU ops: arguments checked, dtypes resolved, the ranges of cpu_kernels.h shared out over torch's threads.
+// The CPU ops: arguments checked, dtypes resolved, the ranges of cpu/kernels.h shared out over torch's threads.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 

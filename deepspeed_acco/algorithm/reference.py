@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same algorithm in one process: dense, blocking, float64. The oracle of the distributed tests.
 
-It shares no code with the fast path: the windows are written out as DESIGN puts them, one schedule after the other.
+It shares no code with the fast path: the windows are written out as the paper puts them, and each schedule has its
+lines in one table.
 """
 
 from __future__ import annotations

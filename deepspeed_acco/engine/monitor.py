@@ -16,7 +16,7 @@ PREFIX = "Train/ACCO/"
 
 
 class Monitor:
-    """Once per window, the events of what is newly known; README, "Monitor", says what each means.
+    """Writes once per window the events of what is newly known; docs/how-to/monitor.md says what each means.
 
     Args:
         deepspeed_monitor: the engine's ``MonitorMaster``. It is enabled by the JSON, so on all ranks or on none, and

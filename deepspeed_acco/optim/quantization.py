@@ -1,7 +1,7 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
 """Block-wise symmetric quantisation to 8 or 4 bits, in plain PyTorch: what an ESTIMATE sends with ``estimate_comm``
-(DESIGN.md section 9).
+(docs/how-to/slow-links.md).
 
 The values of one shard are cut into blocks of 256, which restart at every shard; the last block may be shorter. A block
 becomes one *record*: its scale (bf16, 2 bytes, little endian), then its levels. With 8 bits a level is a byte; with 4

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The flat buffers of one rank, allocated once for life (sizes: README, "Memory").
+"""Holds the flat buffers of one rank, allocated once for life (sizes: docs/explanation/design.md).
 
 Per parameter group: the live weights P (DeepSpeed's own flat buffer), the gradient accumulator A, the communication
 buffer X (gradients go out of it, weights come back into it) and the reduced gradient of this rank's shard.
@@ -28,7 +28,7 @@ class FlatBuffers:
         layouts: how each group is sharded.
         accumulation_dtype, comm_dtype: dtypes of A and of the gradients in X.
         estimate_bits: an ESTIMATE's gradients and changes of weights lie in X as records of so many bits a value
-            (quantize.py); 0: as a COMMIT's.
+            (optim/quantization.py); 0: as a COMMIT's.
     """
 
     def __init__(

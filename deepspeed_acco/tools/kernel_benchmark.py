@@ -3,8 +3,8 @@
 """``ds_acco kernels`` measures what the two rounds cost per parameter, beside other AdamW implementations and a copy.
 
 Every candidate runs once per turn, in an order that changes from turn to turn; the figures are medians over the turns.
-The rounds' operands lie in the pages that training gives them (huge_pages.py), those of other optimizers where they get
-them.
+The rounds' operands lie in the pages that training gives them (optim/huge_pages.py), other optimizers' in those that
+they get.
 """
 
 from __future__ import annotations

@@ -350,6 +350,7 @@ def _train_until_stopped(config, victim, window_of_death):
         return str(error), time.monotonic() - begin
 
 
+@pytest.mark.distributed
 def test_a_rank_that_stops_for_good_is_an_error_on_all_others():
     timeout_s = 5
     pool = RankPool(3)

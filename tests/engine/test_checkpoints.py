@@ -1,5 +1,6 @@
 """Checkpoints: a resumed run is bit for bit the uninterrupted one; other world sizes, other optimizers; refusals."""
 
+import itertools
 import json
 import os
 import random
@@ -97,8 +98,19 @@ PRECISIONS = ("fp32", "bf16", "bf16+fp32", "fp16", "fp16static")
 SCHEDULES = ("acco", "wp", "dpu", "sync")
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("precision", PRECISIONS)
+RESUMED = [
+    *(("acco", precision) for precision in PRECISIONS),
+    *(("wp", "bf16"), ("wp", "fp16"), ("dpu", "bf16+fp32"), ("dpu", "fp16static"), ("sync", "fp32"), ("sync", "fp16")),
+]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "precision"),
+    [
+        pytest.param(*case, marks=() if case in RESUMED else pytest.mark.full)
+        for case in itertools.product(SCHEDULES, PRECISIONS)
+    ],
+)
 def test_a_resumed_run_is_the_uninterrupted_one(ranks, precision, schedule, tmp_path):
     config = training.ds_config(4, 2.0, precision=precision, schedule=schedule)
     results = ranks(2).run(_resume, config=config, precision=precision, groups=2, folder=str(tmp_path))
@@ -217,7 +229,8 @@ def test_zero_to_fp32_gives_the_true_weights(ranks, tmp_path):
         assert weights[name].equal(master), name
 
 
-WORLD_SIZES = [(before, after) for before in (1, 2, 4) for after in (1, 2, 4)]
+WORLD_SIZES = [(1, 2), (2, 1), (2, 4), (4, 2), (4, 4)]
+WORLD_SIZES += [pytest.param(*sizes, marks=pytest.mark.full) for sizes in ((1, 1), (1, 4), (2, 2), (4, 1))]
 
 
 @pytest.mark.parametrize(("before", "after"), WORLD_SIZES)
@@ -268,12 +281,20 @@ def _adamw(config, **params):
     return {**config, "optimizer": {"type": "AdamW", "params": {**training.HYPER, **params}}}
 
 
-@pytest.mark.parametrize("params", [{"torch_adam": True}, {}], ids=["torch", "deepspeed"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16+fp32", "fp16static"])
-def test_from_adamw_and_back(ranks, precision, params, tmp_path):
+FROM_ADAMW = [("fp32", "torch"), ("bf16+fp32", "torch"), ("bf16", "deepspeed"), ("fp16static", "deepspeed")]
+
+
+@pytest.mark.parametrize(
+    ("precision", "whose"),
+    [
+        pytest.param(*case, marks=() if case in FROM_ADAMW else pytest.mark.full)
+        for case in itertools.product(("fp32", "bf16", "bf16+fp32", "fp16static"), ("torch", "deepspeed"))
+    ],
+)
+def test_from_adamw_and_back(ranks, precision, whose, tmp_path):
     """AdamW, then ACCO, then AdamW again: with the schedule sync the same training throughout."""
     acco = training.ds_config(4, 2.0, precision=precision, schedule="sync")
-    adamw = _adamw(acco, **params)
+    adamw = _adamw(acco, **({"torch_adam": True} if whose == "torch" else {}))
     common = dict(groups=2, precision=precision)
     keeping = dict(common, read="_shards")
     folders = [str(tmp_path / name) for name in ("adamw", "acco")]
@@ -546,10 +567,10 @@ def _logged(folder) -> list[dict]:
 
 def _run_with_kills(folder, config, dice):
     """Starts the script again and again, and kills all of it with -9 at a random step (and somewhere inside it)."""
-    script = ROOT / "tests" / "resuming.py"
+    script = ROOT / "tests" / "support" / "resuming.py"
     kill_at = sorted(dice.sample(range(2, STEPS - 2), KILLS))
     for step in kill_at:
-        run = Launched(script, folder, json.dumps(config), STEPS, stdout=subprocess.DEVNULL)
+        run = Launched(script, folder, json.dumps(config), STEPS, per_node=True, stdout=subprocess.DEVNULL)
         deadline, before = time.monotonic() + 200, len(_logged(folder))
         while not any(line["step"] >= step for line in _logged(folder)[before:]) and run.process.poll() is None:
             assert time.monotonic() < deadline, f"step {step} was not reached"
@@ -559,6 +580,7 @@ def _run_with_kills(folder, config, dice):
     return launch(script, folder, json.dumps(config), STEPS), kill_at
 
 
+@pytest.mark.distributed
 @pytest.mark.full
 @pytest.mark.parametrize("schedule", ["acco", "wp"])
 def test_killed_again_and_again(schedule, tmp_path):
@@ -567,7 +589,7 @@ def test_killed_again_and_again(schedule, tmp_path):
     config = training.ds_config(4, 2.0, schedule=schedule)
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
     quiet.mkdir(), killed.mkdir()
-    done = launch(ROOT / "tests" / "resuming.py", quiet, json.dumps(config), STEPS)
+    done = launch(ROOT / "tests" / "support" / "resuming.py", quiet, json.dumps(config), STEPS)
     assert done.returncode == 0, done.stderr
     done, kill_at = _run_with_kills(killed, config, random.Random(20_260))
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,8 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
 """The rest of DeepSpeed's engine: each feature against plain ZeRO-1, the float64 reference or torch, against the same
-run without the feature, bit for bit, where the feature must change nothing, or refused. README has the table."""
+run without the feature, bit for bit, where the feature must change nothing, or refused. The table is in
+docs/reference/engine-features.md."""
 
 import pytest
 import torch

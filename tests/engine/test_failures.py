@@ -79,11 +79,11 @@ CRUCIAL = [
     ("kill", "acco", "in ESTIMATE"),
     ("kill", "acco", "after backward 3"),
     ("kill", "acco", "in COMMIT"),
-    ("kill", "wp", "in COMMIT"),
-    ("hang", "acco", "in ESTIMATE"),
     ("hang", "acco", "in COMMIT"),
 ]
 OTHERS = [
+    ("kill", "wp", "in COMMIT"),
+    ("hang", "acco", "in ESTIMATE"),
     ("kill", "acco", "after forward 2"),
     ("kill", "wp", "after backward 1"),
     ("kill", "dpu", "in COMMIT"),
@@ -96,6 +96,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("action", "schedule", "place"), CRUCIAL + [pytest.param(*case, marks=pytest.mark.full) for case in OTHERS]
 )
@@ -142,6 +143,7 @@ def _failing_round(config):
     return errors
 
 
+@pytest.mark.distributed
 def test_an_exception_in_the_background_surfaces_with_its_cause():
     pool = RankPool(2)
     try:
@@ -196,19 +198,21 @@ LEAVING_OTHERWISE = [
 ]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("how", "schedule"), LEAVING + [pytest.param(*case, marks=pytest.mark.full) for case in LEAVING_OTHERWISE]
 )
 def test_leaving_is_clean(tmp_path, how, schedule):
     script = tmp_path / "leave.py"
     script.write_text(SCRIPT.format(root=os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))))
-    done = launch(script, how, schedule)
+    done = launch(script, how, schedule, per_node=True)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert output.count("reached the end") == 2
     assert not re.search(r"Traceback|terminate called|Exception ignored", output), output
 
 
+@pytest.mark.distributed
 def test_the_harness_reports_a_failing_rank():
     pool = RankPool(2)
     with pytest.raises(RankError, match="(?s)rank 0: ValueError.*rank 1: ValueError"):

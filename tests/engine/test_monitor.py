@@ -227,6 +227,7 @@ def _start_message(config):
     return "no error"
 
 
+@pytest.mark.distributed
 def test_a_monitor_on_one_rank_is_an_error(tmp_path):
     plain = training.ds_config(4)
     pool = RankPool(2)
@@ -348,7 +349,7 @@ def test_profiler_ranges(ranks, schedule, kinds):
             assert names == sorted(expected), (lane, sees_all_threads)
 
 
-# ---- TensorBoard, README
+# ---- TensorBoard, docs
 
 
 def test_tensorboard(ranks, tmp_path):
@@ -365,10 +366,10 @@ def test_tensorboard(ranks, tmp_path):
     assert [(scalar.step, scalar.value) for scalar in scalars] == [(samples, 4) for samples in record["samples"]]
 
 
-def test_readme(ranks, tmp_path):
+def test_docs(ranks, tmp_path):
     """The snippet writes exactly the events of the table."""
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    section = text.split("\n## Monitor\n")[1].split("\n## ")[0]
+    text = (Path(__file__).parents[2] / "docs" / "how-to" / "monitor.md").read_text()
+    section = text.split("\n## Events\n")[1].split("\n## ")[0]
     snippet = json.loads("{" + re.search(r"```json\n(.*?)```", section, re.S)[1] + "}")
     assert snippet["csv_monitor"]["enabled"]
     snippet["csv_monitor"]["output_path"] = str(tmp_path)

@@ -244,6 +244,7 @@ def test_one_start_up_line_on_rank_zero(ranks):
     assert synchronized is False
 
 
+@pytest.mark.distributed
 def test_ranks_that_differ_are_told():
     from tests.support.ranks import RankPool
 

@@ -1,5 +1,7 @@
 """16-bit runs against a reference whose forward uses the same rounded weights, close enough to tell schedules apart."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -89,9 +91,21 @@ def _steps_with_bad_gradient(config, bad_window, bad_micro_batch, windows):
     return record
 
 
-@pytest.mark.parametrize("schedule", ["acco", "wp", "dpu", "sync"])
-@pytest.mark.parametrize("bad_micro_batch", [0, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16static"])
+BAD_GRADIENTS = [
+    *(("acco", 0, "fp32"), ("acco", 3, "bf16"), ("acco", 3, "fp16static")),
+    *(("wp", 0, "bf16"), ("wp", 3, "fp32"), ("wp", 3, "fp16static")),
+    *(("dpu", 0, "fp16static"), ("dpu", 3, "fp32"), ("dpu", 3, "bf16")),
+    *(("sync", 0, "bf16"), ("sync", 3, "fp16static"), ("sync", 3, "fp32")),
+]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "bad_micro_batch", "precision"),
+    [
+        pytest.param(*case, marks=() if case in BAD_GRADIENTS else pytest.mark.full)
+        for case in itertools.product(("acco", "wp", "dpu", "sync"), (0, 3), ("fp32", "bf16", "fp16static"))
+    ],
+)
 def test_gradient_that_is_not_finite(ranks, precision, schedule, bad_micro_batch):
     """The COMMIT is skipped on all ranks, counted, and training goes on from finite weights."""
     config = training.ds_config(4, 2.0, precision=precision, schedule=schedule)

@@ -32,6 +32,7 @@ def _uneven_windows(config, counts):
     return "no error"
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("counts", [([4, 2, 4], [4, 3, 4]), ([4, 1, 4, 4], [4, 4, 4, 4])])
 def test_ranks_in_different_rounds_are_an_error(counts):
     """One rank issues a COMMIT where the other issues an ESTIMATE: sizes match, and the sum would be nonsense."""

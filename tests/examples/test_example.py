@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The example as a user starts it: through DeepSpeed's launcher, on two ranks, with every JSON of ds_configs."""
+"""The example on two ranks with every JSON of ds_configs, once as a user starts it: through DeepSpeed's launcher."""
 
 import importlib
 import json
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.support.launcher import ROOT, launch
+from tests.support.ranks import run_script
 
 EXAMPLE = ROOT / "examples" / "train_gpt.py"
 ALL_CONFIGS = {path.stem: path for path in sorted((ROOT / "ds_configs").glob("*.json"))}
@@ -23,9 +24,9 @@ KEYS = ["step", "samples", "loss", "val_loss", "grad_norm", "lr", "seconds"]
 SUMMARY = r"^val_loss (\d+\.\d+) \| (\d+\.\d+) samples/s \| communication hidden (n/a|\d+%)$"
 
 
-def train(folder: Path, config: str, *arguments, ranks: int = 2):
+def train(folder: Path, config: str, *arguments, ranks: int = 2, start=run_script):
     """Runs the tiny preset; returns standard output and the lines of metrics.jsonl."""
-    done = launch(EXAMPLE, "--deepspeed_config", CONFIGS[config], *TINY, "--out", folder, *arguments, ranks=ranks)
+    done = start(EXAMPLE, "--deepspeed_config", CONFIGS[config], *TINY, "--out", folder, *arguments, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -48,10 +49,11 @@ def rates(lr: float, steps: int) -> list[float]:
     return values
 
 
+@pytest.mark.distributed
 @pytest.mark.timeout(400)
 def test_acco_end_to_end(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("of an earlier run\n")
-    out, lines = train(tmp_path, "acco", "--steps", 20)
+    out, lines = train(tmp_path, "acco", "--steps", 20, start=launch)
     config = json.loads(CONFIGS["acco"].read_text())
     samples = 2 * config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
 
@@ -73,6 +75,7 @@ def test_acco_end_to_end(tmp_path):
     assert text.startswith("def ") and len(text) > 50
 
 
+@pytest.mark.distributed
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     "config",
@@ -91,6 +94,7 @@ def test_every_config_runs_the_same_script(tmp_path, config):
     assert (hidden == "n/a") == (config in STOCK_CONFIGS)
 
 
+@pytest.mark.distributed
 @pytest.mark.timeout(400)
 def test_a_slow_rank_computes_less_of_an_adaptive_batch(tmp_path):
     _, lines = train(tmp_path, "acco_adaptive", "--steps", 12, "--slow", 1, 3)
@@ -102,6 +106,7 @@ def test_a_slow_rank_computes_less_of_an_adaptive_batch(tmp_path):
     assert lines[-1]["val_loss"] < lines[0]["val_loss"]
 
 
+@pytest.mark.distributed
 @pytest.mark.full
 @pytest.mark.timeout(400)
 def test_three_ranks_and_a_file_of_the_user(tmp_path):
@@ -159,11 +164,12 @@ def test_learning_rates_of_the_json_come_first(tmp_path, monkeypatch):
         assert [factor(step) for step in (20, 21, 100)] == pytest.approx([last] * 3), "past the end nothing moves"
 
 
+@pytest.mark.distributed
 @pytest.mark.timeout(400)
 def test_too_little_text_is_explained(tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("too short")
-    done = launch(EXAMPLE, *TINY, "--deepspeed_config", CONFIGS["acco"], "--data", short, ranks=1)
+    done = run_script(EXAMPLE, *TINY, "--deepspeed_config", CONFIGS["acco"], "--data", short, ranks=1)
     assert done.returncode != 0
     assert "too little text" in done.stderr and "Traceback" not in done.stderr, done.stderr
 

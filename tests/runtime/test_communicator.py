@@ -139,6 +139,7 @@ def _gather_that_one_rank_leaves_out():
     comm.destroy()
 
 
+@pytest.mark.distributed
 def test_a_gather_does_not_wait_for_ever():
     pool = RankPool(3)
     try:
@@ -195,6 +196,7 @@ def _hashes(text):
     return "same"
 
 
+@pytest.mark.distributed
 def test_ranks_must_agree():
     pool = RankPool(3)
     try:

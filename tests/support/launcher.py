@@ -1,71 +1,70 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Starts a script through DeepSpeed's launcher, as a user does, on this machine."""
+"""Starts a script through DeepSpeed's launcher, as a user does, on CPU ranks of this machine.
 
-import contextlib
+The package is imported where it is needed: ranks import this module before they have their environment.
+"""
+
 import os
-import socket
 import subprocess
-import sys
 import tempfile
+from contextlib import ExitStack
 from getpass import getuser
 from importlib.metadata import version
 from pathlib import Path
-
-import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 390  # the first use of DeepSpeed's own AdamW compiles it, and its communication on shared memory
 
 
 def operators_folder() -> str:
-    """DeepSpeed builds its operators at first use, and those of different versions do not get on in one folder."""
+    """Returns where DeepSpeed builds its operators at first use: those of different versions do not get on in one
+    folder."""
     built = f"deepspeed_acco_ops_{getuser()}_{version('deepspeed')}_{version('torch')}"
     return str(Path(tempfile.gettempdir()) / built)
 
 
-def remove_shared_memory(master_port: int | str) -> None:
-    """DeepSpeed leaves 66 MiB for each rank of a job in shared memory, named by the port."""
-    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{master_port}_*"):
-        left.unlink(missing_ok=True)
+def rank_environment() -> dict[str, str]:
+    """Returns the environment of a rank: this one's, the checkout, the operators' folder, and one thread, since the
+    ranks of a test are as many as the cores."""
+    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    defaults = {"TORCH_EXTENSIONS_DIR": operators_folder(), "OMP_NUM_THREADS": "1"}
+    return {**defaults, **os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": search}
 
 
 class Launched:
-    """A script started by the launcher in a session of its own. The launcher is a module here, so that it is this
-    interpreter's; ``deepspeed`` calls nothing else."""
+    """Holds a script that is running; ``process`` is the launcher's.
 
-    def __init__(self, script, *arguments, ranks: int = 2, **options):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
-        search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": search}
-        environment.setdefault("TORCH_EXTENSIONS_DIR", operators_folder())
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-        command += ["--master_port", str(self._port), str(script), *map(str, arguments)]
-        self.process = subprocess.Popen(command, env=environment, start_new_session=True, **options)
+    Args:
+        per_node: starts the module that the launcher starts on each node, which saves its imports.
+    """
+
+    def __init__(self, script, *arguments, ranks: int = 2, per_node: bool = False, **pipes):
+        from deepspeed_acco.tools.launch import launcher
+
+        self._left = ExitStack()
+        self._folder = Path(self._left.enter_context(tempfile.TemporaryDirectory()))
+        place = launcher.Place(world_size=ranks, slots=ranks, is_cpu=True, per_node=per_node)
+        words = ([str(script)], [str(argument) for argument in arguments])
+        begun = launcher.started(*words, self._folder, place, rank_environment(), **pipes)
+        (self.process,) = self._left.enter_context(begun)
 
     def kill(self) -> None:
-        """SIGKILL for the launcher and every rank at once."""
-        for child in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
-            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                child.kill()
-        self.process.wait()
-        remove_shared_memory(self._port)
+        """Sends SIGKILL to the launcher and every rank at once."""
+        from deepspeed_acco.tools.launch import launcher
+
+        launcher.kill_processes(self._folder)
+        self._left.close()
 
     def wait(self) -> tuple[str | None, str | None]:
-        """Output and errors, when the script has ended."""
-        try:
+        """Returns output and errors, when the script has ended."""
+        with self._left:
             return self.process.communicate(timeout=LIMIT_S)
-        finally:
-            if self.process.poll() is None:
-                self.kill()
-            remove_shared_memory(self._port)
 
 
-def launch(script, *arguments, ranks: int = 2) -> subprocess.CompletedProcess:
+def launch(script, *arguments, ranks: int = 2, per_node: bool = False) -> subprocess.CompletedProcess:
     """Runs a script through the launcher to its end."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
-    run = Launched(script, *arguments, ranks=ranks, **pipes)
+    run = Launched(script, *arguments, ranks=ranks, per_node=per_node, **pipes)
     output, errors = run.wait()
     return subprocess.CompletedProcess(run.process.args, run.process.returncode, output, errors)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 
 from deepspeed_acco.algorithm.reference import Reference, ReferenceHyper
@@ -28,6 +30,18 @@ def _split(flat, like):
     return pieces
 
 
+@contextmanager
+def _one_thread():
+    """At these sizes a second thread only waits for work, and steps in 16 bit take up to thirty times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def run_reference(
     *,
     schedule,

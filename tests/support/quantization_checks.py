@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels of the quantised estimate must do, the same on every device: the bits of quantize.py."""
+"""What the kernels of the quantised estimate must do, the same on every device: the bits of optim/quantization.py."""
 
 from __future__ import annotations
 

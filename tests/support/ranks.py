@@ -1,23 +1,35 @@
 """Real processes for the distributed tests: a pool of gloo ranks that run one function after the other.
 
 A function that raises on any rank fails the test with that rank's traceback; one that hangs is killed after a limit.
+
+Ranks are forked by a server that has imported torch and DeepSpeed once: the imports take seconds, a fork milliseconds.
+The server only imports, so that no thread of torch, no group and no kernel is there to be inherited.
 """
 
 from __future__ import annotations
 
 import importlib
 import itertools
-import multiprocessing
+import multiprocessing.connection
 import os
+import runpy
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
 from datetime import timedelta
+from pathlib import Path
 
-from tests.support.launcher import operators_folder, remove_shared_memory
+from tests.support.launcher import LIMIT_S as SCRIPT_LIMIT_S
+from tests.support.launcher import rank_environment
 
 LIMIT_S = 240
 AFTER_ERROR_S = 30  # for each of the others, once a rank has raised or died
+IMPORTED_ONCE = [
+    *("torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.utils.cpp_extension"),
+    *("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed_acco"),
+]
 _pool_numbers = itertools.count()
 
 
@@ -25,13 +37,15 @@ class RankError(AssertionError):
     """A rank raised; the message holds its number and traceback."""
 
 
-def _rank_main(rank, world_size, rendezvous, port, pipe, environment):
+def _set_environment(rank, world_size, port, environment):
+    os.environ.clear()  # the server's, which are as old as it is
     os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
-    # No rank listens there: DeepSpeed names its shared memory by it.
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", operators_folder())
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _rank_main(rank, world_size, rendezvous, port, pipe, environment):
+    _set_environment(rank, world_size, port, environment)
     import torch
     import torch.distributed as dist
 
@@ -52,19 +66,30 @@ def _rank_main(rank, world_size, rendezvous, port, pipe, environment):
     dist.destroy_process_group()
 
 
-class RankPool:
-    """``world_size`` spawned ranks joined by a gloo group; they stay for the next call."""
+def _context(start_method="forkserver"):
+    context = multiprocessing.get_context(start_method)
+    context.set_forkserver_preload(IMPORTED_ONCE)
+    return context
 
-    def __init__(self, world_size: int, **environment: str):
+
+class RankPool:
+    """``world_size`` ranks joined by a gloo group; they stay for the next call.
+
+    Args:
+        start_method: multiprocessing's name; ``spawn`` gives each rank a new interpreter.
+    """
+
+    def __init__(self, world_size: int, start_method: str = "forkserver"):
         self.world_size = world_size
         self._folder = tempfile.TemporaryDirectory()
-        self._port = str(20_000 + (31 * os.getpid() + next(_pool_numbers)) % 40_000)
+        # No rank listens there: DeepSpeed names its shared memory by it.
+        self._port = 20_000 + (31 * os.getpid() + next(_pool_numbers)) % 40_000
         rendezvous = os.path.join(self._folder.name, "rendezvous")
-        context = multiprocessing.get_context("spawn")
+        context = _context(start_method)
         self._pipes, self.processes = [], []
         for rank in range(world_size):
             mine, theirs = context.Pipe()
-            arguments = (rank, world_size, rendezvous, self._port, theirs, environment)
+            arguments = (rank, world_size, rendezvous, self._port, theirs, rank_environment())
             process = context.Process(target=_rank_main, args=arguments, daemon=True)
             process.start()
             self._pipes.append(mine)
@@ -116,6 +141,8 @@ class RankPool:
 
     def close(self) -> None:
         """Ends all ranks, by force where needed."""
+        from deepspeed_acco.tools.launch import launcher
+
         for pipe in self._pipes:
             try:
                 pipe.send(None)
@@ -127,5 +154,50 @@ class RankPool:
                 process.kill()
                 process.join()
         self.processes = []
-        remove_shared_memory(self._port)
+        launcher.remove_shared_memory(self._port)
         self._folder.cleanup()
+
+
+def _script_main(rank, world_size, port, environment, outputs, script, arguments):
+    _set_environment(rank, world_size, port, environment)
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # OpenMP has read the server's
+    for path, stream in zip(outputs, (sys.stdout, sys.stderr)):
+        with open(path, "a") as file:  # appends, since all ranks write to it
+            os.dup2(file.fileno(), stream.fileno())
+    sys.argv = [script, f"--local_rank={rank}", *arguments]
+    sys.path.insert(0, os.path.dirname(script))
+    runpy.run_path(script, run_name="__main__")
+
+
+def run_script(script, *arguments, ranks: int = 2) -> subprocess.CompletedProcess:
+    """Runs a script as :func:`tests.support.launcher.launch` does, without a launcher and in forked ranks."""
+    from deepspeed_acco.tools.launch import launcher
+
+    port, context = launcher.free_port(), _context()
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [os.path.join(folder, name) for name in ("stdout", "stderr")]
+        words = (outputs, str(script), [str(argument) for argument in arguments])
+        processes = [
+            context.Process(target=_script_main, args=(rank, ranks, port, rank_environment(), *words), daemon=True)
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        deadline, running = time.monotonic() + SCRIPT_LIMIT_S, set(processes)
+        while running and time.monotonic() < deadline:
+            multiprocessing.connection.wait([process.sentinel for process in running], deadline - time.monotonic())
+            running = {process for process in running if process.is_alive()}
+            if any(process.exitcode for process in processes):
+                break
+        # Of those that ended by themselves; -9 where only the limit ended them.
+        codes = [process.exitcode for process in processes if process.exitcode]
+        for process in running:
+            process.kill()
+            process.join()
+            codes.append(process.exitcode)
+        launcher.remove_shared_memory(port)
+        code = codes[0] if codes else 0
+        texts = [Path(path).read_text(errors="replace") for path in outputs]
+    return subprocess.CompletedProcess([script, *arguments], code, *texts)

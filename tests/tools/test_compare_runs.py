@@ -207,6 +207,7 @@ def _processes_with(text: str) -> list[str]:
     return found
 
 
+@pytest.mark.distributed
 def test_a_comparison_and_one_that_fails(operators, tmp_path, capfd):
     script = tmp_path / "train.py"
     script.write_text(TRAIN)
@@ -239,6 +240,7 @@ def test_a_comparison_and_one_that_fails(operators, tmp_path, capfd):
     assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*_" + _port(out / "runs/mine/1/log.txt") + "_*"))
 
 
+@pytest.mark.distributed
 def test_a_plan_from_a_short_run(operators, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["plan", "--calibrate", _write_config(tmp_path, "mine", schedule="acco"), "--emulate-compute", "40"]
@@ -269,6 +271,7 @@ sys.exit(max(process.wait() for process in started))
 """
 
 
+@pytest.mark.distributed
 @pytest.mark.full
 def test_a_hostfile(operators, tmp_path, monkeypatch):
     script, tools = tmp_path / "train.py", tmp_path / "tools"
@@ -307,6 +310,7 @@ finally:
 """
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
 def test_an_interrupt_ends_every_process(tmp_path, number):
     """Ranks that ignore it, and grandchildren in sessions of their own, are ended, too; one that holds a lock can give
@@ -345,6 +349,7 @@ def test_an_interrupt_ends_every_process(tmp_path, number):
     assert not (folder / "done.json").exists() and not (out / "results.json").exists()
 
 
+@pytest.mark.distributed
 @pytest.mark.full
 def test_the_example_under_two_configs(operators, tmp_path):
     """The defaults: examples/train_gpt.py, a derived reference; recorded or not, the example trains the same."""
@@ -372,6 +377,7 @@ def test_the_example_under_two_configs(operators, tmp_path):
     assert acco["final_val_loss"]["median"] == lines[-1]["val_loss"]
 
 
+@pytest.mark.distributed
 @pytest.mark.full
 @pytest.mark.skipif(hosts.why_not() is not None, reason=str(hosts.why_not()))
 def test_two_shaped_hosts_with_emulated_compute(operators, tmp_path):
@@ -398,6 +404,7 @@ def test_two_shaped_hosts_with_emulated_compute(operators, tmp_path):
     assert f"accohost{os.getpid()}" not in left and f"accobr{os.getpid()}" not in left
 
 
+@pytest.mark.distributed
 @pytest.mark.full
 @pytest.mark.skipif(hosts.why_not() is not None, reason=str(hosts.why_not()))
 def test_shaped_hosts_are_removed_also_stale_ones():

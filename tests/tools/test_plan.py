@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import re
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -407,10 +406,11 @@ def test_the_split_is_the_one_that_auto_takes(n, estimate_comm, monkeypatch):
     clusters = (slow(), slow(hosts=2), replace(slow(latency_s=0.1), backend="nccl"))
     for cluster, update_s, total_s in itertools.product(clusters, (0.0, 0.02), (1.0, 5.0, 9.0, 23.0, 70.0)):
         work = Work(total_s / n, n, update_s)
-        split = Split(Settings(estimate_fraction="auto", estimate_comm=estimate_comm))
         driver = _MeasuredRank(plan.figures_of(name, SMALL, cluster, work), n, monkeypatch)
+        settings = Settings(estimate_fraction="auto", estimate_comm=estimate_comm)
+        split = AutoFraction(settings, driver, driver.comm, driver.lane)
         for window in range(WINDOWS_TO_MEASURE):
-            split.at_window_end(driver, window, n, n, logs=False)
+            split.at_window_end(window, n, n, logs=False)
         planned = best_window(SMALL, cluster, work, name=name)
         assert phase_a_micro_batches(n, planned.estimate_fraction) == split.phase_a(n), (cluster, work)
         if estimate_comm != "full":
@@ -720,12 +720,3 @@ def test_counting_a_transformers_config(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "nonesuch"}')
     with pytest.raises(ValueError, match="gives no model: .*nonesuch.* or give --params"):
         planning.count_parameters(str(tmp_path / "config.json"))
-
-
-def test_the_readme_prints_what_the_command_prints(capsys):
-    section = (ROOT / "README.md").read_text().split("\n## Plan\n")[1].split("\n## ")[0]
-    command = section.split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
-    printed = section.split("```text\n")[1].split("```")[0]
-    program, *arguments = shlex.split(command)
-    assert program == "ds_acco" and main(arguments) == 0
-    assert capsys.readouterr().out == printed

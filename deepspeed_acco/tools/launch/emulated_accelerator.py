@@ -83,13 +83,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the weights (default: %(default)s)")
     parser.add_argument("--micro_batch_ms", type=float, default=250.0, help="forward and backward together")
+    parser.add_argument(
+        "--slowness",
+        nargs="+",
+        type=float,
+        default=[1.0],
+        help="of each rank, 4 waits 4 times as long; one number is for all (default: 1)",
+    )
     parser.add_argument("--numel", type=int, default=10_000_000, help="parameters (default: %(default)s)")
     parser.add_argument("--local_rank", type=int, default=-1, help="given by the launcher")
     arguments = deepspeed.add_config_arguments(parser).parse_args()
     torch.set_num_threads(1)  # the host's part is the same in every configuration, however many cores there are
     deepspeed.init_distributed()
+    ranks = torch.distributed.get_world_size()
+    if len(arguments.slowness) not in (1, ranks):
+        parser.error(f"--slowness has {len(arguments.slowness)} numbers; allowed: 1, or one for each of {ranks} ranks")
+    slowness = arguments.slowness * ranks if len(arguments.slowness) == 1 else arguments.slowness
     torch.manual_seed(arguments.seed)
-    module = EmulatedAccelerator(arguments.numel, arguments.micro_batch_ms)
+    milliseconds = arguments.micro_batch_ms * slowness[torch.distributed.get_rank()]
+    module = EmulatedAccelerator(arguments.numel, milliseconds)
     engine, *_ = deepspeed.initialize(args=arguments, model=module, model_parameters=list(module.parameters()))
     while engine.global_steps < arguments.steps:  # however many micro-batches a step has: adaptive windows differ
         engine.backward(engine())

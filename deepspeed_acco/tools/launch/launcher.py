@@ -1,13 +1,14 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""One run of a training script through DeepSpeed's launcher: on this machine, on a hostfile's, or on shaped hosts.
+"""Starts scripts through DeepSpeed's launcher, on this machine, on a hostfile's or on shaped hosts, and ends them.
 
-Every process of a run has $DEEPSPEED_ACCO_RECORD, the run's folder, in its environment. By that they are found when the
+Every process of a run has $DEEPSPEED_ACCO_RUN, the run's folder, in its environment. By that they are found when the
 run is to end, whatever became of their parents: the launcher's children outlive a launcher that is killed.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import signal
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from ...engine.recorder_format import RECORD_FOLDER
 from .shaped_hosts import INTERFACE, ShapedHosts
 
 LOG = "log.txt"
+_RUN = "DEEPSPEED_ACCO_RUN"
 POLL_S = 0.1
 TIMED_OUT = 124  # as timeout(1) says it
 REMOTE_END_S = 30.0  # for the launcher to end what it started on other machines
@@ -43,6 +45,8 @@ class Place:
         hostfile: DeepSpeed's hostfile of real machines, reached by the launcher's ssh; they share the run's folder.
         hosts: shaped hosts, already entered.
         is_cpu: whether DeepSpeed is told to use CPUs.
+        per_node: whether the module is started that the launcher starts on each node, which saves its imports; on this
+            machine alone, with ``slots``.
     """
 
     world_size: int
@@ -50,6 +54,7 @@ class Place:
     hostfile: Path | None = None
     hosts: ShapedHosts | None = None
     is_cpu: bool = False
+    per_node: bool = False
 
 
 def run(
@@ -59,43 +64,59 @@ def run(
     place: Place,
     limit_s: float | None = None,
     watch: Callable[[], None] = lambda: None,
+    environment: Mapping[str, str] | None = None,
 ) -> int:
-    """Runs the script to its end, its output in ``folder/log.txt``; no process of it is left on return or exception.
+    """Runs the script to its end and records it; no process of it is left on return or exception.
 
     Args:
         script: a path, or ``--module`` and a module's name.
-        folder: where the ranks' records go; it exists.
+        folder: for the ranks' records and for ``log.txt``, what they print; it exists.
         limit_s: a run that takes longer is ended.
         watch: called again and again while it runs.
+        environment: of the ranks, beside this process's.
 
     Returns:
         The launcher's exit code, 0 when all went well; 124 at the limit.
     """
+    recorded = {RECORD_FOLDER: str(folder.resolve()), **(environment or {})}
+    with (
+        open(folder / LOG, "w") as log,
+        started(script, arguments, folder, place, recorded, stdout=log, stderr=subprocess.STDOUT) as launchers,
+    ):
+        return _wait(launchers, limit_s, watch)
+
+
+@contextlib.contextmanager
+def started(
+    script: Sequence[str],
+    arguments: Sequence[str],
+    folder: Path,
+    place: Place,
+    environment: Mapping[str, str] | None = None,
+    **pipes: Any,
+) -> Iterator[list[subprocess.Popen]]:
+    """Starts the script and gives its launchers; no process of it is left when the context ends.
+
+    Args:
+        pipes: ``stdout``, ``stderr`` and what else ``subprocess.Popen`` takes. The others as in :func:`run`.
+    """
     folder = folder.resolve()
-    port = _free_port()
+    port = free_port()
     launchers: list[subprocess.Popen] = []
     try:
-        with open(folder / LOG, "w") as log:
-            for command, environment in _commands(script, arguments, folder, place, port):
-                # In a session of its own: Ctrl-C in the terminal reaches this process alone, which ends the others.
-                launchers.append(
-                    subprocess.Popen(
-                        command,
-                        env=environment,
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
-                )
-        return _wait(launchers, limit_s, watch)
+        for command, variables in _commands(script, arguments, folder, place, port, environment or {}):
+            # In a session of its own: Ctrl-C in the terminal reaches this process alone, which ends the others.
+            launchers.append(
+                subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, start_new_session=True, **pipes)
+            )
+        yield launchers
     finally:
         if place.hostfile is not None:
             _let_end(launchers)
         end_processes(folder)
         for launcher in launchers:
             launcher.wait()
-        _remove_shared_memory(port)
+        remove_shared_memory(port)
 
 
 def _wait(launchers: list[subprocess.Popen], limit_s: float | None, watch: Callable[[], None]) -> int:
@@ -111,9 +132,9 @@ def _wait(launchers: list[subprocess.Popen], limit_s: float | None, watch: Calla
     return TIMED_OUT
 
 
-def _commands(script, arguments, folder: Path, place: Place, port: int):
-    """(command, environment) of each launcher to start: one, or one in each shaped host."""
-    environment = {**os.environ, RECORD_FOLDER: str(folder), "PYTHONPATH": _search_path()}
+def _commands(script, arguments, folder: Path, place: Place, port: int, changes: Mapping[str, str]):
+    """Gives (command, environment) of each launcher to start: one, or one in each shaped host."""
+    environment = {**os.environ, **changes, _RUN: str(folder), "PYTHONPATH": search_path()}
     if place.is_cpu:
         environment["DS_ACCELERATOR"] = "cpu"
     # As a module, so that it is this interpreter's; the command "deepspeed" calls nothing else.
@@ -131,7 +152,11 @@ def _commands(script, arguments, folder: Path, place: Place, port: int):
             command = [*hosts.enter(i), *launcher, *options, "--node_rank", str(i), *script, *arguments]
             yield command, environment
         return
-    if place.slots is not None:
+    if place.per_node:
+        world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(place.world_size))}).encode()).decode()
+        launcher = [sys.executable, "-m", "deepspeed.launcher.launch", "--world_info", world]
+        options += ["--master_addr", "127.0.0.1"]
+    elif place.slots is not None:
         options += ["--num_accelerators", str(place.slots)]
     if place.hostfile is not None:
         options += ["--hostfile", str(place.hostfile.resolve())]
@@ -139,8 +164,8 @@ def _commands(script, arguments, folder: Path, place: Place, port: int):
     yield [*launcher, *options, *script, *arguments], environment
 
 
-def _search_path() -> str:
-    """PYTHONPATH with this package in front, where it is not an installed one."""
+def search_path() -> str:
+    """Returns PYTHONPATH with this package in front, where it is not an installed one."""
     root = Path(__file__).resolve().parents[3]
     own = [] if root == Path(sysconfig.get_paths()["purelib"]).resolve() else [str(root)]
     return os.pathsep.join([*own, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -159,7 +184,8 @@ def _environment_file(folder: Path, environment: dict[str, str]) -> Path:
     return path
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Returns a port that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
@@ -177,11 +203,11 @@ def _let_end(launchers: list[subprocess.Popen]) -> None:
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
-    """The living processes of this machine that belong to the run in ``folder``."""
+    """Returns the living processes of this machine that belong to the run in ``folder``."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.environ().get(RECORD_FOLDER) == str(folder):
+            if process.pid != os.getpid() and process.environ().get(_RUN) == str(folder.resolve()):
                 found.append(process)
     return found
 
@@ -193,12 +219,20 @@ def end_processes(folder: Path) -> None:
     Raises:
         RuntimeError: when one is still there after half a minute.
     """
-    left = processes_of(folder)
-    ranks = [process for process in left if _is_rank(process)]
+    ranks = [process for process in processes_of(folder) if _is_rank(process)]
     for process in ranks:
         with contextlib.suppress(psutil.Error):
             process.send_signal(signal.SIGINT)
     psutil.wait_procs(ranks, timeout=INTERRUPT_S)
+    kill_processes(folder)
+
+
+def kill_processes(folder: Path) -> None:
+    """Kills every process of the run in ``folder`` at once, as a power cut does.
+
+    Raises:
+        RuntimeError: when one is still there after half a minute.
+    """
     deadline = time.monotonic() + KILL_S
     while left := processes_of(folder):
         if time.monotonic() > deadline:
@@ -215,8 +249,8 @@ def _is_rank(process: psutil.Process) -> bool:
     return False
 
 
-def _remove_shared_memory(port: int) -> None:
-    """DeepSpeed leaves 66 MiB for each rank of a job in shared memory, named by the port."""
+def remove_shared_memory(port: int | str) -> None:
+    """Removes what a job left in shared memory: 66 MiB for each rank, which DeepSpeed names by the job's port."""
     for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
         with contextlib.suppress(OSError):
             left.unlink()

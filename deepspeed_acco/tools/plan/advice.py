@@ -221,7 +221,7 @@ def _names(schedules: list[Schedule]) -> str:
 
 _QUALITY = (
     "gradients are taken at weights one step old, or predicted ones, and the final loss is higher than acco's in every "
-    "comparison that the README has; measure yours."
+    "comparison of docs/reference/results.md; measure yours."
 )
 
 

@@ -25,7 +25,7 @@ from .advice import COARSEST, Advice, advise, best_stage, seconds, stops_paying
 from .model import Cluster, Model, Work
 
 _DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-# Seconds of AdamW per parameter: 28 bytes at 2.8 TB/s (an H100's memory); README's CPU kernel, rounded up.
+# Seconds of AdamW per parameter: 28 bytes at 2.8 TB/s (an H100's memory); the measured CPU kernel, rounded up.
 _UPDATE_S = {"nccl": 1e-11, "gloo": 1e-9}
 # NCCL's own figure for a step of a ring on a network (src/graph/tuning.cc: 9.6 us); an assumption for TCP.
 _LATENCY_S = {"nccl": 10e-6, "gloo": 50e-6}

@@ -295,7 +295,7 @@ def exchange(cluster: Cluster, whole_bytes: float) -> Cost:
 
 
 def round_communication(model: Model, cluster: Cluster, estimate_comm: str = "full") -> Cost:
-    """Returns what a round of ACCO moves: reduce-scatter, all-reduce of the norm, all-gather (runtime/driver.py).
+    """Returns what a round of ACCO moves: reduce-scatter, all-reduce of the norm, all-gather (runtime/round.py).
 
     Args:
         estimate_comm: other than ``full``: that of an ESTIMATE which sends gradients and changes of weights in blocks

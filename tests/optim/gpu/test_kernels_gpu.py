@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels: the checks of tests/native, and what only a device has (streams, grids, no synchronisation)."""
+"""The CUDA kernels: the checks of tests/support, and what only a device has (streams, grids, no synchronisation)."""
 
 import pytest
 import torch

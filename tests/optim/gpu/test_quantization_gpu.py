@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of the quantised estimate: the checks of tests/native, the bits of the CPU, and what only a device
+"""The CUDA kernels of the quantised estimate: the checks of tests/support, the bits of the CPU, and what only a device
 has."""
 
 import pytest

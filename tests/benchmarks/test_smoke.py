@@ -1,0 +1,183 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""Every benchmark with its smallest settings, as its command says it, and what it writes."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from deepspeed_acco.tools.launch import shaped_hosts
+from tests.support.launcher import ROOT, operators_folder
+
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+TINY = ("--preset", "tiny", "--seq_len", "8")
+needs_hosts = pytest.mark.skipif(shaped_hosts.why_not() is not None, reason=str(shaped_hosts.why_not()))
+
+
+def run(command) -> str:
+    """Returns what it printed; from another folder than the checkout."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": operators_folder()}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def benchmark(name, tmp_path, *arguments) -> dict:
+    """Returns the JSON that the benchmark wrote; it names its origin."""
+    out = tmp_path / "results.json"
+    run([BENCHMARKS / f"{name}.py", *arguments, "--out", out])
+    results = json.loads(out.read_text())
+    assert " cores, " in results["machine"] and "torch " in results["machine"]
+    (command,) = results.get("commands") or [results["command"]]
+    assert command == " ".join(["python", f"benchmarks/{name}.py", *map(str, arguments), "--out", str(out)])
+    return results
+
+
+def test_every_benchmark_is_here():
+    names = {path.stem for path in BENCHMARKS.glob("[!_]*.py")}
+    tested = {name for name in names if f'benchmark("{name}"' in (ROOT / "tests/benchmarks/test_smoke.py").read_text()}
+    assert tested == names
+
+
+def test_stability(tmp_path):
+    results = benchmark("stability", tmp_path, "--beta1", 0.5)
+    limits = {row["schedule"]: row["largest_lr_times_curvature"] for row in results["rows"]}
+    assert limits["sync"] == pytest.approx(6.0, abs=0.01)  # heavy ball: 2 (1 + beta) / (1 - beta)
+    assert all(0 < limit <= limits["sync"] for limit in limits.values()) and len(limits) == 7
+
+
+def test_estimate_error(tmp_path):
+    results = benchmark("estimate_error", tmp_path, "--numel", 1000, "--turns", 1)
+    assert [row["weights"] for row in results["rows"]] == ["float32", "bfloat16"]
+    assert all(row["commit_ns_per_param"] > 0 and row["error_ns_per_param"] > 0 for row in results["rows"])
+
+
+def test_estimate_bits(tmp_path):
+    results = benchmark("estimate_bits", tmp_path, "--steps", 1, "--seeds", 1, "--modes", "sync", "2", *TINY)
+    sync, two_bits = (run["val_loss"] for run in results["runs"])
+    (row,) = results["summary"]
+    assert row["mode"] == "2" and row["estimate_error"] > 0 and 0 < row["share_changed"] <= 1
+    assert row["percent_above_sync"] == [pytest.approx(100 * (two_bits / sync - 1), abs=0.001)]
+
+
+def test_exits(tmp_path):
+    results = benchmark("exits", tmp_path, "--runs", 1)
+    assert results["runs_of_each"] == 1 and results["ranks_with_an_exit_code"]["acco"] == []
+
+
+def test_convergence(tmp_path):
+    arguments = ("--configs", "zero1", "acco", "--seeds", 1, "--steps", 1, *TINY)
+    results = benchmark("convergence", tmp_path, *arguments)
+    zero1, acco = results["runs"]
+    assert zero1["step"] == [0, 1] and zero1["samples"] == [0, 256]
+    assert all(math.isfinite(loss) for loss in zero1["val_loss"]) and zero1["val_loss"][0] == acco["val_loss"][0]
+    (percent,) = results["summary"][1]["percent"]
+    assert percent == pytest.approx(100 * (acco["val_loss"][-1] / zero1["val_loss"][-1] - 1), abs=0.001)
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+
+
+@pytest.mark.full
+def test_adaptive_quality(tmp_path):
+    arguments = ("--seeds", 1, "--steps", 2, "--slowness", 2, *TINY)
+    results = benchmark("adaptive_quality", tmp_path, *arguments)
+    adaptive, *fixed = results["runs"]
+    assert adaptive["config"] == "acco_adaptive" and {run["config"] for run in fixed} == {"zero1"}
+    assert len(results["above_zero1_at_the_same_batch"]["percent"]) == 1
+    assert all(math.isfinite(run["val_loss"][-1]) for run in results["runs"])
+
+
+@pytest.mark.full
+def test_paired_kernels_of_the_example(tmp_path):
+    results = benchmark("paired_kernels", tmp_path, "--pairs", 1, "--steps", 2, "--skip", "two_hosts", *TINY)
+    (row,) = results["rows"]
+    ratio = row["native_s"][0] / row["torch_s"][0]
+    assert row["median_ratio_native_to_torch"] == pytest.approx(ratio, rel=0.05)
+
+
+@needs_hosts
+@pytest.mark.full
+def test_paired_kernels_of_two_hosts(tmp_path):
+    tiny = ("--numel", 2000, "--windows", 1, "--micro_batch_ms", 5)
+    results = benchmark("paired_kernels", tmp_path, "--pairs", 1, "--skip", "example", *tiny)
+    step, alone = results["rows"]
+    assert step["native_s"][0] > 8 * 0.005 and alone["torch_s"][0] > 0
+
+
+@needs_hosts
+@pytest.mark.full
+def test_sweep(tmp_path):
+    tiny = ("--numel", 200_000, "--windows", 1, "--n", 4, "--rate", "20mbit", "--round_ms", 160)
+    results = benchmark("sweep", tmp_path, "--ratios", 0.5, 2, "--configs", "acco_int4", "zero0", *tiny)
+    slow, fast = results["points"]
+    assert slow["compute_s"] == pytest.approx(0.32, rel=0.3) and fast["compute_s"] == pytest.approx(0.08, rel=0.5)
+    assert slow["round_over_compute"] < fast["round_over_compute"]
+    assert slow["acco_int4"].keys() == {"step_s", "predicted_s", "error"}
+    assert results["predicted_crossings"].keys() == {"acco_int4"}
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["adaptive_quality", "convergence", "sweep_75mbit"])
+def test_committed_results_are_drawn_again_without_a_measurement(name, tmp_path):
+    out = tmp_path / f"{name}.json"
+    shutil.copy(RESULTS / f"{name}.json", out)
+    run([BENCHMARKS / f"{name.partition('_75')[0]}.py", "--draw", "--out", out])
+    assert out.read_text() == (RESULTS / f"{name}.json").read_text()
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+# ---- what ds_acco compare measures
+
+
+def compare(tmp_path, *arguments) -> dict:
+    run(["-m", "deepspeed_acco.tools.cli", "compare", *arguments, "--out", tmp_path / "out"])
+    return json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+def test_the_committed_configs_train_the_same():
+    """So that any of them may be compared with any other."""
+    configs = {path.stem: json.loads(path.read_text()) for path in (BENCHMARKS / "configs").glob("*.json")}
+    differing = ("optimizer", "zero_optimization")
+    common = {name: {k: v for k, v in config.items() if k not in differing} for name, config in configs.items()}
+    assert len(common) >= 8 and all(config == common["acco"] for config in common.values())
+    assert {config["optimizer"]["params"]["lr"] for config in configs.values()} == {1e-4}
+    stages = {name: config["zero_optimization"]["stage"] for name, config in configs.items() if "zero" in name}
+    assert all(int(name.removeprefix("zero")[0]) == stage for name, stage in stages.items())
+
+
+@pytest.mark.full
+def test_ranks_of_different_speed(tmp_path):
+    """The command for adaptive windows; the reference tells what the ranks compute alone: 10 and 5 samples a second."""
+    script = ROOT / "deepspeed_acco" / "tools" / "launch" / "emulated_accelerator.py"
+    results = compare(
+        tmp_path,
+        *(BENCHMARKS / "configs" / "acco_adaptive.json", "--script", script, "--num_accelerators", 2, "--passes", 1),
+        *("--", "--micro_batch_ms", 100, "--slowness", 1, 2, "--numel", 2000, "--steps", 5),
+    )
+    assert results["reference"]["samples_per_s_alone"] == pytest.approx(15, rel=0.2)
+    (adaptive,) = results["configs"]
+    assert adaptive["samples_per_s"]["median"] > 0 and adaptive["runs"][0]["batch"]
+
+
+@needs_hosts
+@pytest.mark.full
+def test_two_hosts(tmp_path):
+    """The command behind the figures of two hosts: what a step takes, its bound, and what is sent."""
+    configs = [BENCHMARKS / "configs" / f"{name}.json" for name in ("acco", "zero1")]
+    results = compare(
+        tmp_path,
+        *(*configs, "--hosts", 2, "--rate", "20mbit", "--emulate-compute", 50, "--numel", 200_000),
+        *("--steps", 5, "--passes", 1),
+    )
+    acco, zero1 = results["configs"]
+    assert results["reference"]["round_s"] == pytest.approx(0.17, rel=0.5)  # 2 halves of 400 kB at 2.4 MB/s
+    assert acco["bound_s"] == pytest.approx(0.4, rel=0.25) and acco["of_bound"] == pytest.approx(1, abs=0.3)
+    assert acco["sent_bytes"] == pytest.approx(2 * 400_000, rel=0.05)  # two rounds, in each of them two halves
+    assert zero1["step_s"]["median"] > acco["step_s"]["median"] and zero1["sent_bytes"] is None
