@@ -201,7 +201,7 @@ def parse_arguments():
 def main() -> None:
     arguments = parse_arguments()
     command, machine = (origin()[key] for key in ("command", "machine"))
-    results = {"machine": machine, "commands": [], "summary": [], "runs": []}
+    results: dict = {"machine": machine, "commands": [], "summary": [], "runs": []}
     if arguments.out.is_file():
         results |= json.loads(arguments.out.read_text())
     if not arguments.draw:

@@ -92,7 +92,7 @@ def train(arguments, mode: str, seed: int) -> dict:
         if mode != "sync" and step >= arguments.steps // 2:
             errors.append(float((stands_at - theta).norm() / (theta - before).norm()))
             changed.append(float((stands_at != see(before)).double().mean()))
-    row = {"mode": mode, "seed": seed, "val_loss": round(example.validate([see(reference.theta[0])]), 5)}
+    row: dict = {"mode": mode, "seed": seed, "val_loss": round(example.validate([see(reference.theta[0])]), 5)}
     if errors:
         row |= {"estimate_error": round(statistics.median(errors), 4), "share_changed": statistics.median(changed)}
         row["share_changed"] = round(row["share_changed"], 4)

@@ -32,7 +32,7 @@ def measure(numel: int, dtype: torch.dtype, turns: int) -> dict:
         "commit": lambda: ops.adamw_commit(shard, grad, HYPER, scale, is_finite, out),
         "error": lambda: sums_of_error_and_step(shard, HYPER, stands_at),
     }
-    taken = {name: [] for name in work}
+    taken: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(turns + 1):  # the first one warms up
         for name, call in work.items():
             begin = time.perf_counter()

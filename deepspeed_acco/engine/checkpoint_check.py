@@ -190,9 +190,9 @@ def _check_shard(engine, load_dir, tag) -> str:
                 f"{other} was saved {'with' if 'bf16_' in other else 'without'} bf16 and this run trains "
                 f"{'without' if 'bf16_' in other else 'with'} it. Set the same precision, or pass load_module_only=True"
             )
-    state = _read(engine, path).get("optimizer_state_dict")
-    saved_masters = state.get("single_partition_of_fp32_groups") if isinstance(state, Mapping) else None
-    base = state.get("base_optimizer_state") if isinstance(state, Mapping) else None
+    saved = _read(engine, path).get("optimizer_state_dict")
+    state: Mapping[str, Any] = saved if isinstance(saved, Mapping) else {}
+    saved_masters, base = state.get("single_partition_of_fp32_groups"), state.get("base_optimizer_state")
     if saved_masters is None or base is None:
         raise CheckpointRefused(f"{path} was not saved by ZeRO stage 1 or 2. Load it with load_optimizer_states=False")
     if not isinstance(base, Mapping):
