@@ -15,7 +15,7 @@ import torch
 
 from deepspeed_acco.algorithm.schedules import COMMIT, ESTIMATE, PREDICT
 from deepspeed_acco.algorithm.window import phase_a_micro_batches
-from deepspeed_acco.engine.auto_fraction import WINDOWS_TO_MEASURE
+from deepspeed_acco.engine.auto_fraction import WINDOWS_TO_MEASURE, AutoFraction
 from deepspeed_acco.runtime.clock import LaneTimes
 from deepspeed_acco.settings import Settings
 from deepspeed_acco.tools.cli import main
