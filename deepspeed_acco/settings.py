@@ -142,6 +142,11 @@ class AdamWKeys:
         _check_keys(self)
 
 
+def is_adaptive(accumulation: str | None) -> bool:
+    """Tells whether windows grow until the round behind them is finished, so that steps differ in size."""
+    return accumulation == "adaptive"
+
+
 @dataclass(frozen=True)
 class Settings:
     """Holds ACCO's own keys under ``params``; each field says what its key means.
@@ -215,7 +220,7 @@ class Settings:
 
     @property
     def is_adaptive(self) -> bool:
-        return self.accumulation == "adaptive"
+        return is_adaptive(self.accumulation)
 
     @property
     def estimate_bits(self) -> int:

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``ds_acco compare`` reads: with $DEEPSPEED_ACCO_RECORD naming a folder each rank writes ``rank{R}.jsonl`` there.
 
-The first line describes the run (``_header``), every further one an optimizer step (``Recorder.step``), of whatever
-optimizer. Nothing of training changes, and nothing waits for the device: on CUDA a step is written once it has passed.
+The first line describes the run, every further one an optimizer step (recorder_format.py), of whatever optimizer.
+Nothing of training changes, and nothing waits for the device: on CUDA a step is written once it has passed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..algorithm.schedules import ESTIMATE, SCHEDULES
 from ..algorithm.step_time import WARM_UP_STEPS
 from ..algorithm.window import phase_a_micro_batches
 from ..runtime.clock import Instant, LaneTimes
-from .recorder_format import RECORD_FOLDER
+from .recorder_format import RECORD_FOLDER, RankHeader, RankStep
 
 _recorders: list[Recorder] = []  # at most one: of the first engine that steps
 
@@ -37,6 +38,12 @@ def of_step(engine):
     if _recorders and _recorders[0].engine() is engine:
         return _recorders[0].step()
     return nullcontext()
+
+
+def finish() -> None:
+    """Ends the recording of this process; the next engine that steps is recorded anew."""
+    while _recorders:
+        _recorders.pop().close()
 
 
 class Recorder:
@@ -58,10 +65,10 @@ class Recorder:
         self._steps = 0
         self._last_end: Instant | None = None
         self._looked: list[bool] = []  # one entry for each look since the last step
-        self._pending: list[tuple[dict[str, Any], Instant | None, Instant, Instant]] = []
+        self._pending: list[tuple[RankStep, Instant | None, Instant, Instant]] = []
         self._hook(engine.module)
-        self._write(_header(engine))
-        atexit.register(self._close)
+        self._write(header_of(engine))
+        atexit.register(self.close)
 
     def _hook(self, module) -> None:
         # Functions and not bound methods: a deepcopy of the module would copy this object and its file.
@@ -86,9 +93,15 @@ class Recorder:
         yield
         end = Instant(device)
         self._steps += 1
-        line = {"step": self._steps, "step_s": None, "inside_s": None, **self._rounds(), **self._wire()}
-        line.update(samples=_samples(self.engine()))
-        line.update(peak_bytes=_peak_bytes(device), looked=bool(self._looked), loss=None, a=_phase_a(self.engine()))
+        line = RankStep(
+            step=self._steps,
+            **self._rounds(),
+            **self._wire(),
+            samples=_samples(self.engine()),
+            peak_bytes=_peak_bytes(device),
+            looked=bool(self._looked),
+            a=_phase_a(self.engine()),
+        )
         self._looked.clear()
         self._pending.append((line, self._last_end, begin, end))
         self._last_end = end
@@ -102,7 +115,7 @@ class Recorder:
         seconds of an ESTIMATE."""
         times = _lane_times(self.engine())
         if times is None:
-            return {"round_s": None, "exposed_s": None, "rounds": None, "estimate_s": None}
+            return {}
         spent, self._seen = times.since(self._seen), times
         estimates = spent.rounds_of.get(ESTIMATE.name, 0)
         estimate_s = spent.round_s_of[ESTIMATE.name] / estimates if estimates else None
@@ -117,22 +130,21 @@ class Recorder:
         """The payload bytes that this rank sent and received in those rounds, where the optimizer counts them."""
         now = _wire_bytes(self.engine())
         if now is None:
-            return {"sent_bytes": None, "received_bytes": None}
+            return {}
         before, self._seen_bytes = self._seen_bytes, now
         sent, received = (after - earlier for after, earlier in zip(now, before))
         return {"sent_bytes": sent, "received_bytes": received}
 
     def _write_first_pending(self) -> None:
         line, last_end, begin, end = self._pending.pop(0)
-        line["inside_s"] = end.seconds_since(begin)
-        if last_end is not None:
-            line["step_s"] = end.seconds_since(last_end)
-        self._write(line)
+        step_s = None if last_end is None else end.seconds_since(last_end)
+        self._write(replace(line, inside_s=end.seconds_since(begin), step_s=step_s))
 
-    def _write(self, line: dict[str, Any]) -> None:
-        print(json.dumps(line), file=self._file)
+    def _write(self, line: RankHeader | RankStep) -> None:
+        print(json.dumps(asdict(line)), file=self._file)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Writes what has not passed on the device yet, waiting for it, and closes the file."""
         while self._pending:
             self._pending[0][3].wait()
             self._write_first_pending()
@@ -158,32 +170,33 @@ def _samples(engine) -> int | None:
     return engine.optimizer.last_micro_batches * engine.train_micro_batch_size_per_gpu()
 
 
-def _header(engine) -> dict[str, Any]:
+def header_of(engine) -> RankHeader:
+    """Describes the run that the engine trains."""
     settings = getattr(engine.optimizer, "settings", None)
     n = engine.gradient_accumulation_steps()
     parameters = list(engine.module.parameters())
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     summed_in = getattr(engine.optimizer, "gradient_accumulation_dtype", None)
-    return {
-        "rank": engine.global_rank,
-        "world_size": engine.dp_world_size,
-        "optimizer": type(engine.basic_optimizer).__name__,
-        "schedule": settings.schedule if settings else None,
-        "accumulation": settings.accumulation if settings else None,
-        "estimate_comm": getattr(settings, "estimate_comm", None),
-        "stage": engine.zero_optimization_stage(),
-        "numel": sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable),  # ZeRO-3: the whole
-        "weight_bytes": trainable[0].element_size(),
-        "comm_bytes": torch.empty((), dtype=engine.communication_data_type).element_size(),
-        "accumulation_bytes": torch.empty((), dtype=summed_in).element_size() if summed_in else None,
-        "n": n,
-        "a": _phase_a(engine),
-        "micro_batch": engine.train_micro_batch_size_per_gpu(),
-        "samples_per_step": engine.train_batch_size(),
-        "device": engine.device.type,
-        "torch": torch.__version__,
-        "deepspeed": _deepspeed_version(),
-    }
+    return RankHeader(
+        rank=engine.global_rank,
+        world_size=engine.dp_world_size,
+        optimizer=type(engine.basic_optimizer).__name__,
+        schedule=settings.schedule if settings else None,
+        accumulation=settings.accumulation if settings else None,
+        estimate_comm=getattr(settings, "estimate_comm", None),
+        stage=engine.zero_optimization_stage(),
+        numel=sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable),  # ZeRO-3: the whole
+        weight_bytes=trainable[0].element_size(),
+        comm_bytes=torch.empty((), dtype=engine.communication_data_type).element_size(),
+        accumulation_bytes=torch.empty((), dtype=summed_in).element_size() if summed_in else None,
+        n=n,
+        a=_phase_a(engine),
+        micro_batch=engine.train_micro_batch_size_per_gpu(),
+        samples_per_step=engine.train_batch_size(),
+        device=engine.device.type,
+        torch=torch.__version__,
+        deepspeed=_deepspeed_version(),
+    )
 
 
 def _phase_a(engine) -> int | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import __version__
 from . import units
-from .compare import options as compare
+from .compare import command as compare
 from .plan import command as plan
 from .report import command as report
 from .subcommand import MissingExtra, add_parser, require_extra

@@ -7,7 +7,10 @@ import json
 import torch
 
 from deepspeed_acco.engine import recorder
+from deepspeed_acco.engine.recorder_format import RankHeader
 from deepspeed_acco.runtime.clock import LaneTimes
+
+HEADER = RankHeader(rank=3, n=1, micro_batch=1, samples_per_step=1)
 
 
 class Engine:
@@ -31,14 +34,14 @@ def test_from_the_end_of_a_step_to_the_end_of_the_next(monkeypatch, tmp_path):
             return self.at - earlier.at
 
     monkeypatch.setattr(recorder, "Instant", Clock)
-    monkeypatch.setattr(recorder, "_header", lambda engine: {})
+    monkeypatch.setattr(recorder, "header_of", lambda engine: HEADER)
     engine = Engine()
     record = recorder.Recorder(engine, tmp_path)
     for outside, inside in ((5.0, 1.0), (8.0, 2.0), (16.0, 4.0)):
         now += outside
         with record.step():
             now += inside
-    record._close()
+    record.close()
     _, *steps = (json.loads(line) for line in (tmp_path / "rank3.jsonl").read_text().splitlines())
     assert [(line["step_s"], line["inside_s"]) for line in steps] == [(None, 1.0), (10.0, 2.0), (20.0, 4.0)]
     assert all(line["samples"] is line["sent_bytes"] is line["estimate_s"] is None for line in steps)
@@ -59,7 +62,7 @@ class Optimizer:
 
 
 def test_samples_bytes_and_estimates_of_each_step(monkeypatch, tmp_path):
-    monkeypatch.setattr(recorder, "_header", lambda engine: {})
+    monkeypatch.setattr(recorder, "header_of", lambda engine: HEADER)
     engine = Engine()
     engine.train_micro_batch_size_per_gpu = lambda: 8
     engine.optimizer = optimizer = Optimizer()
@@ -73,7 +76,7 @@ def test_samples_bytes_and_estimates_of_each_step(monkeypatch, tmp_path):
                 optimizer.times.add("ESTIMATE 1", estimate_s, 0.5)
             sent, received = optimizer.wire_bytes
             optimizer.wire_bytes = (sent + 1000 * (1 + micro_batches), received + 1)
-    record._close()
+    record.close()
     _, *steps = (json.loads(line) for line in (tmp_path / "rank3.jsonl").read_text().splitlines())
     assert [line["samples"] for line in steps] == [32, 56, 0]
     assert [line["sent_bytes"] for line in steps] == [5000, 8000, 1000]

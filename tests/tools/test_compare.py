@@ -2,24 +2,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """``ds_acco compare`` without a process: its figures against hand-made truths, its order, resuming, and its errors."""
 
+import io
+import itertools
 import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 import types
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy
 import pytest
 
 import deepspeed_acco
+from deepspeed_acco.algorithm.schedules import SCHEDULES
+from deepspeed_acco.engine.recorder_format import RankHeader, RankStep
 from deepspeed_acco.tools import cli
-from deepspeed_acco.tools.compare import command as compare
+from deepspeed_acco.tools.compare import measure, runs
 from deepspeed_acco.tools.compare import options as comparison
-from deepspeed_acco.tools.compare import verdict as summary
+from deepspeed_acco.tools.compare.results import Interval, LossInterval, Point, Reference, read_results, write_results
+from deepspeed_acco.tools.compare.verdict import verdict
 from deepspeed_acco.tools.launch import launcher as launches
 from deepspeed_acco.tools.launch import shaped_hosts as hosts
+from deepspeed_acco.tools.rank_files import RankFile
+from deepspeed_acco.tools.typed_json import written
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "ds_configs"
@@ -30,18 +39,18 @@ CONFIGS = ROOT / "ds_configs"
 
 def test_the_interval_of_one_pass_is_that_of_a_median():
     values = numpy.random.default_rng(3).normal(10.0, 1.0, 900)
-    found = summary.median_of_passes([values])
-    assert found["median"] == numpy.median(values)
+    found = measure.median_of_passes([values])
+    assert found.median == numpy.median(values)
     # The median of m normal values has a standard error of sqrt(pi / 2) sigma / sqrt(m).
     expected = 2 * 1.96 * math.sqrt(math.pi / 2) / math.sqrt(900)
-    assert found["high"] - found["low"] == pytest.approx(expected, rel=0.2)
-    assert found["low"] < found["median"] < found["high"]
-    assert summary.median_of_passes([values]) == found, "seeded"
+    assert found.high - found.low == pytest.approx(expected, rel=0.2)
+    assert found.low < found.median < found.high
+    assert measure.median_of_passes([values]) == found, "seeded"
 
 
 def test_the_interval_of_passes_without_noise_is_their_range():
-    found = summary.median_of_passes([numpy.full(9, value) for value in (1.0, 7.0, 2.0)])
-    assert found == {"median": 2.0, "low": 1.0, "high": 7.0}  # 7 of 27 draws have a median of 1, as many of 7
+    found = measure.median_of_passes([numpy.full(9, value) for value in (1.0, 7.0, 2.0)])
+    assert found == Interval(median=2.0, low=1.0, high=7.0)  # 7 of 27 draws have a median of 1, as many of 7
 
 
 def test_a_drift_from_pass_to_pass_cancels_in_the_ratio():
@@ -49,9 +58,9 @@ def test_a_drift_from_pass_to_pass_cancels_in_the_ratio():
     drift = (1.0, 3.0, 10.0)
     slow = [factor * random.normal(1.3, 0.001, 50) for factor in drift]
     fast = [factor * random.normal(1.0, 0.001, 50) for factor in drift]
-    found = summary.ratio_of_passes(slow, fast)
-    assert found["median"] == pytest.approx(1.3, abs=1e-3)
-    assert found["high"] - found["low"] < 3e-3
+    found = measure.ratio_of_passes(slow, fast)
+    assert found.median == pytest.approx(1.3, abs=1e-3)
+    assert found.high - found.low < 3e-3
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(1.0, "no difference shown"), (1.2, "faster"), (0.8, "slower")])
@@ -61,7 +70,7 @@ def test_verdicts_over_many_comparisons(factor, expected):
     for _ in range(60):
         passes = random.normal(1.0, 0.02, (2, 6, 1))  # what a run has of its own
         slow, fast = passes + random.normal(0.0, 0.05, (2, 6, 20))
-        found.append(summary.verdict_of(summary.ratio_of_passes(list(factor * slow), list(fast))))
+        found.append(measure.verdict_of(measure.ratio_of_passes(list(factor * slow), list(fast))))
     assert found.count(expected) >= 54
 
 
@@ -78,14 +87,15 @@ def test_verdicts_over_many_comparisons(factor, expected):
     ],
 )
 def test_bounds(schedule, round_s, a, expected):
-    assert summary.bound_s(schedule, 2.0, round_s, 8, a) == (expected and pytest.approx(expected))
+    assert measure.bound_s(schedule, 2.0, round_s, 8, a) == (expected and pytest.approx(expected))
 
 
 # ---- from records to figures
 
 
 def header(schedule, rank=0, **other):
-    return {
+    row = SCHEDULES.get(schedule)
+    described = {
         "rank": rank,
         "world_size": 2,
         "optimizer": "ACCO" if schedule else "AdamW",
@@ -95,20 +105,28 @@ def header(schedule, rank=0, **other):
         "weight_bytes": 2,
         "comm_bytes": 2,
         "n": 4,
-        "a": 2 if schedule == "acco" else None,
+        "a": 2 if row and row.has_two_phases else None,
         "micro_batch": 8,
         "samples_per_step": 64,
         "device": "cpu",
         "torch": "2",
         "deepspeed": "0.19",
-        **other,
     }
+    return RankHeader(**(described | other))
 
 
-def step(number, step_s, inside_s, round_s=None, exposed_s=None, peak_bytes=1000, looked=False):
-    line = {"step": number, "step_s": None if number == 1 else step_s, "inside_s": inside_s}
-    line.update(round_s=round_s, exposed_s=exposed_s, rounds=round_s and 1)
-    return {**line, "peak_bytes": peak_bytes, "looked": looked, "loss": None}
+def step(number, step_s, inside_s, round_s=None, exposed_s=None, peak_bytes=1000, looked=False, **other):
+    return RankStep(
+        step=number,
+        step_s=None if number == 1 else step_s,
+        inside_s=inside_s,
+        round_s=round_s,
+        exposed_s=exposed_s,
+        rounds=None if round_s is None else 1,
+        peak_bytes=peak_bytes,
+        looked=looked,
+        **other,
+    )
 
 
 def test_a_run_from_its_records():
@@ -116,8 +134,8 @@ def test_a_run_from_its_records():
     first += [step(4, 99, 1, 1, 1, looked=True), step(5, 6.0, 1.0, 0.7, 0.3, 1500), step(6, 5.0, 1, 1, 1)]
     second = [step(1, 0, 1, 1, 1), step(2, 50, 1, 1, 1), step(3, 5.0, 1.5, 0.9, 0.3)]
     second += [step(4, 99, 1, 1, 1), step(5, 7.0, 1.5, 1.1, 0.5, 1200), step(6, 5.0, 1, 1, 1, looked=True)]
-    records = [launches.Record(header("sync", rank), steps) for rank, steps in enumerate((first, second))]
-    run = summary.summarise_run(2, "runs/x/2", records, [])
+    records = [RankFile(header("sync", rank), steps) for rank, steps in enumerate((first, second))]
+    run = measure.summarize_run(2, "runs/x/2", records, [])
     assert run.steps == 6 and run.step_s.tolist() == [4.5, 6.5]  # steps 3 and 5
     assert run.exposed_s.tolist() == pytest.approx([0.2, 0.4]) and run.round_s.tolist() == pytest.approx([0.7, 0.9])
     assert run.compute_s == pytest.approx(4.5)  # the second rank's: 3.5 and 5.5
@@ -126,165 +144,265 @@ def test_a_run_from_its_records():
 
 
 def test_what_an_adaptive_run_computed():
-    first = [{**step(i, 4.0, 2.0, 1.0, 0.5), "samples": s} for i, s in enumerate((8, 8, 32, 40, 0, 48), 1)]
-    second = [{**step(i, 4.0, 1.0, 1.0, 0.5), "samples": s} for i, s in enumerate((8, 16, 32, 80, 0, 16), 1)]
-    for line, estimate_s, sent in zip(first[2:], (1.0, None, 5.0, 3.0), (100, 200, 300, 300)):
-        line.update(estimate_s=estimate_s, sent_bytes=sent)
-    for line, estimate_s in zip(second[2:], (2.5, 2.5, 2.5, 2.5)):
-        line.update(estimate_s=estimate_s, sent_bytes=100)
-    records = [launches.Record(header("acco", rank), steps) for rank, steps in enumerate((first, second))]
-    run = summary.summarise_run(1, "", records, [])
+    estimates, sent = (None, None, 1.0, None, 5.0, 3.0), (None, None, 100, 200, 300, 300)
+    first = [
+        step(i, 4.0, 2.0, 1.0, 0.5, samples=samples, estimate_s=estimate_s, sent_bytes=sent_bytes)
+        for i, (samples, estimate_s, sent_bytes) in enumerate(zip((8, 8, 32, 40, 0, 48), estimates, sent), 1)
+    ]
+    second = [
+        step(i, 4.0, 1.0, 1.0, 0.5, samples=samples, estimate_s=2.5, sent_bytes=100)
+        for i, samples in enumerate((8, 16, 32, 80, 0, 16), 1)
+    ]
+    records = [RankFile(header("acco", rank), steps) for rank, steps in enumerate((first, second))]
+    run = measure.summarize_run(1, "", records, [])
     assert run.batch == [16, 24, 64, 120, 0, 64]
     assert run.samples.tolist() == [64, 120, 64], "the fifth step, in which nothing was computed, is not timed"
     assert run.samples_per_s_alone == pytest.approx(4 * 8 / 2.0 + 4 * 8 / 3.0)
     assert run.estimate_s == 2.0  # the first rank's, of 1 and 3; the second has 2.5
     assert run.sent_bytes == pytest.approx(150)  # means over the ranks: 100, 150, 200
-    fixed = summary.summarise_run(
-        1, "", [launches.Record(header("acco"), [step(i, 4.0, 2.0, 1, 0) for i in range(5)])], []
-    )
+    fixed = measure.summarize_run(1, "", [RankFile(header("acco"), [step(i, 4.0, 2.0, 1, 0) for i in range(5)])], [])
     assert fixed.batch is None and fixed.samples.tolist() == [64, 64, 64]
     assert fixed.estimate_s is None and fixed.sent_bytes is None
 
 
 def test_too_few_steps_are_explained():
-    records = [launches.Record(header(None), [step(1, 1, 1), step(2, 1, 1), step(3, 1, 1, looked=True)])]
+    records = [RankFile(header(None), [step(1, 1, 1), step(2, 1, 1), step(3, 1, 1, looked=True)])]
     with pytest.raises(ValueError, match="none of the 3 steps can be timed.*Train for more steps"):
-        summary.summarise_run(1, "", records, [])
+        measure.summarize_run(1, "", records, [])
 
 
 # C = 2 s, R = 0.5 s
 TIMES = {"sync": (2.5, 0.5, 0.5), "acco": (2.02, 0.02, 0.015), "dpu": (2.02, 0.01, 0.005), None: (2.5, 0.5, None)}
+CURVE = [Point(step=11, samples=704, seconds=20.0, val_loss=2.0, loss=2.1)]
 
 
-def made_run(schedule, number, scale=1.0, curve=(), lines=None, **other):
-    step_s, inside_s, exposed_s = TIMES[schedule]
+def made_run(schedule, number, scale=1.0, curve=(), times=None, lines=None, **other):
+    step_s, inside_s, exposed_s = TIMES[times or schedule]
     round_s = None if schedule is None else 0.5
-    steps = [step(i, scale * (step_s + 1e-3 * (i % 3)), inside_s, round_s, exposed_s) for i in range(1, 12)]
-    steps = [{**line, **(lines or {})} for line in steps]
-    records = [launches.Record(header(schedule, rank, **other), steps) for rank in (0, 1)]
-    return summary.summarise_run(number, f"runs/{schedule}/{number}", records, list(curve))
+    steps = [
+        step(i, scale * (step_s + 1e-3 * (i % 3)), inside_s, round_s, exposed_s, **(lines or {})) for i in range(1, 12)
+    ]
+    ranks = [RankFile(header(schedule, rank, **other), steps) for rank in (0, 1)]
+    return measure.summarize_run(number, f"runs/{schedule}/{number}", ranks, list(curve))
 
 
-def made_summary(acco_scale=1.0, is_emulated=False, failed=None):
-    curve = [{"step": 11, "samples": 704, "seconds": 20.0, "val_loss": 2.0, "loss": 2.1}]
-    runs = {
-        "acco": [made_run("acco", 1, acco_scale, curve), made_run("acco", 2, acco_scale, curve)],
-        "zero1": [made_run(None, 1, 1.0, curve), made_run(None, 2, 1.0, curve)],
+def made_results(finished, failed=None, emulated_ms=None):
+    """Of the finished runs by name; those of ``reference`` are of a derived JSON."""
+    names = [name for name in finished if name != "reference"]
+    asked = comparison.Comparison(
+        configs={name: {} for name in names},
+        files={name: f"{name}.json" for name in names},
+        script=["train.py"],
+        arguments=[],
+        passes=2,
+        world_size=2,
+        slots=2,
+        network="this machine",
+        hosts=None,
+        rate=None,
+        hostfile=None,
+        emulated_ms=emulated_ms,
+        tokens_per_sample=None,
+    )
+    return measure.results_of(asked, finished, failed or {})
+
+
+def usual_results(acco_scale=1.0, emulated_ms=None, failed=None):
+    finished = {
+        "acco": [made_run("acco", 1, acco_scale, CURVE), made_run("acco", 2, acco_scale, CURVE)],
+        "zero1": [made_run(None, 1, 1.0, CURVE), made_run(None, 2, 1.0, CURVE)],
+        "reference": [made_run("sync", 1), made_run("sync", 2)],
     }
-    reference = [made_run("sync", 1), made_run("sync", 2)]
-    return summary.summarise({"acco": "a.json", "zero1": "z.json"}, runs, reference, failed or {}, is_emulated)
+    return made_results(finished, failed, emulated_ms)
 
 
-def test_the_summary_of_known_times():
-    found = made_summary()
-    assert found["reference"]["compute_s"] == pytest.approx(2.0, abs=2e-3)
-    assert found["reference"]["round_s"] == 0.5
-    assert found["reference"]["micro_batch_s"] == pytest.approx(0.5, abs=1e-3)
-    acco, zero1 = found["configs"]
-    assert acco["bound_s"] == pytest.approx(2.0, abs=2e-3) and zero1["bound_s"] is None
-    assert acco["of_bound"] == pytest.approx(1.01, abs=2e-3)
-    assert acco["split"]["exposed_s"] == 0.015 and acco["split"]["overhead_s"] == pytest.approx(0.005, abs=2e-3)
-    assert zero1["split"]["exposed_s"] == pytest.approx(0.5, abs=2e-3) and zero1["split"]["note"]
-    assert acco["hidden_share"] == pytest.approx(0.97) and zero1["hidden_share"] is None
-    assert zero1["idle_share"] == pytest.approx(0.2, abs=1e-3)
-    assert acco["peak_bytes"] == [1000, 1000]
-    assert acco["final_val_loss"] == {"median": 2.0, "low": 2.0, "high": 2.0}
-    (ratio,), (manager,) = found["ratios"], found["manager"]
-    assert ratio["verdict"] == "faster" and ratio["speedup"]["median"] == pytest.approx(2.5 / 2.02, abs=1e-3)
-    assert manager["saved_share"] == pytest.approx(1 - 2.02 / 2.5, abs=1e-3)
-    assert manager["saved_hours_per_1000_accelerator_hours"] == pytest.approx(192, abs=1)
-    text = " ".join(found["verdict"])
+def with_round(run, round_s):
+    return replace(run, fastest_round_s=round_s)
+
+
+def test_the_results_of_known_times(tmp_path):
+    found = usual_results()
+    assert found.reference.compute_s == pytest.approx(2.0, abs=2e-3)
+    assert found.reference.round_s == 0.5
+    assert found.reference.micro_batch_s == pytest.approx(0.5, abs=1e-3)
+    acco, zero1 = found.configs
+    assert acco.bound_s == pytest.approx(2.0, abs=2e-3) and zero1.bound_s is None
+    assert acco.of_bound == pytest.approx(1.01, abs=2e-3)
+    assert acco.split.exposed_s == 0.015 and acco.split.overhead_s == pytest.approx(0.005, abs=2e-3)
+    assert zero1.split.exposed_s == pytest.approx(0.5, abs=2e-3) and zero1.split.note
+    assert acco.hidden_share == pytest.approx(0.97) and zero1.hidden_share is None
+    assert zero1.idle_share == pytest.approx(0.2, abs=1e-3)
+    assert acco.peak_bytes == [1000, 1000]
+    assert acco.final_val_loss == LossInterval(median=2.0, low=2.0, high=2.0)
+    (ratio,), (manager,) = found.ratios, found.manager
+    assert ratio.verdict == "faster" and ratio.speedup.median == pytest.approx(2.5 / 2.02, abs=1e-3)
+    assert manager.saved_share == pytest.approx(1 - 2.02 / 2.5, abs=1e-3)
+    assert manager.saved_hours_per_1000_accelerator_hours == pytest.approx(192, abs=1)
+    text = " ".join(found.verdict)
     for words in (
-        "R = 0.25 C",
+        "2.021 s a step against 2.501 s, 1.238 times as fast",
+        "R = 0.250 C",
         "acco is faster than zero1",
-        "saves 19% of the time: 192 of every 1000",
-        "97% of acco's",
+        "saves 19.2 % of the time: 192 of every 1000",
+        "97.0 % of acco's",
+        "that of zero1 2.0000 (+0.00 %, one seed: all passes run the same command)",
     ):
-        assert words in text
+        assert words in text, words
     assert "Why" not in text and "2 passes" in text
-    json.dumps(found, allow_nan=False)
+    path = tmp_path / "results.json"
+    write_results(path, found)
+    json.loads(path.read_text(), parse_constant=pytest.fail)  # no NaN
+    assert read_results(path) == found
+
+
+def test_a_new_row_of_schedules_has_its_bound_and_its_words(monkeypatch):
+    """An exact copy of acco's row: whoever asks for a name instead of a property leaves it out."""
+    monkeypatch.setitem(SCHEDULES, "twin", replace(SCHEDULES["acco"], name="twin"))
+    monkeypatch.setitem(SCHEDULES, "wait", replace(SCHEDULES["sync"], name="wait"))
+    lines = {"estimate_s": 0.25}
+    finished = {
+        "mine": [made_run("twin", 1, times="acco", lines=lines, estimate_comm="int4")],
+        "zero1": [made_run(None, 1)],
+        "slow": [made_run("wait", 1, 1.7, times="sync")],
+        "reference": [with_round(made_run("sync", 1), 2.0)],
+    }
+    mine, zero1, slow = made_results(finished).configs
+    assert mine.a == 2 and mine.bound_s == pytest.approx(3.0, abs=5e-3)  # max(1, 2) + max(1, 0.25)
+    assert slow.bound_s == pytest.approx(4.0, abs=5e-3)
+    text = " ".join(made_results(finished).verdict)
+    assert "mine is faster than zero1" in text and "acco and twin with two rounds a step only a part" in text
+    assert "Why slow is not faster: wait overlaps nothing" in text
+    config = {"optimizer": {"type": "ACCO", "params": {"schedule": "wait"}}}
+    assert comparison.measures_reference(config) and not comparison.measures_reference({"optimizer": {"type": "ACCO"}})
+
+
+def test_files_of_an_earlier_version_are_read():
+    """What was written before these dataclasses were: the same keys and values are written again."""
+    for name in ("small", "medium"):
+        path = ROOT / "benchmarks" / "results" / f"compare_real_{name}.json"
+        before, found = json.loads(path.read_text()), read_results(path)
+        assert _known(written(found)) == _known(before)
+        assert list(written(found)) == list(before) and list(written(found)["configs"][0]) == list(before["configs"][0])
+        assert verdict(found)[0].startswith(before["verdict"][0].split(":")[0])
+
+
+def _known(value):
+    """Without what is null."""
+    if isinstance(value, dict):
+        return {key: _known(part) for key, part in value.items() if part is not None}
+    return [_known(part) for part in value] if isinstance(value, list) else value
 
 
 def test_an_adaptive_configuration_is_compared_per_sample():
     """Its steps take twice as long as ZeRO-1's and have four times the samples: it is twice as fast."""
-    curves = [[{"step": 11, "samples": samples, "seconds": 1.0, "val_loss": 2.0}] for samples in (2816, 704)]
+    curves = [[Point(step=11, samples=samples, seconds=1.0, val_loss=2.0)] for samples in (2816, 704)]
     adaptive = {"accumulation": "adaptive", "lines": {"samples": 128}}
     times_step = 5.0 / TIMES["acco"][0]
-    runs = {
+    finished = {
         "many": [made_run("acco", number, times_step, curves[0], **adaptive) for number in (1, 2)],
         "zero1": [made_run(None, number, 1.0, curves[1]) for number in (1, 2)],
+        "reference": [made_run("sync", 1)],
     }
-    found = summary.summarise({"many": "", "zero1": ""}, runs, [made_run("sync", 1)], {}, False)
-    many, zero1 = found["configs"]
-    assert (many["samples_per_step"], zero1["samples_per_step"]) == (256, 64)
-    assert many["samples_per_s"]["median"] == pytest.approx(256 / 5.0, rel=2e-3)
-    assert zero1["samples_per_s"]["median"] == pytest.approx(64 / 2.5, rel=2e-3)
-    assert found["ratios"][0]["speedup"]["median"] == pytest.approx(2.0, rel=2e-3)
-    assert found["ratios"][0]["verdict"] == "faster"
-    assert found["manager"][0]["saved_share"] == pytest.approx(0.5, abs=2e-3)
+    found = made_results(finished)
+    many, zero1 = found.configs
+    assert (many.samples_per_step, zero1.samples_per_step) == (256, 64)
+    assert many.samples_per_s.median == pytest.approx(256 / 5.0, rel=2e-3)
+    assert zero1.samples_per_s.median == pytest.approx(64 / 2.5, rel=2e-3)
+    assert found.ratios[0].speedup.median == pytest.approx(2.0, rel=2e-3)
+    assert found.ratios[0].verdict == "faster"
+    assert found.manager[0].saved_share == pytest.approx(0.5, abs=2e-3)
     # The two ranks alone compute 2 x 32 samples in C = 2 s, so these 256 would take them 8 s: made up, it is too fast.
-    assert found["reference"]["samples_per_s_alone"] == pytest.approx(32.0, rel=2e-3)
-    assert many["bound_s"] == pytest.approx(8.0, rel=5e-3) and many["idle_share"] == 0
-    assert many["runs"][0]["batch"] == [256] * 11 and zero1["runs"][0]["batch"] is None
-    text = " ".join(found["verdict"])
-    assert "many is faster than zero1" in text and "51.2 samples/s against 25.6, 2 times as fast" in text
+    assert found.reference.samples_per_s_alone == pytest.approx(32.0, rel=2e-3)
+    assert many.bound_s == pytest.approx(8.0, rel=5e-3) and many.idle_share == 0
+    assert many.runs[0].batch == [256] * 11 and zero1.runs[0].batch is None
+    text = " ".join(found.verdict)
+    assert "many is faster than zero1" in text and "51.2 samples/s against 25.6, 2.000 times as fast" in text
     assert "a median step has 256 samples, nominal are 64" in text and "500 of every 1000" in text
     assert "after 2,816 samples and 704: at equal tokens only the curves" in text
-    json.dumps(found, allow_nan=False)
 
 
-def test_the_bound_with_a_quantised_estimate():
+def test_the_bound_with_a_quantized_estimate():
     """R = 2 s where C = 2 s; the ESTIMATE takes 0.25 s: max(1, 2) + max(1, 0.25) s, not 4 s."""
     lines = {"estimate_s": 0.25, "sent_bytes": 3_000_000}
-    reference = [summary.Run(**{**vars(made_run("sync", 1)), "fastest_round_s": 2.0})]
     for estimate_comm, expected in (("int4", 3.0), ("full", 4.0), (None, 4.0)):
-        runs = {
+        finished = {
             "mine": [made_run("acco", 1, 1.5, lines=lines, estimate_comm=estimate_comm)],
             "zero1": [made_run(None, 1)],
+            "reference": [with_round(made_run("sync", 1), 2.0)],
         }
-        found = summary.summarise({"mine": "", "zero1": ""}, runs, reference, {}, True)
-        assert found["configs"][0]["bound_s"] == pytest.approx(expected, abs=5e-3)
-        assert (found["configs"][0]["sent_bytes"], found["configs"][1]["sent_bytes"]) == (3_000_000, None)
-        assert ("ESTIMATE (int4) takes 0.25 s" in " ".join(found["verdict"])) == (estimate_comm == "int4")
+        found = made_results(finished, emulated_ms=1.0)
+        assert found.configs[0].bound_s == pytest.approx(expected, abs=5e-3)
+        assert (found.configs[0].sent_bytes, found.configs[1].sent_bytes) == (3_000_000, None)
+        assert ("ESTIMATE (int4) takes 0.250 s" in " ".join(found.verdict)) == (estimate_comm == "int4")
 
 
 def test_the_verdict_says_when_acco_loses_and_why():
-    found = made_summary(acco_scale=1.5)
-    assert found["ratios"][0]["verdict"] == "slower"
-    text = " ".join(found["verdict"])
+    found = usual_results(acco_scale=1.5)
+    assert found.ratios[0].verdict == "slower"
+    text = " ".join(found.verdict)
     assert "acco is slower than zero1" in text and "Why acco is not faster" in text
     assert "shares the cores with the computation" in text and "saves" not in text
-    assert "shares the cores" not in " ".join(made_summary(1.5, is_emulated=True)["verdict"])
-    faster = " ".join(made_summary(acco_scale=1.15)["verdict"])
+    assert "shares the cores" not in " ".join(usual_results(1.5, emulated_ms=1.0).verdict)
+    faster = " ".join(usual_results(acco_scale=1.15).verdict)
     assert "acco is faster than zero1" in faster and "Why acco is not faster still: " in faster
 
 
 def test_the_verdict_says_when_communication_is_too_long_for_acco():
-    runs = {"acco": [made_run("acco", 1, 3.0)], "zero1": [made_run(None, 1)]}
-    reference = [made_run("sync", 1)]
-    reference = [summary.Run(**{**vars(reference[0]), "fastest_round_s": 2.5})]
-    found = summary.summarise({"acco": "", "zero1": ""}, runs, reference, {}, True)
-    text = " ".join(found["verdict"])
+    finished = {
+        "acco": [made_run("acco", 1, 3.0)],
+        "zero1": [made_run(None, 1)],
+        "reference": [with_round(made_run("sync", 1), 2.5)],
+    }
+    text = " ".join(made_results(finished, emulated_ms=1.0).verdict)
     assert "Communication takes longer than computation" in text
-    assert "even its bound of 5 s is no shorter than a step of zero1" in text
+    assert "even its bound of 5.000 s is no shorter than a step of zero1" in text
     assert "losses are not" in text
 
 
+def test_a_training_that_diverged_has_no_quality(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 11, "samples": 704, "val_loss": NaN, "loss": Infinity}\n')
+    curve = measure.read_curve(tmp_path)
+    assert curve == [Point(step=11, samples=704)]
+    finished = {
+        "acco": [made_run("acco", 1, 1.0, curve)],
+        "zero1": [made_run(None, 1, 1.0, CURVE)],
+        "reference": [made_run("sync", 1)],
+    }
+    found = made_results(finished)
+    assert found.configs[0].final_val_loss is None
+    assert "Nothing is said of the quality of acco: its last validation loss is not known." in found.verdict
+
+
 def test_a_failed_configuration_and_a_failed_reference_are_said():
-    found = made_summary(failed={"acco": "it broke", "reference": "no sync"})
-    assert found["configs"][0]["failed"] == "it broke" and found["configs"][0]["step_s"] is None
-    assert not found["ratios"] and not found["manager"]
-    assert found["configs"][1]["step_s"] and found["configs"][1]["split"] is None
-    text = " ".join(found["verdict"])
+    found = usual_results(failed={"acco": "it broke", "reference": "no sync"})
+    assert found.configs[0].failed == "it broke" and found.configs[0].step_s is None
+    assert not found.ratios and not found.manager
+    assert found.reference == Reference(failed="no sync")
+    assert found.configs[1].step_s and found.configs[1].split is None
+    text = " ".join(found.verdict)
     assert "acco failed: it broke." in text and "reference (schedule sync) failed: no sync." in text
-    json.dumps(found, allow_nan=False)
+
+
+def test_the_options_need_no_heavy_package():
+    """`ds_acco --help` asks these modules; the package itself stands for what registers with DeepSpeed."""
+    code = """
+import sys, types
+package = sys.modules["deepspeed_acco"] = types.ModuleType("deepspeed_acco")
+package.__path__ = [sys.argv[1]]
+import deepspeed_acco.tools.compare.command, deepspeed_acco.tools.report.command
+heavy = {"torch", "deepspeed", "numpy", "matplotlib", "jinja2", "tqdm", "psutil"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    package = str(Path(deepspeed_acco.__file__).parent)
+    done = subprocess.run([sys.executable, "-c", code, package], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- order and JSONs
 
 
 def test_the_order_turns_round():
-    assert compare.order("abc", 3) == [*zip((1, 1, 1), "abc"), *zip((2, 2, 2), "cba"), *zip((3, 3, 3), "abc")]
+    assert runs.order("abc", 3) == [*zip((1, 1, 1), "abc"), *zip((2, 2, 2), "cba"), *zip((3, 3, 3), "abc")]
 
 
 @pytest.mark.parametrize(
@@ -309,7 +427,7 @@ def test_the_reference_is_the_first_configs_training_by_sync(name):
     expected = json.loads((CONFIGS / "sync.json").read_text())
     if "bf16" in config:
         expected["bf16"] = config["bf16"]
-    assert derived == expected and comparison.is_sync(derived) and not comparison.is_sync(config)
+    assert derived == expected and comparison.measures_reference(derived) and not comparison.measures_reference(config)
 
 
 # ---- the command, with runs that are only written
@@ -336,7 +454,7 @@ class FakeRuns:
         for rank in (0, 1):
             lines = [header(schedule, rank)]
             lines += [step(i, step_s, inside_s, schedule and 0.5, exposed_s) for i in range(1, 6)]
-            (folder / f"rank{rank}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            (folder / f"rank{rank}.jsonl").write_text("".join(json.dumps(asdict(line)) + "\n" for line in lines))
         return 0
 
 
@@ -380,6 +498,41 @@ def test_an_interrupted_comparison_goes_on_where_it_was(fake, monkeypatch, tmp_p
     assert [run["pass"] for run in results["configs"][0]["runs"]] == [1, 2]
     assert results["script"] == "examples/train_gpt.py", "as seen from here"
     assert cli.main(command(out, *BOTH)) == 0 and len(fake.seen) == 6, "all was finished"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_progress_is_told(fake, monkeypatch, tmp_path, is_terminal):
+    """On a terminal in a line that is written anew; else in lines, one a minute while a run lasts."""
+    clock = itertools.count()
+    monkeypatch.setattr(runs, "time", types.SimpleNamespace(monotonic=lambda: 5.0 * next(clock)))
+
+    def run(*arguments, watch):
+        for _ in range(40):
+            watch()
+        return fake(*arguments)
+
+    monkeypatch.setattr(launches, "run", run)
+    stream = Terminal() if is_terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert cli.main(command(tmp_path / "out", CONFIGS / "sync.json", CONFIGS / "zero1.json", passes=1)) == 0
+    told = stream.getvalue()
+    assert "[1/2] pass 1 sync: starting | " in told and "[2/2] pass 1 zero1: starting | " in told
+    remain = [line.rpartition("\r")[2].strip() for line in told.split("\n")]
+    finished = [line for line in remain if "2.500 s a step | " in line]
+    assert [line[:19] for line in finished] == ["[1/2] pass 1 sync: ", "[2/2] pass 1 zero1:"]
+    assert "about" in finished[0] and "to go" in finished[0] and "to go" not in finished[1]
+    shown = told.count("starting")
+    if is_terminal:
+        assert "\r" in told and not any("starting" in line for line in remain) and remain[-1] == ""
+        assert shown > 60, "every second"
+    else:
+        assert "\r" not in told and all(line.startswith("[") for line in remain if line)
+        assert 4 <= shown <= 5.0 * next(clock) / 60, "once a minute"
 
 
 def test_another_command_for_the_same_folder_names_the_difference(fake, tmp_path, capsys):

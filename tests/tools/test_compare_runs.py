@@ -32,7 +32,6 @@ def _train(config, folder, save_to):
 
     from deepspeed_acco.engine import recorder
 
-    recorder._recorders.clear()
     os.environ.pop(RECORD, None)
     if folder is not None:
         os.environ[RECORD] = folder
@@ -54,7 +53,7 @@ def _train(config, folder, save_to):
     rounds = engine.optimizer.lane_times().rounds if hasattr(engine.optimizer, "lane_times") else None
     engine.destroy()
     if folder is not None:
-        recorder._recorders.pop()._close()
+        recorder.finish()
         del os.environ[RECORD]
     return {"losses": losses, "rounds": rounds}
 
@@ -115,7 +114,6 @@ def _train_adaptively(folder):
     import deepspeed_acco
     from deepspeed_acco.engine import recorder
 
-    recorder._recorders.clear()
     os.environ[RECORD] = folder
     engine = training.start_engine(training.ds_config(4, accumulation="adaptive"))
     told = []
@@ -127,7 +125,7 @@ def _train_adaptively(folder):
         engine.step()
         index += 1
     engine.destroy()
-    recorder._recorders.pop()._close()
+    recorder.finish()
     del os.environ[RECORD]
     return told
 

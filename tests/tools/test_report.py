@@ -11,18 +11,25 @@ import json
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from markupsafe import escape
 from matplotlib.colors import to_hex
 
-from deepspeed_acco.tools import cli
+from deepspeed_acco.algorithm.schedules import SCHEDULES
+from deepspeed_acco.tools import cli, palette
+from deepspeed_acco.tools.compare.results import read_results
 from deepspeed_acco.tools.report import command as report
 from deepspeed_acco.tools.report import comparison_page, run_page
 from deepspeed_acco.tools.report import figures as pictures
-from deepspeed_acco.tools.report.read_run import read_results, read_run
+from deepspeed_acco.tools.report.read_run import read_run
 
-VOID = {"meta", "img", "br"}
+ROOT = Path(__file__).parents[2]
+VOID = {"meta", "img", "br", "source"}
 NASTY = "acco <b>&\"'$x_1$"
+KILLED = "rank 1 ended with exit code 9 <killed> & nothing else"
 
 
 def _config(name, **values):
@@ -57,7 +64,7 @@ def _results():
             runs=[_run([0, 0, 0.0, 5.5, None], [2, 32, 3.0, None, 4.5], [4, 64, 6.0, 2.25, 3.0])],
             final_val_loss={"median": 2.25, "low": 2.125, "high": 2.375},
         ),
-        _config("exploded", failed="rank 1 ended with exit code 9 <killed> & nothing else", step_s=None),
+        _config("exploded", failed=KILLED, step_s=None),
         _config(
             "_zero1",
             step_s={"median": 2.0, "low": None, "high": None},
@@ -68,6 +75,8 @@ def _results():
         ),
         _config(
             "sync",
+            optimizer="ACCO",
+            schedule="sync",
             step_s={"median": 1.0, "low": 0.9, "high": 1.1},
             bound_s=1.75,
             split=_split(1.25, 0.25, -0.5),
@@ -97,7 +106,7 @@ def _results():
         "configs": configs,
         "ratios": [{"config": NASTY, "baseline": "_zero1", "speedup": speedup, "verdict": "no difference shown"}],
         "manager": [manager | {"saved_hours_per_1000_accelerator_hours": -250.0}],
-        "verdict": ["acco & co: no difference shown.", "Say `ds_acco plan`."],
+        "verdict": ["What an earlier version said in its own units."],
     }
 
 
@@ -116,7 +125,7 @@ class _Page(html.parser.HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
         values = dict(attributes)
-        self.sources += [values["src"]] if "src" in values else []
+        self.sources += [values[key] for key in ("src", "srcset") if key in values]
         self.ids += [values["id"]] if "id" in values else []
         self.alts += [values["alt"]] if tag == "img" else []
         self.links += [values["href"]] if "href" in values else []
@@ -131,10 +140,17 @@ class _Page(html.parser.HTMLParser):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The matplotlib figures that are drawn."""
+    """The matplotlib figures that are drawn for a screen, not those for a phone."""
     drawn = []
     draw = pictures.data_uri
-    monkeypatch.setattr(pictures, "data_uri", lambda figure: drawn.append(figure) or draw(figure))
+
+    def note(figure):
+        if figure.get_size_inches()[0] < 9:
+            return "data:image/svg+xml;base64,PHN2Zy8+"  # an empty picture: saving one is what takes time
+        drawn.append(figure)
+        return draw(figure)
+
+    monkeypatch.setattr(pictures, "data_uri", note)
     return drawn
 
 
@@ -158,7 +174,7 @@ def _assert_self_contained(page):
             for name, value in element.attrib.items():
                 assert "http" not in value, f"{element.tag} {name}={value}"
                 assert not name.endswith("href") or value.startswith("#")
-    assert all(len(alt) > 20 for alt in page.alts) and len(page.alts) == len(page.sources)
+    assert all(len(alt) > 20 for alt in page.alts) and 2 * len(page.alts) == len(page.sources)
 
 
 def test_the_page_of_a_comparison(tmp_path):
@@ -169,9 +185,11 @@ def test_the_page_of_a_comparison(tmp_path):
     page = _Page(text)
     _assert_self_contained(page)
     for words in (
-        "acco & co: no difference shown.",
+        f"No difference shown between {NASTY} and _zero1, the fastest of DeepSpeed's own here: 1.500 s a step against "
+        "2.000 s, 1.333 times (95 % interval 0.900 to 1.500).",
+        f"exploded failed: {KILLED}.",
         NASTY,
-        "rank 1 ended with exit code 9 <killed> & nothing else",
+        f"exploded {KILLED}",
         "ds_acco compare 'a<b>.json' && true",
         "dir/train.py --out {out}",
         "2 cores & <no> GPU",
@@ -195,7 +213,8 @@ def test_the_page_of_a_comparison(tmp_path):
     ):
         assert words in page.text.replace(" ,", ","), words
     assert "sent," not in page.text and "Batch size" not in page.text
-    assert "<code>ds_acco plan</code>" in text and "nan" not in page.text.lower() and "None" not in page.text
+    assert "<code>ds_acco compare &#39;a&lt;b&gt;.json&#39;" in text
+    assert "nan" not in page.text.lower() and "None" not in page.text and "in its own units" not in page.text
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path):
@@ -273,21 +292,25 @@ def test_adaptive_steps_are_shown_per_nominal_batch(tmp_path, figures):
     assert comparison_page.batch_lines(read_results(_written(tmp_path, _results()))) == []
 
 
-def test_a_configuration_has_one_colour(tmp_path, figures):
+def test_a_configuration_has_one_color(tmp_path, figures):
     page = report.write(_written(tmp_path, _results())).read_text()
     steps, losses, _, memory = figures
-    for index, row, name in ((0, 0, NASTY), (2, 1, "_zero1")):
-        colour = pictures.colour(index)
-        assert to_hex(losses.axes[0].get_lines()[row].get_color()) == colour.lower()
-        assert to_hex(memory.axes[0].containers[0][row].get_facecolor()) == colour.lower()
+    colors = palette.colors_of([NASTY, "exploded", "_zero1", "sync", "unsplit"])
+    assert colors["sync"] == palette.SERIES["sync"]
+    for row, name in enumerate((NASTY, "_zero1")):
+        color = colors[name]
+        assert to_hex(losses.axes[0].get_lines()[row].get_color()) == color.lower()
+        assert to_hex(memory.axes[0].containers[0][row].get_facecolor()) == color.lower()
         chips = [line for line in steps.axes[0].get_lines() if line.get_marker() == "s"]
-        assert to_hex(chips[row].get_color()) == colour.lower()
-        assert page.count(f'background:{colour}"></i>{html.escape(name)}') >= 1
+        assert to_hex(chips[row].get_color()) == color.lower()
+        assert page.count(f'--light:{color};--dark:{pictures.DARK[color]}"></i>{escape(name)}') >= 1
     texts = figures[2].legends[0].get_texts()
     assert [text.get_text().strip("\u200b") for text in texts] == [NASTY, "_zero1"]  # "_" is not taken for a secret
     for text in [*texts, *steps.axes[0].get_yticklabels()]:
         assert not text.get_parse_math()  # nor "$" for a formula
-    assert len({pictures.colour(index) for index in range(8)}) == 8
+    # No color of a part is one of a configuration's, so that none has two meanings in one picture.
+    parts = {to_hex(container[0].get_facecolor()) for container in steps.axes[0].containers}
+    assert parts.isdisjoint(color.lower() for color in colors.values())
 
 
 def test_samples_where_tokens_are_not_known_and_several_passes(tmp_path, figures):
@@ -306,9 +329,9 @@ def test_nothing_but_failures(tmp_path, figures):
     results = _results() | {"configs": failed, "ratios": [], "manager": [], "verdict": [], "reference": reference}
     results |= {"world_size": None, "device": None, "samples_per_step": None, "model": {"numel": None}}
     page = _Page(report.write(_written(tmp_path, results)).read_text())
-    assert not figures and "a : no" in page.text and "b : neither" in page.text
+    assert not figures and "a no b neither" in page.text
     assert "not measured: killed <9>" in page.text and "None" not in page.text
-    assert page.text.count("nothing to draw") == 3 and "holds no verdict" in page.text
+    assert page.text.count("nothing to draw") == 3 and "Nothing is compared" in page.text
 
 
 def test_a_run_that_diverged(tmp_path, figures):
@@ -319,13 +342,16 @@ def test_a_run_that_diverged(tmp_path, figures):
     assert _lines(figures[1].axes[0])[1] == ([0.0], [5.5]) and "nan" not in page.text.lower()
 
 
-def test_many_configurations_stay_apart(tmp_path, figures):
+def test_many_configurations_stay_apart(tmp_path, figures, monkeypatch):
+    everything, draw = [], pictures.data_uri
+    monkeypatch.setattr(pictures, "data_uri", lambda figure: everything.append(figure) or draw(figure))
     results = _results()
     results["configs"] = [_results()["configs"][0] | {"name": f"{'long' * 12}{i}"} for i in range(11)]
     report.write(_written(tmp_path, results))
-    looks = {(line.get_color(), str(line._dash_pattern)) for line in figures[1].axes[0].get_lines()}
+    lines = comparison_page.loss_lines(read_results(tmp_path / "results.json"), lambda point: point.seconds, 1.0)
+    looks = {(line.color, line.dash % 4) for line in lines}
     assert len(looks) == 11
-    for figure in figures:  # nothing is drawn outside of the picture
+    for figure in everything:  # nothing is drawn outside of the picture
         figure.draw_without_rendering()
         size = figure.get_size_inches() * figure.dpi
         for legend in figure.legends:
@@ -335,6 +361,64 @@ def test_many_configurations_stay_apart(tmp_path, figures):
             for text in [*axes.texts, *axes.get_yticklabels()]:
                 box = text.get_window_extent()
                 assert box.x0 >= -1 and box.x1 <= size[0] + 1, text.get_text()
+
+
+CONTROL = "zero\x001\x1b[31m \x7f\ud800\uffff\nred"
+
+
+def test_control_characters_blank_no_picture(tmp_path):
+    """XML has none of them: a browser would show a broken picture instead of the whole."""
+    results = _results()
+    results["configs"][2]["name"] = results["ratios"][0]["baseline"] = results["manager"][0]["baseline"] = CONTROL
+    for key in ("script", "machine", "network", "command"):
+        results[key] = CONTROL
+    text = report.write(_written(tmp_path, results)).read_text(encoding="utf-8")
+    page = _Page(text)
+    _assert_self_contained(page)  # parses every picture
+    assert not set(text) & set("\x00\x1b\x7f\ud800\uffff")
+    assert "zero\ufffd1\ufffd[31m \ufffd\ufffd\ufffd red" in page.text
+
+
+def test_pictures_can_be_read_on_a_phone_and_in_the_dark(tmp_path):
+    """400 pixels wide, less the page's margins of 16, the narrow ones have letters of 11 pixels at least."""
+    page = _Page(report.write(_written(tmp_path, _results())).read_text())
+    narrow, wide = page.sources[::2], page.sources[1::2]
+    for sources, shown_px in ((narrow, 400 - 2 * 16), (wide, 960)):
+        for source in sources:
+            svg = base64.b64decode(source.partition(",")[2]).decode()
+            width_pt = float(re.search(r'width="([\d.]+)pt"', svg)[1])
+            assert pictures.FONT_PT * shown_px / width_pt >= 11
+            style = re.search(r":root\{(.*?)\}@media \(prefers-color-scheme:dark\)\{:root\{(.*?)\}", svg)
+            light, dark = (dict(pair.split(":") for pair in part.split(";") if pair) for part in style.groups())
+            assert light.keys() == dark.keys() >= {f"--c{pictures.INK[1:]}"} and light != dark
+            assert set(re.findall(r"var\((--c\w+)\)", svg)) == light.keys()
+            rest = svg.replace(style[0], "")
+            assert not re.search("#[0-9a-f]{6}", rest), "no color stays the same"
+
+
+def test_a_new_row_of_schedules_has_its_page(tmp_path, figures, monkeypatch):
+    monkeypatch.setitem(SCHEDULES, "twin", replace(SCHEDULES["acco"], name="twin"))
+    results = _results()
+    results["configs"][0]["schedule"] = "twin"
+    page = _Page(report.write(_written(tmp_path, results)).read_text())
+    assert "max(A, R) + max(B, R) for acco and twin, max(C, R) for wp and dpu, C + R for sync." in page.text
+    assert "ACCO · twin" in page.text and f"Why {NASTY} is not faster" in page.text
+    assert figures[0].axes[0].containers[1][0].get_width() == 0.125
+
+
+def test_words_tables_and_pictures_round_alike(tmp_path, figures):
+    """Of a real comparison, whose file has sentences in other units."""
+    page = _Page(
+        report.write(ROOT / "benchmarks" / "results" / "compare_real_small.json", tmp_path / "x.html").read_text()
+    )
+    sentence, table, remark = "272.7 ms a step against 274.6 ms", "acco ACCO · acco 272.7", "272.7 ms   1.013 × bound"
+    assert sentence in page.text and table in page.text
+    assert figures[0].axes[0].texts[0].get_text() == remark
+    assert "0.273 s" not in page.text
+    assert "acco needs at most 542 MiB a rank, zero1 556 MiB." in page.text
+    assert figures[3].axes[0].texts[0].get_text() == "542 MiB"
+    for percentage in re.findall(r"[^ ]*\([+−-][\d.]+ ?%[^)]*\)", page.text):
+        assert "one seed" in percentage
 
 
 def _broken(change):
@@ -401,6 +485,7 @@ def _metrics(step, samples, loss, val_loss, seconds):
 def _recorded(folder, rank, schedule="acco"):
     header = {"rank": rank, "world_size": 2, "optimizer": "ACCO", "schedule": schedule, "stage": 1, "numel": 1000}
     header |= {"samples_per_step": 8, "n": 4, "a": 2, "device": "cpu", "weight_bytes": 2, "comm_bytes": 2}
+    header |= {"micro_batch": 1}
     keys = ("step", "step_s", "inside_s", "round_s", "exposed_s", "rounds", "peak_bytes", "looked", "loss")
     steps = [
         [1, None, 0.5, 0.5, 0.125, 2, 2**30, False, None],  # the first two load and build
@@ -430,7 +515,7 @@ def test_the_page_of_one_run(tmp_path, figures):
     times, hidden = rounds.axes
     samples = [8, 16, 24, 32, 40]
     assert _lines(times) == [(samples, [500, 500, 1000, 1000, 2000]), (samples, [125, 125, 250, 250, 1000])]
-    assert _lines(hidden) == [(samples, [0.75, 0.75, 0.75, 0.75, 0.5])]
+    assert _lines(hidden) == [(samples, [75, 75, 75, 75, 50])]
     # Steps 3 and 5 count: medians 2.5 s with 0.625 s exposed.
     widths = [[patch.get_width() for patch in container] for container in steps.axes[0].containers]
     assert widths == [[1.875] * 2, [0.625] * 2, [0.0] * 2, [0.0] * 2]
@@ -441,7 +526,7 @@ def test_the_page_of_one_run(tmp_path, figures):
         "Last validation loss: 4.0000 after 2 steps.",
         "3 steps were skipped",
         "ACCO, schedule acco · ZeRO stage 1 · 2 ranks · on cpu",
-        "optimizer step of rank 0, ms 2,500.0 2,100.0 to 2,900.0 2",
+        "optimizer step of rank 0, s 2.500 2.100 to 2.900 2",
         "logs/acco/Train_ACCO_estimate_error.csv",
         "n = 4 micro-batches a step, 2 of them in phase A",
     ):
@@ -493,7 +578,7 @@ def test_the_monitor_alone(tmp_path, figures):
     (rounds,) = figures
     assert [_lines(axes) for axes in rounds.axes] == [
         [([8, 16], [20, 30]), ([8, 16], [5, 0])],
-        [([8, 16], [0.75, 1.0])],
+        [([8, 16], [75, 100])],
     ]
     assert "90.0 % of the communication was hidden" in page.text and "No loss:" in page.text
 
@@ -518,7 +603,7 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     _write_jsonl(path, _metrics(0, 0, None, 5.0, 0.0))
     path.write_text(path.read_text() + '{"step": 2, "sam')
-    assert [line["samples"] for line in read_run(tmp_path).metrics] == [0]
+    assert [point.samples for point in read_run(tmp_path).metrics] == [0]
 
 
 def _two_runs(folder):

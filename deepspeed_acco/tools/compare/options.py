@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...algorithm.schedules import BLOCKING, DEFAULT, SCHEDULES
 from ...settings import ADAMW_KEYS
 from .. import units
 from ..launch import shaped_hosts as hosts
-from ..subcommand import add_parser, require_extra
 
-DEFAULT_OUT = Path("runs") / "compare"
 REFERENCE = "reference"  # the runs of schedule sync that C and R come from
 REFERENCE_KEYS = ("lane", "comm_timeout_s")  # ACCO's keys that it takes over
 EMULATED = ("--module", "deepspeed_acco.tools.launch.emulated_accelerator")
@@ -29,38 +28,6 @@ EMULATED_NUMEL = 10_000_000
 
 
 # ---- options
-
-
-def add_command(commands) -> None:
-    """Adds the subcommand to what ``add_subparsers`` returned."""
-    parser = add_parser(
-        commands,
-        "compare",
-        help="measures ACCO beside DeepSpeed's own stages: one script under several JSONs, in alternation",
-        usage="%(prog)s CONFIG [CONFIG ...] [options] [-- ARGUMENTS OF THE SCRIPT]",
-        description="Runs the same script under each DeepSpeed JSON, with the same seed and data, pass by pass through "
-        "DeepSpeed's launcher, and writes results.json and report.html. A run of schedule sync, derived from the "
-        "first CONFIG, is always among them: computation and communication are measured there one after the other. "
-        "The same command goes on where it was interrupted. ARGUMENTS may hold {out}, the run's own folder, and "
-        "{config}, the JSON, which else is given by --deepspeed_config.",
-        example="ds_acco compare ds_configs/acco.json ds_configs/zero1.json --num_accelerators 2\n"
-        "ds_acco compare ds_configs/acco.json --hosts 2 --rate 300mbit --passes 6 --out runs/two_hosts",
-    )
-    parser.add_argument("configs", nargs="+", metavar="CONFIG", type=Path, help="DeepSpeed JSONs; the stem is the name")
-    what, where = parser.add_argument_group("what is run"), parser.add_argument_group("where")
-    add_run_arguments(what, where, EXAMPLE_STEPS, EMULATED_STEPS)
-    what.add_argument("--passes", type=units.count, default=3, help="runs of each JSON (default: %(default)s)")
-    what.add_argument("--seed", type=int, help="of weights and data (default: 1)")
-    where.add_argument("--hosts", type=units.count, help="so many shaped hosts on this machine (root, iproute2)")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder (default: %(default)s)")
-    parser.set_defaults(run=_run, takes_script_arguments=True)
-
-
-def _run(options: argparse.Namespace) -> int:
-    require_extra("tools", "numpy", "psutil")
-    from . import command
-
-    return command.run(options)
 
 
 def add_run_arguments(
@@ -297,9 +264,11 @@ def _require_alike(configs: Mapping[str, Mapping[str, Any]], world_size: int) ->
                 )
 
 
-def is_sync(config: Mapping[str, Any]) -> bool:
+def measures_reference(config: Mapping[str, Any]) -> bool:
+    """Tells whether a JSON's runs measure C and R: its schedule overlaps nothing."""
     optimizer = config.get("optimizer", {})
-    return optimizer.get("type") == "ACCO" and optimizer.get("params", {}).get("schedule") == "sync"
+    row = SCHEDULES.get(str(optimizer.get("params", {}).get("schedule", DEFAULT.name)))
+    return optimizer.get("type") == "ACCO" and row is not None and row.blocks
 
 
 def reference_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -319,13 +288,13 @@ def reference_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     params = {key: params[key] for key in (*ADAMW_KEYS, *REFERENCE_KEYS) if key in params}
     if derived["optimizer"].get("type") != "ACCO":
         derived["zero_optimization"] = {"stage": 1}
-    derived["optimizer"] = {"type": "ACCO", "params": {**params, "schedule": "sync"}}
+    derived["optimizer"] = {"type": "ACCO", "params": {**params, "schedule": BLOCKING.name}}
     return derived
 
 
 def extra_reference(comparison: Comparison) -> dict[str, dict[str, Any]]:
     """The derived reference, unless a CONFIG is one."""
-    if any(map(is_sync, comparison.configs.values())):
+    if any(map(measures_reference, comparison.configs.values())):
         return {}
     first = next(iter(comparison.configs))
     return {REFERENCE: reference_of(first, comparison.configs[first])}

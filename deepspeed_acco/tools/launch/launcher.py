@@ -59,14 +59,6 @@ class Place:
     per_node: bool = False
 
 
-@dataclass(frozen=True)
-class Record:
-    """What one rank wrote: see recorder.py."""
-
-    header: dict[str, Any]
-    steps: list[dict[str, Any]]
-
-
 def run(
     script: Sequence[str],
     arguments: Sequence[str],
@@ -264,30 +256,3 @@ def remove_shared_memory(port: int | str) -> None:
     for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
         with contextlib.suppress(OSError):
             left.unlink()
-
-
-def steps_so_far(folder: Path) -> int:
-    """Optimizer steps that rank 0 of the run in ``folder`` has recorded."""
-    try:
-        return max(0, (folder / "rank0.jsonl").read_bytes().count(b"\n") - 1)  # the first line is the header
-    except OSError:
-        return 0
-
-
-def read(folder: Path, world_size: int) -> list[Record]:
-    """The records of all ranks of a finished run.
-
-    Raises:
-        ValueError: when one is missing, with what the script lacks.
-    """
-    records = []
-    for rank in range(world_size):
-        path = folder / f"rank{rank}.jsonl"
-        if not path.is_file():
-            raise ValueError(
-                f"{path} was not written: the script must import deepspeed_acco and train with the engine that "
-                f"deepspeed.initialize returns, in {world_size} ranks"
-            )
-        header, *steps = (json.loads(line) for line in path.read_text().splitlines())
-        records.append(Record(header, steps))
-    return records

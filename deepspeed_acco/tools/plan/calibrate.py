@@ -16,7 +16,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from ..compare.command import interruptible
 from ..compare.options import REFERENCE, Comparison, add_run_arguments, comparison_of, host_count, reference_of
+from ..compare.results import RESULTS, write_results
 from ..subcommand import require_extra
 
 DEFAULT_OUT = Path("runs") / "calibrate"
@@ -59,24 +61,26 @@ def measure(options: argparse.Namespace) -> tuple[Path, int | None]:
         ValueError: for options that cannot be, before anything runs.
         MeasurementFailed: the script failed, with the end of its log.
     """
-    require_extra("tools", "numpy", "psutil")
-    from ..compare import command as compare
+    require_extra("tools", "numpy", "psutil", "tqdm")
+    from ..compare import runs as comparing
+    from ..compare.measure import results_of
 
     out = options.out or DEFAULT_OUT
     try:
         comparison = _comparison(options)
         _clear(out)
-        compare.prepare(out, comparison)
+        comparing.prepare(out, comparison)
     except ValueError as cause:
         raise ValueError(f"plan: {cause}") from cause
     try:
-        with compare.interruptible():
-            runs = compare.run_all(comparison, out, options.hostfile)
+        with interruptible():
+            runs = comparing.run_all(comparison, out, options.hostfile)
     except RuntimeError as cause:
         raise MeasurementFailed(f"plan: {cause}") from cause
     if runs.failed:
         raise MeasurementFailed(f"plan: the measured run failed: {runs.failed[REFERENCE]}")
-    path, _ = compare.write_results(comparison, out, runs)
+    path = out / RESULTS
+    write_results(path, results_of(comparison, runs.finished, runs.failed))
     print(f"measured: {path}; `ds_acco plan --results {path}` plans from it again", file=sys.stderr)
     return path, host_count(comparison)
 
@@ -97,12 +101,12 @@ def _comparison(options: argparse.Namespace) -> Comparison:
 
 
 def _clear(out: Path) -> None:
-    """Removes an earlier measurement; a comparison's folder, and anybody else's, is left to ``compare.prepare``."""
-    from ..compare import command as compare
+    """Removes an earlier measurement; a comparison's folder, and anybody else's, is left to ``runs.prepare``."""
+    from ..compare import runs as comparing
 
-    command = out / compare.COMMAND
+    command = out / comparing.COMMAND
     if command.is_file() and list(json.loads(command.read_text()).get("configs", {})) == [REFERENCE]:
-        for folder in (compare.CONFIGS, compare.RUNS):
+        for folder in (comparing.CONFIGS, comparing.RUNS):
             shutil.rmtree(out / folder, ignore_errors=True)
-        for file in (compare.RESULTS, "report.html", compare.COMMAND):
+        for file in (RESULTS, "report.html", comparing.COMMAND):
             (out / file).unlink(missing_ok=True)

@@ -11,9 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..compare.results import RESULTS, read_results
 from ..subcommand import add_parser
 from . import figures as pictures
-from .read_run import read_results, read_run
+from .read_run import read_run
 
 
 def add_command(commands) -> None:
@@ -43,10 +44,10 @@ def _report(options: argparse.Namespace) -> int:
             raise ValueError(f"{source} does not exist; give a results.json, its folder, or the folder of one run")
         if out is not None and (out.is_dir() or not out.parent.is_dir()):
             raise ValueError(f"--out {out} is not allowed; allowed: a file in a folder that exists")
-        if source.is_dir() and not (source / "results.json").is_file():
+        if source.is_dir() and not (source / RESULTS).is_file():
             written = write_run(source, out)
         else:
-            written = write(source / "results.json" if source.is_dir() else source, out)
+            written = write(source / RESULTS if source.is_dir() else source, out)
     except (ValueError, OSError) as error:
         print(f"ds_acco report: {error}", file=sys.stderr)
         return 2
