@@ -12,7 +12,7 @@ from deepspeed_acco.algorithm.reference import LINES, Lines
 from deepspeed_acco.algorithm.schedules import COMMIT, ESTIMATE, PREDICT, SCHEDULES, Schedule
 from deepspeed_acco.settings import Settings
 from deepspeed_acco.tools.cli import main
-from deepspeed_acco.tools.compare.verdict import bound_s
+from deepspeed_acco.tools.compare.measure import bound_s
 from deepspeed_acco.tools.plan import model as plan
 from deepspeed_acco.tools.plan.advice import advise
 from tests.support import oracle, training

@@ -389,7 +389,7 @@ def test_the_options_need_no_heavy_package():
 import sys, types
 package = sys.modules["deepspeed_acco"] = types.ModuleType("deepspeed_acco")
 package.__path__ = [sys.argv[1]]
-import deepspeed_acco.tools.compare.command, deepspeed_acco.tools.report.command
+import deepspeed_acco.tools.compare.command, deepspeed_acco.tools.plan.command, deepspeed_acco.tools.report.command
 heavy = {"torch", "deepspeed", "numpy", "matplotlib", "jinja2", "tqdm", "psutil"} & set(sys.modules)
 assert not heavy, heavy
 """

@@ -591,8 +591,7 @@ def test_inputs_from_a_measurement():
 
 
 def test_inputs_from_results(tmp_path, capsys):
-    results = {
-        "version": 1,
+    results = json.loads((ROOT / "benchmarks/results/compare_real_small.json").read_text()) | {
         "world_size": 2,
         "device": "cpu",
         "n": 8,
@@ -605,10 +604,14 @@ def test_inputs_from_results(tmp_path, capsys):
     assert planning.from_results(path) == planning.from_measurement(HEADER, 2.0, 0.7)
     assert main(["plan", "--results", str(path), "--estimate-fraction", "0.25", "--device-memory", "1GiB"]) == 0
     assert "network from a measured round" in capsys.readouterr().out
-    del results["reference"]
-    path.write_text(json.dumps(results))
-    assert main(["plan", "--results", str(path)]) == 2
-    assert "no results.json of ds_acco compare: it lacks 'reference'" in capsys.readouterr().err
+    for change, message in (
+        ({"reference": None}, "has no measured C and R. Run `ds_acco compare` again"),
+        ({"reference": {"failed": "no sync"}}, "has no measured C and R: no sync."),
+        ({"n": "8"}, "n is '8'; allowed: a whole number"),
+    ):
+        path.write_text(json.dumps(results | change))
+        assert main(["plan", "--results", str(path)]) == 2
+        assert message in capsys.readouterr().err
 
 
 # ---- calibration, with a run that is only written

@@ -62,7 +62,7 @@ def measure(options: argparse.Namespace) -> tuple[Path, int | None]:
         MeasurementFailed: the script failed, with the end of its log.
     """
     require_extra("tools", "numpy", "psutil", "tqdm")
-    from ..compare import runs as comparing
+    from ..compare import runs as comparing  # numpy: not for a plan without a measurement
     from ..compare.measure import results_of
 
     out = options.out or DEFAULT_OUT

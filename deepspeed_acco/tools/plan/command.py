@@ -18,6 +18,7 @@ from typing import Any
 from ...algorithm.schedules import DEFAULT
 from ...algorithm.window import phase_a_micro_batches
 from .. import units
+from ..compare.results import read_results
 from ..subcommand import INTERRUPTED, add_parser
 from . import calibrate as calibration
 from . import model as plan
@@ -94,19 +95,21 @@ def from_results(path: str | Path, **options) -> Inputs:
     """Returns the same from the ``results.json`` of ``ds_acco compare``; ``options`` as in :func:`from_measurement`.
 
     Raises:
-        ValueError: when the file is not one.
+        ValueError: when the file is not one, or nothing was measured in it.
     """
     try:
-        results = json.loads(Path(path).read_text())
-        reference, n, ranks = results["reference"], results["n"], results["world_size"]
-        header = {key: results[key] for key in ("world_size", "n", "device")} | dict(results["model"])
-        header["micro_batch"] = results["samples_per_step"] // (n * ranks)
-        compute_s, round_s = reference["compute_s"], reference["round_s"]
-    except (OSError, json.JSONDecodeError) as cause:
+        results = read_results(Path(path))
+    except OSError as cause:
         raise ValueError(f"plan: --results {path} cannot be read: {cause}") from cause
-    except (KeyError, TypeError) as cause:
-        raise ValueError(f"plan: --results {path} is no results.json of ds_acco compare: it lacks {cause}") from cause
-    return from_measurement(header, compute_s, round_s, **options)
+    except ValueError as cause:
+        raise ValueError(f"plan: --results {cause}") from cause
+    times, n, ranks, samples = results.reference.times, results.n, results.world_size, results.samples_per_step
+    if times is None or not n or not ranks or samples is None:
+        failed = f": {results.reference.failed}" if results.reference.failed else ""
+        raise ValueError(f"plan: --results {path} has no measured C and R{failed}. Run `ds_acco compare` again")
+    header = asdict(results.model) | {"world_size": ranks, "n": n, "device": results.device}
+    header["micro_batch"] = samples // (n * ranks)
+    return from_measurement({key: value for key, value in header.items() if value is not None}, *times, **options)
 
 
 def count_parameters(name: str) -> int:
