@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""What ``ds_acco compare`` reads: with $DEEPSPEED_ACCO_RECORD naming a folder each rank writes ``rank{R}.jsonl`` there.
+"""Writes what ``ds_acco compare`` reads: where $DEEPSPEED_ACCO_RECORD names a folder, ``rank{R}.jsonl`` of each rank.
 
 The first line describes the run, every further one an optimizer step (recorder_format.py), of whatever optimizer.
 Nothing of training changes, and nothing waits for the device: on CUDA a step is written once it has passed.
@@ -24,19 +24,21 @@ from ..algorithm.schedules import ESTIMATE, SCHEDULES
 from ..algorithm.step_time import WARM_UP_STEPS
 from ..algorithm.window import phase_a_micro_batches
 from ..runtime.clock import Instant, LaneTimes
+from .deepspeed_engine import Engine
 from .recorder_format import RECORD_FOLDER, RankHeader, RankStep
 
 _recorders: list[Recorder] = []  # at most one: of the first engine that steps
 
 
-def of_step(engine):
-    """The context to run one ``DeepSpeedEngine._take_model_step`` in; empty without $DEEPSPEED_ACCO_RECORD, and for
-    every engine of the process but the first that steps."""
+def of_step(engine: Engine):
+    """Returns the context to run one ``DeepSpeedEngine._take_model_step`` in; empty without $DEEPSPEED_ACCO_RECORD, and
+    for every engine of the process but the first that steps."""
     folder = os.environ.get(RECORD_FOLDER)
     if folder and not _recorders:
         _recorders.append(Recorder(engine, Path(folder)))
+        _recorders[0].attach(engine)
     if _recorders and _recorders[0].engine() is engine:
-        return _recorders[0].step()
+        return _recorders[0].step(engine)
     return nullcontext()
 
 
@@ -56,21 +58,24 @@ class Recorder:
         engine: a weak reference to the engine.
     """
 
-    def __init__(self, engine, folder: Path):
+    def __init__(self, engine: Engine, folder: Path):
         self.engine = weakref.ref(engine)
         folder.mkdir(parents=True, exist_ok=True)
         self._file = open(folder / f"rank{engine.global_rank}.jsonl", "w", buffering=1, encoding="utf-8")
-        self._seen = _lane_times(engine)
-        self._seen_bytes = _wire_bytes(engine)
+        self._seen = _lane_times(engine) or LaneTimes()
+        self._seen_bytes = _wire_bytes(engine) or (0, 0)
         self._steps = 0
         self._last_end: Instant | None = None
         self._looked: list[bool] = []  # one entry for each look since the last step
         self._pending: list[tuple[RankStep, Instant | None, Instant, Instant]] = []
-        self._hook(engine.module)
+
+    def attach(self, engine: Engine) -> None:
+        """Writes the first line, hooks the module, so that looks are known, and closes the file at exit."""
         self._write(header_of(engine))
+        self._hook(engine.module)
         atexit.register(self.close)
 
-    def _hook(self, module) -> None:
+    def _hook(self, module: torch.nn.Module) -> None:
         # Functions and not bound methods: a deepcopy of the module would copy this object and its file.
         looked, owner = self._looked, weakref.ref(module)
 
@@ -86,21 +91,21 @@ class Recorder:
         module.register_state_dict_pre_hook(before_state_dict)
 
     @contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self, engine: Engine) -> Iterator[None]:
         """Measures what runs inside, the engine's step, and the time since the previous one's end."""
-        device = self.engine().device
+        device = engine.device
         begin = Instant(device)
         yield
         end = Instant(device)
         self._steps += 1
         line = RankStep(
             step=self._steps,
-            **self._rounds(),
-            **self._wire(),
-            samples=_samples(self.engine()),
+            **self._rounds(engine),
+            **self._wire(engine),
+            samples=_samples(engine),
             peak_bytes=_peak_bytes(device),
             looked=bool(self._looked),
-            a=_phase_a(self.engine()),
+            a=_phase_a(engine),
         )
         self._looked.clear()
         self._pending.append((line, self._last_end, begin, end))
@@ -110,10 +115,10 @@ class Recorder:
         while self._pending and self._pending[0][3].is_known():
             self._write_first_pending()
 
-    def _rounds(self) -> dict[str, Any]:
-        """The rounds that finished since the previous line: seconds, seconds waited for them, number, and the mean
+    def _rounds(self, engine: Engine) -> dict[str, Any]:
+        """Returns the rounds finished since the previous line: seconds, seconds waited for them, number, and the mean
         seconds of an ESTIMATE."""
-        times = _lane_times(self.engine())
+        times = _lane_times(engine)
         if times is None:
             return {}
         spent, self._seen = times.since(self._seen), times
@@ -126,9 +131,9 @@ class Recorder:
             "estimate_s": estimate_s,
         }
 
-    def _wire(self) -> dict[str, Any]:
-        """The payload bytes that this rank sent and received in those rounds, where the optimizer counts them."""
-        now = _wire_bytes(self.engine())
+    def _wire(self, engine: Engine) -> dict[str, Any]:
+        """Returns the payload bytes that this rank moved in those rounds, where the optimizer counts them."""
+        now = _wire_bytes(engine)
         if now is None:
             return {}
         before, self._seen_bytes = self._seen_bytes, now
@@ -152,18 +157,18 @@ class Recorder:
 
 
 def _lane_times(engine) -> LaneTimes | None:
-    """A copy of ACCO's sums; None with another optimizer."""
+    """Returns a copy of ACCO's sums; None with another optimizer."""
     return engine.optimizer.lane_times() if hasattr(engine.optimizer, "lane_times") else None
 
 
 def _wire_bytes(engine) -> tuple[int, int] | None:
-    """(sent, received) since the start; None with an optimizer that does not count."""
+    """Returns (sent, received) since the start; None with an optimizer that does not count."""
     counted = getattr(engine.optimizer, "wire_bytes", None)
     return None if counted is None else tuple(counted)
 
 
 def _samples(engine) -> int | None:
-    """What this rank computed in an adaptive window that has just ended; None where windows are fixed."""
+    """Returns what this rank computed in an adaptive window that has just ended; None where windows are fixed."""
     settings = getattr(engine.optimizer, "settings", None)
     if settings is None or not settings.is_adaptive:
         return None
@@ -200,7 +205,7 @@ def header_of(engine) -> RankHeader:
 
 
 def _phase_a(engine) -> int | None:
-    """Micro-batches of phase A in a fixed window now ("auto" changes it once); None where there is one phase."""
+    """Returns phase A's micro-batches in a fixed window now ("auto" changes it once); None where there is one phase."""
     settings = getattr(engine.optimizer, "settings", None)
     if settings is None or not SCHEDULES[settings.schedule].has_two_phases:
         return None

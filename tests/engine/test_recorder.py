@@ -9,6 +9,7 @@ import torch
 from deepspeed_acco.engine import recorder
 from deepspeed_acco.engine.recorder_format import RankHeader
 from deepspeed_acco.runtime.clock import LaneTimes
+from deepspeed_acco.settings import Settings
 
 HEADER = RankHeader(rank=3, n=1, micro_batch=1, samples_per_step=1)
 
@@ -37,9 +38,10 @@ def test_from_the_end_of_a_step_to_the_end_of_the_next(monkeypatch, tmp_path):
     monkeypatch.setattr(recorder, "header_of", lambda engine: HEADER)
     engine = Engine()
     record = recorder.Recorder(engine, tmp_path)
+    record.attach(engine)
     for outside, inside in ((5.0, 1.0), (8.0, 2.0), (16.0, 4.0)):
         now += outside
-        with record.step():
+        with record.step(engine):
             now += inside
     record.close()
     _, *steps = (json.loads(line) for line in (tmp_path / "rank3.jsonl").read_text().splitlines())
@@ -50,7 +52,7 @@ def test_from_the_end_of_a_step_to_the_end_of_the_next(monkeypatch, tmp_path):
 class Optimizer:
     """ACCO's, as far as the recorder asks it."""
 
-    adaptive = object()
+    settings = Settings(accumulation="adaptive", schedule="dpu")
 
     def __init__(self):
         self.times = LaneTimes()
@@ -68,8 +70,9 @@ def test_samples_bytes_and_estimates_of_each_step(monkeypatch, tmp_path):
     engine.optimizer = optimizer = Optimizer()
     optimizer.times.add("ESTIMATE 0", 100.0, 0.0)  # before the recording
     record = recorder.Recorder(engine, tmp_path)
+    record.attach(engine)
     for micro_batches, estimates in ((4, ()), (7, (1.0,)), (0, (2.0, 4.0))):
-        with record.step():
+        with record.step(engine):
             optimizer.last_micro_batches = micro_batches
             optimizer.times.add("COMMIT 1", 5.0, 1.0)
             for estimate_s in estimates:
