@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels must do, the same on every device: used by tests/optim (CPU) and tests/optim/gpu (CUDA)."""
+"""Checks what the kernels must do, the same on every device: used by tests/optim (CPU) and tests/optim/gpu (CUDA)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EPS = 2.0**-24  # half a unit in the last place of 1.0, fp32
 
 
 class Case:
-    """Operands inside larger buffers, each at its own distance from the aligned begin, and what lies around them."""
+    """Holds operands inside larger buffers, each at its own distance from the aligned begin, and what lies around them."""
 
     def __init__(self, numel, grad_dtype, out_dtype, *, device="cpu", shift=0, step=3.0, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -47,28 +47,32 @@ class Case:
         self.is_finite = torch.tensor(True, device=device)
 
     def state(self):
+        """Returns the shard's tensors by name."""
         return {name: getattr(self.shard, name) for name in ("master", "exp_avg", "exp_avg_sq", "step")}
 
     def snapshot(self):
+        """Returns copies of the shard's tensors by name."""
         return {name: tensor.clone() for name, tensor in self.state().items()}
 
     def run(self, op):
+        """Calls ``op`` with the operands."""
         op(self.shard, self.grad, HYPER, self.scale, self.is_finite, self.out)
 
     def require_untouched_around(self):
+        """Requires that nothing was written outside of the operands."""
         for buffer, offset in self._buffers:
             assert (buffer[:offset] == CANARY).all() and (buffer[offset + self.numel :] == CANARY).all()
 
 
 def same_bits(a, b):
-    """Equal, and NaN where the other is NaN."""
+    """Tells whether both are equal, and NaN where the other is NaN."""
     if a.dtype != b.dtype or not torch.equal(a.isnan(), b.isnan()):
         return False
     return torch.equal(a[~a.isnan()], b[~b.isnan()])
 
 
 def float64_step(before, grad, scale, hyper=HYPER):
-    """AdamW in float64 on the very values the kernel was given; returns the new state and the size of each rounding."""
+    """Returns AdamW's new state, in float64 of the very values the kernel was given, and the size of each rounding."""
     p, m, v = (before[name].double() for name in ("master", "exp_avg", "exp_avg_sq"))
     g = grad.double() * float(scale)
     step = float(before["step"]) + 1
@@ -85,6 +89,7 @@ def float64_step(before, grad, scale, hyper=HYPER):
 
 
 def require_float64_agreement(now, before, grad, scale):
+    """Requires that a commit's state is the float64 one up to a few roundings."""
     expected, terms = float64_step(before, grad, scale)
     for name, values in expected.items():
         error = (now[name].double() - values).abs()
@@ -93,6 +98,7 @@ def require_float64_agreement(now, before, grad, scale):
 
 
 def check_commit(ops, numel, grad_dtype, out_dtype, device="cpu", shift=0):
+    """Checks a commit against float64: state, step and weights, and nothing written around them."""
     case = Case(numel, grad_dtype, out_dtype, device=device, shift=shift)
     before = case.snapshot()
     case.run(ops.adamw_commit)
@@ -103,7 +109,7 @@ def check_commit(ops, numel, grad_dtype, out_dtype, device="cpu", shift=0):
 
 
 def check_estimate(ops, numel, grad_dtype, out_dtype, device="cpu", shift=0):
-    """The weights of COMMIT to the bit, and no state written."""
+    """Checks that an estimate gives the weights of a commit to the bit and writes no state."""
     case = Case(numel, grad_dtype, out_dtype, device=device, shift=shift)
     twin = Case(numel, grad_dtype, out_dtype, device=device, shift=shift)
     before = case.snapshot()
@@ -116,7 +122,7 @@ def check_estimate(ops, numel, grad_dtype, out_dtype, device="cpu", shift=0):
 
 
 def check_skip(ops, grad_dtype, out_dtype, device="cpu"):
-    """With the flag down nothing moves, whatever the gradient and its scale are."""
+    """Checks that with the flag down nothing moves, whatever the gradient and its scale are."""
     for op in (ops.adamw_commit, ops.adamw_estimate):
         for bad in (math.nan, math.inf, -math.inf):
             case = Case(1001, grad_dtype, out_dtype, device=device, shift=1)
@@ -132,7 +138,7 @@ def check_skip(ops, grad_dtype, out_dtype, device="cpu"):
 
 
 def check_non_finite(ops, grad_dtype, out_dtype, device="cpu"):
-    """Without the flag NaN and infinity do what arithmetic says, to their elements and to no other."""
+    """Checks that without the flag NaN and infinity do what arithmetic says, to their elements and to no other."""
     case = Case(1001, grad_dtype, out_dtype, device=device)
     case.grad[3] = math.nan
     case.grad[500] = math.inf
@@ -153,7 +159,7 @@ def check_non_finite(ops, grad_dtype, out_dtype, device="cpu"):
 
 
 def check_plain_path(ops, grad_dtype, out_dtype, device="cpu"):
-    """Several commits and an estimate by both paths: as close as two orders of the same fp32 operations are."""
+    """Checks commits and an estimate by both paths: as close as two orders of the same fp32 operations are."""
     native = Case(5000, grad_dtype, out_dtype, device=device, step=0.0)
     plain = Case(5000, grad_dtype, out_dtype, device=device, step=0.0)
     for _ in range(5):
@@ -170,6 +176,7 @@ def check_plain_path(ops, grad_dtype, out_dtype, device="cpu"):
 
 
 def check_pack(ops, numel, grad_dtype, packed_dtype, device="cpu", shift=0):
+    """Checks packing to the bit: the fp32 product rounded once, cleared or not, and nothing written around it."""
     for scale, clears in itertools.product((1.0, 0.125, 1 / 3), (False, True)):
         values = torch.randn(numel, generator=torch.Generator().manual_seed(1)).to(device, grad_dtype)
         grads = torch.full((numel + 9,), CANARY, dtype=grad_dtype, device=device)
@@ -185,6 +192,7 @@ def check_pack(ops, numel, grad_dtype, packed_dtype, device="cpu", shift=0):
 
 
 def check_sum_of_squares(ops, numel, dtype, device="cpu", shift=0):
+    """Checks the sum of squares against float64, the same at every address."""
     buffer = torch.randn(numel + shift, generator=torch.Generator().manual_seed(2)).to(device, dtype)
     values = buffer.narrow(0, shift, numel)
     total = ops.sum_of_squares([values])
@@ -195,7 +203,7 @@ def check_sum_of_squares(ops, numel, dtype, device="cpu", shift=0):
 
 
 def opcheck_arguments(device="cpu"):
-    """(operator, arguments) for torch.library.opcheck."""
+    """Yields (operator, arguments) for torch.library.opcheck."""
     overloads = torch.ops.deepspeed_acco
     for grad_dtype, out_dtype in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)):
         case = Case(100, grad_dtype, out_dtype, device=device)
@@ -212,7 +220,7 @@ def opcheck_arguments(device="cpu"):
 
 
 def check_conversions(ops, device="cpu"):
-    """Every 16-bit pattern in, and out the fp32 values around every tie, are converted as torch converts them."""
+    """Checks that every 16-bit pattern in, and out the fp32 values around every tie, are converted as by torch."""
     for dtype in (torch.bfloat16, torch.float16):
         every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
         widened = torch.empty(every.numel(), dtype=torch.float32, device=device)

@@ -1,4 +1,4 @@
-"""The runs of training.py in the one-process reference, and the distance between the two."""
+"""Repeats the runs of training.py in the one-process reference, and measures the distance between the two."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tests.support.training import DTYPES, HYPER, batch, make_network, param_gro
 
 
 def groups_of(module, groups):
+    """Returns the parameters and the reference's hyper-parameters of each group of :func:`training.param_groups`."""
     made = param_groups(module, groups)
     if groups == 1:
         return [made], [ReferenceHyper(HYPER["lr"], *HYPER["betas"], HYPER["eps"], HYPER["weight_decay"])]
@@ -19,6 +20,7 @@ def groups_of(module, groups):
 
 
 def flatten(tensors):
+    """Returns the elements of all tensors in one 1-D tensor."""
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
@@ -32,7 +34,7 @@ def _split(flat, like):
 
 @contextmanager
 def _one_thread():
-    """At these sizes a second thread only waits for work, and steps in 16 bit take up to thirty times as long."""
+    """Takes one thread: at these sizes a second only waits, and steps in 16 bit take up to thirty times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -67,8 +69,8 @@ def run_reference(
     shard_numels=(),
     seed=5,
 ):
-    """The same training, dense and in float64. In 16 bit the forward and backward run in that dtype on the same rounded
-    weights, sums are rounded where the run rounds them, and only the rest is float64.
+    """Trains as training.py does, dense and in float64. In 16 bit the forward and backward run in that dtype on the
+    same rounded weights, sums are rounded where the run rounds them, and only the rest is float64.
 
     Args:
         n, a: one number, or a list with one for each window (of ``a`` with a number for each rank: adaptive windows).
@@ -167,18 +169,19 @@ def run_reference(
 
 
 def start_weights(seed=5):
+    """Returns the trainable parameters before training, float64, in the module's order."""
     return [p.detach().double() for p in make_network(seed).parameters() if p.requires_grad]
 
 
 def distance(weights, reference, seed=5) -> float:
-    """|weights - reference| over the distance that the reference moved from the start."""
+    """Returns |weights - reference| over the distance that the reference moved from the start."""
     mine, theirs, start = flatten([w.double() for w in weights]), flatten(reference), flatten(start_weights(seed))
     return float((mine - theirs).norm() / (theirs - start).norm())
 
 
 def trajectory(*, schedule, world_size, windows, n, a):
-    """Per window: the weights of phase A, of phase B, the newest true ones during it, and those after its COMMIT; each
-    a list of the trainable parameters in the module's order (one group, fp32)."""
+    """Returns per window the weights of phase A, of phase B, the newest true ones during it, and those after its
+    COMMIT; each a list of the trainable parameters in the module's order (one group, fp32)."""
     like = [p for p in make_network().parameters() if p.requires_grad]
     true = [start_weights()]
     phases = []

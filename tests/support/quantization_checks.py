@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels of the quantized estimate must do, the same on every device: the bits of optim/quantization.py."""
+"""Checks what the kernels of the quantized estimate must do on every device: the bits of optim/quantization.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CANARY_BYTE = 0xA5
 
 
 class Bytes:
-    """Records that begin at any address, and what lies around them."""
+    """Holds records that begin at any address, and what lies around them."""
 
     def __init__(self, numel, bits, *, shift=0, device="cpu"):
         count = plain.message_bytes(numel, bits)
@@ -29,12 +29,13 @@ class Bytes:
         self._shift, self._end = shift, shift + count
 
     def require_untouched_around(self):
+        """Requires that nothing was written outside of the records."""
         assert (self._buffer[: self._shift] == CANARY_BYTE).all() and (self._buffer[self._end :] == CANARY_BYTE).all()
 
 
 @functools.cache
 def hurting_values(numel, dtype, seed=0):
-    """Blocks of every kind: ordinary, zeros of both signs, one huge value, subnormal, not finite, ties, tiny."""
+    """Makes blocks of every kind: ordinary, zeros of both signs, one huge value, subnormal, not finite, ties, tiny."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(numel, generator=generator) * 0.02
     kinds = (
@@ -57,6 +58,7 @@ def hurting_values(numel, dtype, seed=0):
 
 
 def check_quantize(ops, numel, dtype, bits, device="cpu", shift=0):
+    """Checks the records of values that hurt, with two scales, to the bit."""
     buffer = torch.full((numel + 4,), CANARY, dtype=dtype, device=device)
     values = buffer.narrow(0, min(shift, 4), numel)
     values.copy_(hurting_values(numel, dtype))
@@ -69,7 +71,7 @@ def check_quantize(ops, numel, dtype, bits, device="cpu", shift=0):
 
 
 def random_messages(count, numel, bits, *, device="cpu", shift=0):
-    """Any levels at all, with scales as they come: ordinary, 0, subnormal, NaN; each message at its own address."""
+    """Makes messages of any levels, with scales as they come: ordinary, 0, subnormal, NaN; each at its own address."""
     generator = torch.Generator().manual_seed(numel + bits)
     scales = torch.tensor([0.01, -0.0, 1e-40, 3e38, math.nan, 0.5, 1e-3], dtype=torch.bfloat16).view(torch.uint8)
     messages = []
@@ -83,6 +85,7 @@ def random_messages(count, numel, bits, *, device="cpu", shift=0):
 
 
 def check_dequantize_sum(ops, numel, bits, messages=3, device="cpu", shift=0):
+    """Checks the sum of several messages to the bit, with the signs of its zeros."""
     sent = random_messages(messages, numel, bits, device=device, shift=shift)
     buffers = [torch.full((numel + 9,), CANARY, device=device) for _ in range(2)]
     total, expected = (buffer.narrow(0, shift, numel) for buffer in buffers)
@@ -94,6 +97,7 @@ def check_dequantize_sum(ops, numel, bits, messages=3, device="cpu", shift=0):
 
 
 def check_add_change(ops, numel, dtype, bits, device="cpu", shift=0):
+    """Checks the changed weights to the bit, and that they stay with the flag down."""
     (records,) = random_messages(1, numel, bits, device=device, shift=shift)
     for is_added in (True, False):
         buffers = [torch.full((numel + 9,), CANARY, dtype=dtype, device=device) for _ in range(2)]
@@ -108,11 +112,13 @@ def check_add_change(ops, numel, dtype, bits, device="cpu", shift=0):
 
 
 def run_change(ops, case, live, records, bits):
+    """Calls ``adamw_estimate_change`` with the operands of ``case``."""
     ops.adamw_estimate_change(case.shard, case.grad, HYPER, case.scale, case.is_finite, live, records, bits)
 
 
 def check_estimate_change(ops, numel, grad_dtype, live_dtype, bits, device="cpu", shift=0):
-    """The records of the very weights that the estimate writes, minus those that stand; no state is written."""
+    """Checks that the records are those of the weights that the estimate writes, minus those that stand; no state is
+    written."""
     case = Case(numel, grad_dtype, torch.float32, device=device, shift=shift)
     for place, bad in ((0, math.inf), (300, math.nan), (700, 1e30)):
         case.grad[place : place + 1] = bad
@@ -139,7 +145,7 @@ def check_estimate_change(ops, numel, grad_dtype, live_dtype, bits, device="cpu"
 
 
 def check_change_of_plain_path(ops, grad_dtype, live_dtype, bits, device="cpu"):
-    """Both paths' changes differ by no more than a step of their levels: their weights differ in the last place."""
+    """Checks that both paths' changes differ by at most a step of their levels: their weights by the last place."""
     numel = 5003
     case = Case(numel, grad_dtype, torch.float32, device=device)
     case.shard.exp_avg_sq.clamp_(min=1e-5)  # no element moves so far that the levels of its block's others are 0
@@ -162,7 +168,7 @@ def check_change_of_plain_path(ops, grad_dtype, live_dtype, bits, device="cpu"):
 
 
 def opcheck_arguments(device="cpu"):
-    """(operator, arguments) for torch.library.opcheck."""
+    """Yields (operator, arguments) for torch.library.opcheck."""
     overloads = torch.ops.deepspeed_acco
     numbers = (HYPER.lr, HYPER.beta1, HYPER.beta2, HYPER.eps, HYPER.weight_decay)
     for bits, dtype in ((4, torch.bfloat16), (8, torch.float32)):
@@ -177,7 +183,7 @@ def opcheck_arguments(device="cpu"):
 
 
 def all_results(ops, numel, bits, device="cpu"):
-    """What each kernel writes, of everything that hurts."""
+    """Returns what each kernel writes, of everything that hurts."""
     case = Case(numel, torch.bfloat16, torch.float32, device=device, shift=1)
     records = Bytes(numel, bits, shift=1, device=device).view
     run_change(ops, case, case.grad, records, bits)

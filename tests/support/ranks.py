@@ -1,4 +1,4 @@
-"""Real processes for the distributed tests: a pool of gloo ranks that run one function after the other.
+"""Starts real processes for the distributed tests: a pool of gloo ranks that run one function after the other.
 
 A function that raises on any rank fails the test with that rank's traceback; one that hangs is killed after a limit.
 
@@ -34,7 +34,7 @@ _pool_numbers = itertools.count()
 
 
 class RankError(AssertionError):
-    """A rank raised; the message holds its number and traceback."""
+    """Says that a rank raised; the message holds its number and traceback."""
 
 
 def _set_environment(rank, world_size, port, environment):
@@ -73,7 +73,7 @@ def _context(start_method="forkserver"):
 
 
 class RankPool:
-    """``world_size`` ranks joined by a gloo group; they stay for the next call.
+    """Holds ``world_size`` ranks joined by a gloo group; they stay for the next call.
 
     Args:
         start_method: multiprocessing's name; ``spawn`` gives each rank a new interpreter.
@@ -102,7 +102,7 @@ class RankPool:
             pipe.send((function.__module__, function.__name__, {**arguments, **extra}))
 
     def collect(self, ranks=None, limit_s: float = LIMIT_S) -> list:
-        """The results in the order of the ranks; raises RankError for the first rank that raised, died or hung."""
+        """Returns the results in the order of the ranks; raises RankError for the first rank that raised, died or hung."""
         deadline = time.monotonic() + limit_s
         results, errors = [], []
         for rank in range(self.world_size) if ranks is None else ranks:
@@ -132,11 +132,12 @@ class RankPool:
         return self.collect()
 
     def answers(self, rank: int) -> bool:
-        """Whether :meth:`collect` would find that rank's answer."""
+        """Tells whether :meth:`collect` would find that rank's answer."""
         return self._pipes[rank].poll()
 
     @property
     def is_usable(self) -> bool:
+        """Tells whether all ranks live, so that they can take another call."""
         return bool(self.processes) and all(process.is_alive() for process in self.processes)
 
     def close(self) -> None:

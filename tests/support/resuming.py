@@ -1,4 +1,4 @@
-"""A training script that saves every few steps and goes on from the newest checkpoint when it is started again.
+"""Trains as a script that saves every few steps and goes on from the newest checkpoint when it is started again.
 
 Usage: resuming.py FOLDER CONFIG_JSON STEPS. Rank 0 appends one line of JSON per step to FOLDER/steps.jsonl, and writes
 the last weights to FOLDER/weights.pt.
@@ -21,6 +21,7 @@ SAVE_EVERY = 3
 
 
 def main():
+    """Trains to the last step, from the newest checkpoint on where there is one."""
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     folder, config, steps = Path(arguments[0]), json.loads(arguments[1]), int(arguments[2])
     deepspeed.init_distributed("gloo")
@@ -29,11 +30,11 @@ def main():
     engine.load_checkpoint(folder)  # the first time there is none
     with open(folder / "steps.jsonl", "a", encoding="utf-8") as log:
         for step in range(engine.global_steps, steps):
-            record = training.run_windows(engine, 1, first_window=step)
-            losses = torch.tensor(record["losses"], dtype=torch.float64)
+            history = training.run_windows(engine, 1, first_window=step)
+            losses = torch.tensor(history["losses"], dtype=torch.float64)
             dist.all_reduce(losses)
             if dist.get_rank() == 0:
-                line = {"step": step, "losses": losses.tolist(), "norm": record["norms"][0], "pid": os.getpid()}
+                line = {"step": step, "losses": losses.tolist(), "norm": history["norms"][0], "pid": os.getpid()}
                 print(json.dumps(line), file=log, flush=True)
             if (step + 1) % SAVE_EVERY == 0:
                 engine.save_checkpoint(folder)

@@ -18,7 +18,7 @@ CSRC = HERE.parents[1] / "csrc"
 
 
 def build_and_run(source: Path, flags: list[str]) -> str:
-    """The program's output; raises RuntimeError with everything that compiler or program said."""
+    """Returns the program's output; raises RuntimeError with everything that compiler or program said."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / source.stem
         compiler = os.environ.get("CXX", "c++")
@@ -31,7 +31,7 @@ def build_and_run(source: Path, flags: list[str]) -> str:
 
 
 def sanitize() -> str:
-    """As built for training (vectorized), with the sanitizers; undefined behavior is fatal too."""
+    """Runs the loops as built for training (vectorized), with the sanitizers; undefined behavior is fatal too."""
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
     numeric = ["-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     return build_and_run(HERE / "sanitize.cpp", sanitizers + numeric)

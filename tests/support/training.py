@@ -1,4 +1,4 @@
-"""What the distributed tests train: a small network, its data, and runs under DeepSpeed."""
+"""Gives the distributed tests what they train: a small network, its data, and runs under DeepSpeed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FEATURES, HIDDEN, TARGETS = 7, 13, 3
 
 
 class Network(nn.Module):
-    """Odd sizes, a tied weight, a frozen parameter and one that no forward uses."""
+    """Has odd sizes, a tied weight, a frozen parameter and one that no forward uses."""
 
     def __init__(self):
         super().__init__()
@@ -30,12 +30,13 @@ class Network(nn.Module):
 
 
 def make_network(seed: int = 5) -> Network:
+    """Makes the network, the same of every seed on every rank."""
     torch.manual_seed(seed)
     return Network()
 
 
 def batch(rank: int, window: int, micro_batch: int, dtype=torch.float32):
-    """Inputs and targets of one micro-batch; every one differs, so that a mixed-up order shows."""
+    """Returns inputs and targets of one micro-batch; every one differs, so that a mixed-up order shows."""
     generator = torch.Generator().manual_seed(1 + micro_batch + 100 * window + 10_000 * rank)
     x = torch.randn(4, FEATURES, generator=generator)
     y = torch.stack([x.sum(1).sin(), x[:, 0] * x[:, 1], x.square().mean(1)], 1)
@@ -44,7 +45,7 @@ def batch(rank: int, window: int, micro_batch: int, dtype=torch.float32):
 
 
 def param_groups(module: nn.Module, groups: int):
-    """One group, or one with decay and one without and with another learning rate."""
+    """Returns one group, or one with decay and one without and with another learning rate."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     if groups == 1:
         return trainable
@@ -58,7 +59,7 @@ HYPER = {"lr": 1e-2, "betas": [0.8, 0.97], "eps": 1e-8, "weight_decay": 0.1}
 
 
 def ds_config(n: int, clip: float = 0.0, precision: str = "fp32", **params) -> dict:
-    """A DeepSpeed JSON for ACCO; ``precision`` is fp32, bf16, fp16 or fp16static; ``+fp32`` accumulates so."""
+    """Returns a DeepSpeed JSON for ACCO; ``precision`` is fp32, bf16, fp16 or fp16static; ``+fp32`` accumulates so."""
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": n,
@@ -83,13 +84,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 
 
 def allow_fp16() -> None:
-    """DeepSpeed asks for fast fp16 instructions, which not every CPU has; the arithmetic is there on all."""
+    """Lets DeepSpeed train in fp16 on a CPU without the fast instructions that it asks for: all have the arithmetic."""
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True
 
 
 def start_engine(config: dict, groups: int = 1, seed: int = 5, **arguments):
+    """Returns DeepSpeed's engine for the network; further arguments go to ``deepspeed.initialize``."""
     import deepspeed
 
     import deepspeed_acco  # noqa: F401
@@ -103,7 +105,7 @@ def start_engine(config: dict, groups: int = 1, seed: int = 5, **arguments):
 
 
 def true_master_weights(engine) -> list[torch.Tensor]:
-    """The fp32 true weights of the trainable parameters, in the order of the module."""
+    """Returns the fp32 true weights of the trainable parameters, in the order of the module."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     import deepspeed_acco
@@ -113,6 +115,7 @@ def true_master_weights(engine) -> list[torch.Tensor]:
 
 
 def live_weights(engine) -> list[torch.Tensor]:
+    """Returns copies of the trainable parameters as they stand, in the order of the module."""
     return [p.detach().clone() for p in engine.module.parameters() if p.requires_grad]
 
 
@@ -131,26 +134,26 @@ def train(config, windows, groups=1, precision="fp32", counts=None, style="engin
     if style == "unmanaged":
         config = {**config, "managed_gradient_accumulation": False}
     engine = start_engine(config, groups, **arguments)
-    record = run_windows(engine, windows, precision, counts, style, globals()[look] if look else None)
-    record["weights"] = true_master_weights(engine)
-    record["live"] = live_weights(engine)
+    history = run_windows(engine, windows, precision, counts, style, globals()[look] if look else None)
+    history["weights"] = true_master_weights(engine)
+    history["live"] = live_weights(engine)
     engine.destroy()
-    record["after_destroy"] = live_weights(engine)
-    return record
+    history["after_destroy"] = live_weights(engine)
+    return history
 
 
 def train_stock(config, windows, groups=1, precision="fp32"):
-    """The same loop with whatever optimizer the JSON names."""
+    """Trains by the same loop with whatever optimizer the JSON names."""
     engine = start_engine(config, groups)
-    record = run_windows(engine, windows, precision)
+    history = run_windows(engine, windows, precision)
     engine.destroy()
-    return record
+    return history
 
 
 def run_windows(
     engine, windows, precision="fp32", counts=None, style="engine", look=None, first_window=0, same_data=False
 ):
-    """The training loop: losses by micro-batch; after each window norm, skipped steps, lr, scale, replica sum.
+    """Trains, and returns losses by micro-batch and after each window norm, skipped steps, lr, scale, replica sum.
 
     Args:
         same_data: every rank sees rank 0's, so that their number changes nothing.
@@ -159,7 +162,7 @@ def run_windows(
 
     rank = 0 if same_data else dist.get_rank()
     dtype = DTYPES[precision.partition("+")[0]]
-    record = {"losses": [], "norms": [], "replicas": [], "skipped": [], "lr": [], "scale": []}
+    history = {"losses": [], "norms": [], "replicas": [], "skipped": [], "lr": [], "scale": []}
     for window in range(first_window, first_window + windows):
         count = counts[window] if counts else engine.gradient_accumulation_steps()
         for micro_batch in range(count):
@@ -174,18 +177,18 @@ def run_windows(
                     engine.scale(loss).backward()
                 else:
                     engine.backward(loss)
-            record["losses"].append(loss.item())
+            history["losses"].append(loss.item())
             if look is not None:
                 look(engine, window, micro_batch)
             if is_last or style in ("engine", "torch", "boundary"):
                 engine.step()
         norm = engine.get_global_grad_norm()
-        record["norms"].append(None if norm is None else float(norm))  # None: stock stage 0 in fp32
-        record["skipped"].append(engine.skipped_steps)
-        record["lr"].append(engine.get_lr()[0])
-        record["scale"].append(getattr(engine.optimizer, "cur_scale", 1.0))
-        record["replicas"].append(torch.cat([p.flatten() for p in live_weights(engine)]).double().sum().item())
-    return record
+        history["norms"].append(None if norm is None else float(norm))  # None: stock stage 0 in fp32
+        history["skipped"].append(engine.skipped_steps)
+        history["lr"].append(engine.get_lr()[0])
+        history["scale"].append(getattr(engine.optimizer, "cur_scale", 1.0))
+        history["replicas"].append(torch.cat([p.flatten() for p in live_weights(engine)]).double().sum().item())
+    return history
 
 
 def look_in_every_way(engine, window, micro_batch):
