@@ -22,7 +22,7 @@ EPS = 2.0**-24  # half a unit in the last place of 1.0, fp32
 
 
 class Case:
-    """Holds operands inside larger buffers, each at its own distance from the aligned begin, and what lies around them."""
+    """Holds operands inside larger buffers, each at its own distance from the aligned begin, and what lies around."""
 
     def __init__(self, numel, grad_dtype, out_dtype, *, device="cpu", shift=0, step=3.0, seed=0):
         generator = torch.Generator().manual_seed(seed)

@@ -102,7 +102,7 @@ class RankPool:
             pipe.send((function.__module__, function.__name__, {**arguments, **extra}))
 
     def collect(self, ranks=None, limit_s: float = LIMIT_S) -> list:
-        """Returns the results in the order of the ranks; raises RankError for the first rank that raised, died or hung."""
+        """Returns the results in the order of the ranks; raises RankError with what went wrong on any rank."""
         deadline = time.monotonic() + limit_s
         results, errors = [], []
         for rank in range(self.world_size) if ranks is None else ranks:
