@@ -220,6 +220,7 @@ class Settings:
 
     @property
     def is_adaptive(self) -> bool:
+        """Tells whether a window goes on until the round behind it is finished."""
         return is_adaptive(self.accumulation)
 
     @property
