@@ -3,7 +3,7 @@
 """Says how long adaptive windows may be, counts what they had, and ends training with them on all ranks at once.
 
 The rule itself is in algorithm/window.py (``Limits``); the counts travel in the rounds' own small all-reduce
-(runtime/driver.py). What all ranks do alike (scheduler, samples, the end) follows from the counts of the COMMIT that
+(runtime/round.py). What all ranks do alike (scheduler, samples, the end) follows from the counts of the COMMIT that
 the window's end has waited for, which every rank knows at the same optimizer step.
 """
 

@@ -43,7 +43,7 @@ class CommFailed(RuntimeError):
 
 
 def _names_the_timeout(method):
-    """Says what the backend's error means for the user; itself it says what broke on the wire."""
+    """Adds to the backend's error, which says what broke on the wire, what that means for the user."""
 
     @functools.wraps(method)
     def checked(self, *args):

@@ -30,7 +30,7 @@ class Contribution:
 
 @dataclass(frozen=True)
 class RoundInputs:
-    """Holds what a round needs of its launch's moment; later changes (LR scheduler, loss scale) do not reach it."""
+    """Holds what a round takes along when it is launched; later changes (LR scheduler, loss scale) do not reach it."""
 
     hyper: tuple[AdamWHyper, ...]  # one per parameter group
     pre_scale: float  # multiplies the gradients before they are summed over the ranks
