@@ -140,7 +140,7 @@ def run_example(
         arguments = ["--deepspeed_config", str(used), "--out", str(folder)]
         for option, value in options.items():
             arguments += [f"--{option}", *(str(word) for word in (value if isinstance(value, list) else [value]))]
-        place = launcher.Place(world_size=ranks, slots=ranks, is_cpu=True)
+        place = launcher.Ranks(world_size=ranks, slots=ranks, is_cpu=True)
         script = [str(ROOT / "examples" / "train_gpt.py")]
         with interruptible():  # a benchmark that is ended ends its ranks
             code = launcher.run(script, arguments, folder, place, environment=environment)

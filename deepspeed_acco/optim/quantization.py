@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import adamw as update
+from . import adamw
 from .adamw import AdamWHyper, AdamWShard
 from .flat import piece_numel, pieces
 
@@ -92,7 +92,7 @@ def adamw_estimate_change(
     for at, at_records in _pieces(live, bits):
         part = AdamWShard(shard.master[at], shard.exp_avg[at], shard.exp_avg_sq[at], shard.step)
         weights = torch.empty(part.master.numel(), dtype=torch.float32, device=live.device)
-        update.adamw_estimate(part, grad[at], hyper, grad_scale, is_finite, weights)
+        adamw.adamw_estimate(part, grad[at], hyper, grad_scale, is_finite, weights)
         change = torch.where(is_finite, weights.sub_(live[at].float()), 0.0)
         _encode(change, records[at_records], bits)
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from ..optim import adamw as update
 from ..optim import flat, native, ops
 from ..optim import quantization as quantize
 from ..optim.adamw import AdamWHyper
@@ -194,8 +193,8 @@ def candidates(numel: int, device: torch.device, max_blocks: int) -> tuple[list[
         twin = _Operands(numel, device, bf16, bf16)  # the values only change places: not for the arithmetic above
         add("commit, no arithmetic", twin, 2 * _STATE_BYTES, twin.traffic("traffic_commit"))
         add("estimate, no arithmetic", twin, _STATE_BYTES, twin.traffic("traffic_estimate"))
-    add("commit, torch path", low, 2 * _STATE_BYTES, low.update(update, "adamw_commit"))
-    add("estimate, torch path", low, _STATE_BYTES, low.update(update, "adamw_estimate"))
+    add("commit, torch path", low, 2 * _STATE_BYTES, low.update(adamw, "adamw_commit"))
+    add("estimate, torch path", low, _STATE_BYTES, low.update(adamw, "adamw_estimate"))
     for kernels_are_native in (True, False) if is_native else (False,):
         found.extend(_quantized(low, full, kernels_are_native, max_blocks))
     remarks.append(f"the torch path of the rows in {_BITS} bits is measured on 1/{_PLAIN_SHARE} of the parameters")

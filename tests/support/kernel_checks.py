@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from deepspeed_acco.optim import adamw as update
+from deepspeed_acco.optim import adamw
 from deepspeed_acco.optim.adamw import AdamWHyper, AdamWShard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -164,12 +164,12 @@ def check_plain_path(ops, grad_dtype, out_dtype, device="cpu"):
     plain = Case(5000, grad_dtype, out_dtype, device=device, step=0.0)
     for _ in range(5):
         native.run(ops.adamw_commit)
-        plain.run(update.adamw_commit)
+        plain.run(adamw.adamw_commit)
     for name, tensor in native.state().items():
         # A rounding of exp_avg, relative to its terms and not to a sum that cancels, five times over.
         torch.testing.assert_close(tensor, plain.state()[name], rtol=64 * EPS, atol=1e-8)
     native.run(ops.adamw_estimate)
-    plain.run(update.adamw_estimate)
+    plain.run(adamw.adamw_estimate)
     bits = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}[out_dtype]
     # A difference in the last fp32 place may fall on the other side of a tie of the 16-bit rounding.
     torch.testing.assert_close(native.out.float(), plain.out.float(), rtol=max(64 * EPS, 2.0 ** (1 - bits)), atol=1e-7)

@@ -44,7 +44,7 @@ class Launched:
 
         self._left = ExitStack()
         self._folder = Path(self._left.enter_context(tempfile.TemporaryDirectory()))
-        place = launcher.Place(world_size=ranks, slots=ranks, is_cpu=True, per_node=per_node)
+        place = launcher.Ranks(world_size=ranks, slots=ranks, is_cpu=True, per_node=per_node)
         words = ([str(script)], [str(argument) for argument in arguments])
         begun = launcher.started(*words, self._folder, place, rank_environment(), **pipes)
         (self.process,) = self._left.enter_context(begun)

@@ -84,7 +84,7 @@ def run_all(comparison: Comparison, out: Path, hostfile: Path | None) -> Compari
     rate = comparison.rate
     shaped = nullcontext() if comparison.hosts is None or rate is None else hosts.ShapedHosts(comparison.hosts, rate)
     with shaped as entered, _Progress(len(_names(comparison)) * comparison.passes) as progress:
-        place = launches.Place(
+        place = launches.Ranks(
             world_size=comparison.world_size,
             slots=comparison.slots,
             hostfile=hostfile,
@@ -115,7 +115,7 @@ class ComparisonRuns:
         finished: the runs of each configuration that has any.
     """
 
-    def __init__(self, comparison: Comparison, out: Path, place: launches.Place, progress: _Progress):
+    def __init__(self, comparison: Comparison, out: Path, place: launches.Ranks, progress: _Progress):
         self._comparison = comparison
         self._out = out
         self._place = place

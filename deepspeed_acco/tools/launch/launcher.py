@@ -38,7 +38,7 @@ KILL_S = 30.0
 
 
 @dataclass(frozen=True)
-class Place:
+class Ranks:
     """Where the ranks run.
 
     Attributes:
@@ -63,7 +63,7 @@ def run(
     script: Sequence[str],
     arguments: Sequence[str],
     folder: Path,
-    place: Place,
+    place: Ranks,
     limit_s: float | None = None,
     watch: Callable[[], None] = lambda: None,
     environment: Mapping[str, str] | None = None,
@@ -93,7 +93,7 @@ def started(
     script: Sequence[str],
     arguments: Sequence[str],
     folder: Path,
-    place: Place,
+    place: Ranks,
     environment: Mapping[str, str] | None = None,
     **pipes: Any,
 ) -> Iterator[list[subprocess.Popen]]:
@@ -134,7 +134,7 @@ def _wait(launchers: list[subprocess.Popen], limit_s: float | None, watch: Calla
     return TIMED_OUT
 
 
-def _commands(script, arguments, folder: Path, place: Place, port: int, changes: Mapping[str, str]):
+def _commands(script, arguments, folder: Path, place: Ranks, port: int, changes: Mapping[str, str]):
     """Gives (command, environment) of each launcher to start: one, or one in each shaped host."""
     environment = {**os.environ, **changes, _RUN: str(folder), "PYTHONPATH": search_path()}
     if place.is_cpu:
