@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..optim import flat, native, ops
+from ..optim import adamw, flat, native, ops
 from ..optim import quantization as quantize
 from ..optim.adamw import AdamWHyper
 from ..optim.huge_pages import use_huge_pages

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shlex
 import statistics
 import sys
@@ -19,6 +18,7 @@ import numpy
 from ...algorithm.schedules import SCHEDULES
 from ...algorithm.step_time import WARM_UP_STEPS, step_s
 from ...engine.recorder_format import RankHeader
+from ..machine import describe_machine
 from ..rank_files import RankFile
 from ..typed_json import read_line, read_lines
 from .options import REFERENCE, Comparison, measures_reference
@@ -261,7 +261,7 @@ def results_of(
     results = Results(
         command=shlex.join(["ds_acco", *sys.argv[1:]]),
         date=date.today().isoformat(),
-        machine=f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+        machine=describe_machine(),
         script=os.path.relpath(script) if Path(script).is_relative_to(Path.cwd()) else script,
         arguments=comparison.arguments,
         network=comparison.network,
