@@ -43,8 +43,8 @@ def _train_until(config, moment, victim, action, windows=4):
                 act()
             return gather(*arguments)
 
-        faults.around(RoundWork, "run", watched_run).__enter__()  # for good: this rank is about to end
-        faults.around(Communicator, "all_gather", deadly_gather).__enter__()
+        faults.from_now_on(RoundWork, "run", watched_run)
+        faults.from_now_on(Communicator, "all_gather", deadly_gather)
     last_sign = time.monotonic()
     try:
         for window in range(windows):
@@ -134,7 +134,7 @@ def _failing_round(config):
         for micro_batch in range(4):
             if (window, micro_batch) == (1, 1):
                 engine.optimizer.driver.finish()  # the COMMIT of the window before shall still succeed
-                faults.around(Communicator, "all_reduce_sum", broken).__enter__()  # for good: the pool is closed
+                faults.from_now_on(Communicator, "all_reduce_sum", broken)
             try:
                 engine.backward(engine(*training.batch(dist.get_rank(), window, micro_batch)))
                 engine.step()
