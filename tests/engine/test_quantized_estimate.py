@@ -3,6 +3,7 @@ lane and rank, values that are not finite, adaptive windows, checkpoints and the
 
 import time
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 
@@ -189,9 +190,9 @@ def _train_with_bad_change(config, windows, bad_window, precision):
     """One block of rank 1's change of the weights is not finite; what training stands on after every window."""
     import torch.distributed as dist
 
-    from deepspeed_acco.runtime import driver
+    from deepspeed_acco.runtime import round as round_module
 
-    original, window = driver.adamw_estimate_change, [0]
+    original, window = round_module.adamw_estimate_change, [0]
 
     def spoiled(*arguments):
         original(*arguments)
@@ -199,24 +200,20 @@ def _train_with_bad_change(config, windows, bad_window, precision):
         if dist.get_rank() == 1 and window[0] == bad_window:
             records[:2] = records.new_tensor([0xC0, 0x7F])  # NaN in bf16
 
-    driver.adamw_estimate_change = spoiled
-    try:
-        with wide_network():
-            engine = training.start_engine(config)
-            record = {"standing": [], "true": [], "skipped": []}
-            dtype = training.DTYPES[precision]
-            for window[0] in range(windows):
-                for micro_batch in range(engine.gradient_accumulation_steps()):
-                    engine.backward(engine(*training.batch(dist.get_rank(), window[0], micro_batch, dtype)))
-                    if micro_batch == 2:  # phase B has begun: its weights are the true ones
-                        record["true"].append(training.live_weights(engine))
-                    engine.step()
-                record["standing"].append(training.live_weights(engine))
-                record["skipped"].append(engine.skipped_steps)
-            engine.destroy()
-            return record
-    finally:
-        driver.adamw_estimate_change = original
+    with mock.patch.object(round_module, "adamw_estimate_change", spoiled), wide_network():
+        engine = training.start_engine(config)
+        history = {"standing": [], "true": [], "skipped": []}
+        dtype = training.DTYPES[precision]
+        for window[0] in range(windows):
+            for micro_batch in range(engine.gradient_accumulation_steps()):
+                engine.backward(engine(*training.batch(dist.get_rank(), window[0], micro_batch, dtype)))
+                if micro_batch == 2:  # phase B has begun: its weights are the true ones
+                    history["true"].append(training.live_weights(engine))
+                engine.step()
+            history["standing"].append(training.live_weights(engine))
+            history["skipped"].append(engine.skipped_steps)
+        engine.destroy()
+        return history
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
