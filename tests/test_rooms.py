@@ -1,4 +1,4 @@
-"""Checks the law of the rooms: imports only go down, and each room knows only what its name says."""
+"""Checks the law of the rooms: imports only go down, each room knows what its name says; and tests touch no privates."""
 
 import ast
 from pathlib import Path
@@ -48,3 +48,15 @@ def test_one_file_patches_and_one_talks_to_processes():
     assert users("setattr(") <= {"engine/patches.py"}
     assert users("torch.distributed as", "import torch.distributed") == {"runtime/communicator.py"}
     assert users("torch.cuda.Stream", "torch.cuda.Event", "record_event") == {"runtime/clock.py", "runtime/lanes.py"}
+
+
+OF_DEEPSPEED_AND_TORCH = {"_config", "_global_grad_norm", "_schema"}
+
+
+def test_tests_touch_no_privates():
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                owner = ast.unparse(node.value).split(".")[0]
+                is_own = owner in ("self", "cls", "torch", "dist", "os") or node.attr in OF_DEEPSPEED_AND_TORCH
+                assert is_own or "deepspeed_suite" in path.parts, f"{path}:{node.lineno} {ast.unparse(node)}"
