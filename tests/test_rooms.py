@@ -1,4 +1,4 @@
-"""Checks the law of the rooms: imports only go down, each room knows what its name says; and tests touch no privates."""
+"""Checks the law of the rooms: imports only go down, each room knows what its name says; tests touch no privates."""
 
 import ast
 from pathlib import Path
