@@ -364,7 +364,8 @@ def _exposed_of_buckets(backward_s: float, reduction_s: float, buckets: int) -> 
 def _stage(name: str, model: Model, cluster: Cluster, work: Work) -> tuple[Cost, float]:
     """Returns (all communication, exposed seconds) of one of DeepSpeed's stages.
 
-    Sources: deepspeed/runtime/engine.py, allreduce_gradients (stage 0 after the last backward, stage 2 at every micro-batch);
+    Sources: deepspeed/runtime/engine.py, allreduce_gradients (stage 0 after the last backward, stage 2
+    at every micro-batch);
     zero/stage_1_and_2.py, average_tensor (all-reduce, or -reduce without use_multi_rank_bucket_allreduce);
     zero/stage3.py and zero/parameter_offload.py (weights gathered for forward and backward, overlap taken as perfect).
     """
