@@ -7,7 +7,8 @@ also knows 2 bits, the negative control. The same batches, learning rates and cl
 
 Told are the final validation loss of the true weights, the estimate's error |θ~ - θ| / |step|
 (docs/how-to/monitor.md), and the share of weights that an estimate changes at all: with ``--bf16`` weights are rounded
-to bf16, as training in bf16 sees them, and at a small learning rate a change may be less than half a unit in a weight's last place.
+to bf16, as training in bf16 sees them, and at a small learning rate a change may be less than half a unit in a weight's
+last place.
 """
 
 import statistics
