@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "deepspeed_acco"
-ROOMS = ["algorithm", "optim", "runtime", "engine"]
-NOT_YET = {PACKAGE / name for name in ("optim/build.py", "engine/recorder.py", "engine/recorder_format.py")}
+ROOMS = ["algorithm", "optim", "runtime", "engine", "tools"]
+NOT_YET: set[Path] = set()
 FILES = sorted({*PACKAGE.glob("*.py"), *(path for room in ROOMS for path in (PACKAGE / room).rglob("*.py"))} - NOT_YET)
 THIRD_PERSON = re.compile(r"[A-Z][a-z]+s(?![\w-])")
 # Ends in s and is no verb: a plural ("Bytes of ..."), and some other words.

@@ -219,8 +219,8 @@ def _deepspeed_version() -> str:
 
 
 def _peak_bytes(device: torch.device) -> int | None:
-    """On CUDA the peak of allocated device memory, else the process's peak of resident memory; None where the kernel
-    does not tell."""
+    """Returns on CUDA the peak of allocated device memory, else the process's peak of resident memory, in bytes; None
+    where the kernel does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a recorder and those who start it or read it agree on: the folder, and the lines of a rank's file.
+"""Declares what a recorder and those who start it or read it agree on: the folder, and the lines of a rank's file.
 
 It stands apart because neither a launcher nor a reader needs PyTorch. Every field may be null in a file, and missing in
 one of an earlier version, but those without a default.
@@ -15,7 +15,7 @@ RECORD_FOLDER = "DEEPSPEED_ACCO_RECORD"  # the environment variable that names t
 
 @dataclass(frozen=True, kw_only=True)
 class RankHeader:
-    """The first line of ``rank{R}.jsonl``: the run as this rank sees it.
+    """Holds the first line of ``rank{R}.jsonl``: the run as this rank sees it.
 
     Attributes:
         schedule: ACCO's, and likewise ``accumulation`` and ``estimate_comm``; None with another optimizer.
@@ -50,7 +50,7 @@ class RankHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class RankStep:
-    """Every further line: an optimizer step.
+    """Holds any further line of ``rank{R}.jsonl``: an optimizer step.
 
     Attributes:
         step: its number, from 1.

@@ -28,7 +28,11 @@ loaded_from = ""  # where the library that this process loaded lies
 
 
 def csrc() -> Path:
-    """The folder of the sources: inside an installed package, beside the package in a checkout."""
+    """Returns the folder of the sources: inside an installed package, beside the package in a checkout.
+
+    Raises:
+        RuntimeError: in neither place.
+    """
     folders = (_PACKAGE / "csrc", _PACKAGE.parent / "csrc")
     for folder in folders:
         if (folder / "common" / "registration.cpp").is_file():
@@ -37,6 +41,7 @@ def csrc() -> Path:
 
 
 def sources(with_cuda: bool) -> list[Path]:
+    """Returns the source files to compile, with or without those of CUDA."""
     names = ["common/registration.cpp", "cpu/adamw_cpu.cpp", "cpu/quantize_cpu.cpp"]
     if with_cuda:
         names += ["cuda/adamw_cuda.cpp", "cuda/adamw.cu", "cuda/quantize_cuda.cpp", "cuda/quantize.cu"]
@@ -44,8 +49,8 @@ def sources(with_cuda: bool) -> list[Path]:
 
 
 def cxx_args(architecture: str = "-march=native") -> list[str]:
-    """Compiler flags. The numerical ones are part of the result: without contraction an element has the same bits in a
-    vector body and in a scalar tail; a square root that sets no errno can be vectorised."""
+    """Returns the C++ compiler's flags. The numerical ones are part of the result: without contraction an element has
+    the same bits in a vector body and in a scalar tail; a square root that sets no errno can be vectorized."""
     return [
         "-O3",
         "-std=c++20" if _torch_version() >= (2, 12) else "-std=c++17",
@@ -58,11 +63,12 @@ def cxx_args(architecture: str = "-march=native") -> list[str]:
 
 
 def nvcc_args() -> list[str]:
-    """As :func:`cxx_args`; the architectures come from ``TORCH_CUDA_ARCH_LIST`` or the visible devices, by torch."""
+    """Returns nvcc's flags; torch adds the architectures, of ``TORCH_CUDA_ARCH_LIST`` or the visible devices."""
     return ["-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr"]
 
 
 def ld_args() -> list[str]:
+    """Returns the linker's flags."""
     return ["-fopenmp"]
 
 
@@ -74,7 +80,7 @@ def _torch_version() -> tuple[int, int]:
 
 
 def cuda_is_buildable() -> tuple[bool, str]:
-    """Whether the CUDA kernels can be built here, and why not."""
+    """Tells whether the CUDA kernels can be built here, and why not (empty where they can)."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -88,7 +94,7 @@ def cuda_is_buildable() -> tuple[bool, str]:
 
 
 def cpu_architecture() -> str:
-    """The flag for this machine's own instructions, as DeepSpeed's builders choose it (op_builder/builder.py)."""
+    """Returns the flag for this machine's own instructions, as DeepSpeed's op_builder/builder.py chooses it."""
     return "-mcpu=native" if platform.machine().startswith("ppc") else "-march=native"
 
 
@@ -141,13 +147,13 @@ def _build_and_load() -> str:
 
 
 def compiler() -> str:
-    """The C++ compiler that torch calls."""
+    """Returns the C++ compiler that torch calls."""
     return os.environ.get("CXX", "c++").split()[0]
 
 
 def build_directory(with_cuda: bool) -> Path:
-    """Where this build is cached. A cache may lie in a home that machines with other CPUs or environments share, so the
-    name has a hash of everything that the library depends on."""
+    """Returns the folder that this build is cached in. A cache may lie in a home that machines with other CPUs or
+    environments share, so the name has a hash of everything that the library depends on."""
     import torch
 
     parts = [torch.__version__, str(torch.version.cuda), os.environ.get("TORCH_CUDA_ARCH_LIST", ""), compiler()]
@@ -164,7 +170,7 @@ def build_directory(with_cuda: bool) -> Path:
 
 
 def _cpu_features() -> str:
-    """What ``-march=native`` means here."""
+    """Returns what ``-march=native`` means here: the CPU's features, or its name where they are not told."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):

@@ -1,6 +1,9 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``ds_acco``: its words. What a subcommand needs beyond the standard library is imported when it runs."""
+"""Reads the words of the command ``ds_acco``.
+
+What a subcommand needs beyond the standard library is imported when it runs.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _make_parser() -> tuple[argparse.ArgumentParser, list[argparse.ArgumentParser]]:
-    """The parser of the command, and those of its subcommands."""
+    """Returns the parser of the command, and those of its subcommands."""
     parser = argparse.ArgumentParser(
         prog="ds_acco",
         description="Tools of deepspeed_acco, which hides the communication of ZeRO-1 behind the next gradients.",
@@ -60,7 +63,7 @@ def _make_parser() -> tuple[argparse.ArgumentParser, list[argparse.ArgumentParse
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What is ours, and what follows the first ``--``: a training script's."""
+    """Splits the arguments into ours and what follows the first ``--``, a training script's."""
     place = arguments.index("--") if "--" in arguments else len(arguments)
     return arguments[:place], arguments[place + 1 :]
 

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""``ds_acco env``: what was found on this machine, and which kernels are used and why."""
+"""Prints for ``ds_acco env`` what was found on this machine, and which kernels are used and why."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _version(package: str) -> str:
 
 
 def _first_line_of(command: list[str], keyword: str = "") -> str:
-    """The first line with the keyword of what the command prints, and where the command lies."""
+    """Returns the first line with the keyword of what the command prints, and where the command lies."""
     path = shutil.which(command[0])
     if path is None:
         return f"not found ({command[0]})"

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""``ds_acco kernels`` measures what the two rounds cost per parameter, beside other AdamW implementations and a copy.
+"""Measures for ``ds_acco kernels`` what the rounds cost per parameter, beside other AdamW implementations and a copy.
 
 Every candidate runs once per turn, in an order that changes from turn to turn; the figures are medians over the turns.
 The rounds' operands lie in the pages that training gives them (optim/huge_pages.py), other optimizers' in those that
@@ -35,8 +35,8 @@ _PLAIN_SHARE = 8  # the torch path in 4 bits is measured on so small a part: it 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; bytes_per_param counts what the work must read and write, once each. Where a row has no
-    gradient or no weights, the dtypes are those of what it reads and writes."""
+    """Holds one line of the table; bytes_per_param counts what the work must read and write, once each. Where a row
+    has no gradient or no weights, the dtypes are those of what it reads and writes."""
 
     name: str
     grad_dtype: str
@@ -70,25 +70,28 @@ class _Operands:
         self.huge_page_bytes = use_huge_pages((*self.state(), self.grad, self.out))
 
     def state(self):
+        """Returns the master weights and both moments."""
         return self.shard.master, self.shard.exp_avg, self.shard.exp_avg_sq
 
     def update(self, module, name) -> Callable[[], Any]:
+        """Returns a call of the update ``name`` of ``module``."""
         function = getattr(module, name)
         return lambda: function(self.shard, self.grad, _HYPER, self.scale, self.is_finite, self.out)
 
     def native_update(self, name, max_blocks, *others) -> Callable[[], Any]:
-        """Args: others: what follows the weights."""
+        """Returns a call of the native kernel ``name``; ``others`` follow the weights."""
         overload = getattr(torch.ops.deepspeed_acco, name)
         numbers = (_HYPER.lr, _HYPER.beta1, _HYPER.beta2, _HYPER.eps, _HYPER.weight_decay)
         arguments = (*self.state(), self.shard.step, self.grad, self.scale, self.is_finite, *numbers, self.out)
         return lambda: overload(*arguments, *others, max_blocks=max_blocks)
 
     def traffic(self, name) -> Callable[[], Any]:
+        """Returns a call of the native kernel ``name``, which only moves the bytes of an update."""
         overload = getattr(torch.ops.deepspeed_acco, name)
         return lambda: overload(*self.state(), self.grad, self.out)
 
     def optimizer(self, make, in_huge_pages: bool = False) -> torch.optim.Optimizer:
-        """One that trains a copy of the master in place, with an fp32 gradient as such optimizers want it."""
+        """Returns an optimizer of a copy of the master, in place, with an fp32 gradient as such optimizers want it."""
         param = torch.nn.Parameter(self.shard.master.clone())
         param.grad = self.grad.float()
         optimizer = make([param])
@@ -99,7 +102,7 @@ class _Operands:
 
 
 def _clone_step_restore(optimizer, out) -> Callable[[], Any]:
-    """The estimate without a kernel for it: keep everything, take a step, copy the weights out, put everything back."""
+    """Returns the estimate without a kernel: keeps everything, takes a step, copies the weights out, puts all back."""
     param = optimizer.param_groups[0]["params"][0]
     state = optimizer.state[param]
     changed = [param.data, *(value for value in state.values() if torch.is_tensor(value))]
@@ -115,7 +118,7 @@ def _clone_step_restore(optimizer, out) -> Callable[[], Any]:
 
 
 def _deepspeed_candidate(device: torch.device):
-    """(name, maker, why not): DeepSpeed's own Adam for that device, which it has to build first."""
+    """Returns (name, maker, why not) of DeepSpeed's own Adam for that device, which it has to build first."""
     try:
         if device.type == "cpu":
             from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -134,7 +137,7 @@ def _deepspeed_candidate(device: torch.device):
 
 
 def _quantized(low: _Operands, full: _Operands, is_native: bool, max_blocks: int) -> Iterator[_Candidate]:
-    """The kernels of an estimate in 4 bits, and the packing that one of them replaces."""
+    """Yields the kernels of an estimate in 4 bits, and the packing that one of them replaces."""
     bf16, fp32, int4 = torch.bfloat16, torch.float32, f"int{_BITS}"
     module: ModuleType
     if is_native:

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The colors of every picture and table: cool ones and grays are configurations, warm ones are parts of a step's time.
+"""Holds the colors of pictures and tables: cool ones and grays are configurations, warm ones parts of a step's time.
 
 So no color has two meanings. Derived from Okabe and Ito's palette; any two of a table are told apart with each of the
 common color blindnesses, as Machado, Oliveira and Fernandes simulate them ("A Physiologically-based Model for

@@ -13,7 +13,7 @@ from .typed_json import read_line, read_lines
 
 @dataclass(frozen=True)
 class RankFile:
-    """What one rank recorded."""
+    """Holds what one rank recorded."""
 
     header: RankHeader
     steps: list[RankStep]

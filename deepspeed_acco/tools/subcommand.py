@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the subcommands of ``ds_acco`` have in common: the look of their help, and packages that only some need."""
+"""Holds what the subcommands of ``ds_acco`` share: the look of their help, and packages that only some need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INTERRUPTED = 130  # exit status
 
 
 class MissingExtra(ModuleNotFoundError):
-    """A package of an extra is not installed."""
+    """Says that a package of an extra is not installed."""
 
 
 def add_parser(commands, name: str, *, help: str, example: str, description: str = "", **options: Any):

@@ -79,7 +79,7 @@ def _declared(kind: Any) -> list[tuple[Field, Any]]:
 
 
 def _key(field: Field) -> str:
-    """The key of the file: the field's name, or where that is a word of Python ``metadata={"key": ...}``."""
+    """Returns the key in the file: the field's name, or where that is a word of Python ``metadata={"key": ...}``."""
     return field.metadata.get("key", field.name)
 
 

@@ -23,7 +23,7 @@ _TIMES = {"ns": Decimal("1e-9"), "us": Decimal("1e-6"), "ms": Decimal("1e-3"), "
 
 
 def _split(text: str) -> tuple[Decimal, str] | None:
-    """The number, which is >= 0 and finite, and what stands behind it; None for anything else."""
+    """Returns the number, which is >= 0 and finite, and what stands behind it; None for anything else."""
     match = _NUMBER_AND_UNIT.fullmatch(text.strip())
     return None if match is None else (Decimal(match[1] + (match[2] or "")), match[3])
 
@@ -33,7 +33,7 @@ def _refusal(text: str, allowed: str, example: str) -> argparse.ArgumentTypeErro
 
 
 def _quantity(text: str, units: Mapping[str, float | Decimal], example: str) -> float:
-    """A number > 0 in one of the units; the result is in that of which the factor is 1."""
+    """Reads a number > 0 in one of the units; the result is in that of which the factor is 1."""
     parts = _split(text)
     if parts is None or parts[1] not in units or parts[0] == 0:
         raise _refusal(text, f"a number > 0 with one of {', '.join(units)}", example)

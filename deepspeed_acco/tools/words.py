@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers in words: one rounding and one unit for sentences, tables and pictures."""
+"""Puts numbers into words: one rounding and one unit for sentences, tables and pictures."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _LAYOUT = "\n\t"
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit that values are shown in, after ``factor`` times them, with so many ``digits`` behind the point."""
+    """Describes a unit that values are shown in: ``factor`` times them, with ``digits`` behind the point."""
 
     name: str
     factor: float
     digits: int
 
     def number(self, value: float | None) -> str:
-        """Returns it without the unit's name, as under a heading that has it."""
+        """Returns the value without the unit's name, as under a heading that has it."""
         return number(value, self.digits, self.factor)
 
     def words(self, value: float | None) -> str:
-        """Returns it with the unit's name."""
+        """Returns the value with the unit's name."""
         return self.number(value) if value is None else f"{self.number(value)} {self.name}"
 
 

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""``ds_acco compare``: the same script under several DeepSpeed JSONs, in alternation, measured beside each other."""
+"""Runs ``ds_acco compare``: the same script under several DeepSpeed JSONs, in alternation, measured side by side."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def add_command(commands) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt once; more of them do not disturb the cleaning up."""
+    """Makes SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt once; more of them do not disturb the cleaning up."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup it is ignored, and stays so
         numbers.append(signal.SIGHUP)

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""From what the runs of a comparison recorded to its figures: medians with intervals, ratios, and results.json."""
+"""Makes figures of what the runs of a comparison recorded: medians with intervals, ratios, and results.json."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ NOTE_OF_STOCK = "all that is not computation: communication, optimizer, overhead
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """One finished run of one configuration; times in seconds of the timed steps: those after the warm-up into which
-    no evaluation or checkpoint fell.
+    """Holds one finished run of one configuration; times in seconds of the timed steps: those after the warm-up into
+    which no evaluation or checkpoint fell.
 
     Attributes:
         number: of the pass, from 1.
@@ -111,7 +111,7 @@ def summarize_run(number: int, folder: str, ranks: Sequence[RankFile], curve: li
         )
 
     def table(key: str) -> numpy.ndarray:
-        """[ranks, timed]; NaN where it is not known."""
+        """Returns [ranks, timed]; NaN where it is not known."""
         return numpy.array([[getattr(rank.steps[index], key) for index in timed] for rank in ranks], dtype=float)
 
     is_acco = header.schedule is not None
@@ -140,7 +140,7 @@ def summarize_run(number: int, folder: str, ranks: Sequence[RankFile], curve: li
 
 
 def _batch(ranks: Sequence[RankFile], count: int) -> list[int] | None:
-    """The samples of each step, all ranks together; None with fixed windows."""
+    """Returns the samples of each step, all ranks together; None with fixed windows."""
     steps = zip(*(rank.steps[:count] for rank in ranks))
     batch = [[line.samples for line in of_step if line.samples is not None] for of_step in steps]
     return [sum(own) for own in batch] if all(len(own) == len(ranks) for own in batch) else None
@@ -158,7 +158,7 @@ def _median_of_known(values: numpy.ndarray) -> float | None:
 
 
 def _least_median(table: numpy.ndarray) -> float | None:
-    """Of the rows the smallest median; None where nothing is known."""
+    """Returns the smallest of the rows' medians; None where nothing is known."""
     medians = [median for median in map(_median_of_known, table) if median is not None]
     return min(medians, default=None)
 
@@ -177,7 +177,7 @@ def read_curve(folder: Path) -> list[Point]:
 
 
 def _resampled_medians(passes: Sequence[numpy.ndarray], chosen: numpy.ndarray, random) -> numpy.ndarray:
-    """[RESAMPLES, slots]: the median of steps drawn anew from the pass that ``chosen`` names there."""
+    """Returns [RESAMPLES, slots]: the median of steps drawn anew from the pass that ``chosen`` names there."""
     medians = numpy.empty(chosen.shape)
     for number, steps in enumerate(passes):
         places = chosen == number
@@ -294,7 +294,7 @@ def results_of(
 
 @dataclass(frozen=True)
 class _Alone:
-    """C, R and what the ranks compute together, measured one after the other."""
+    """Holds C, R and what the ranks compute together, measured one after the other."""
 
     compute_s: float
     round_s: float
@@ -302,6 +302,7 @@ class _Alone:
     samples_per_s: float
 
     def as_reference(self) -> Reference:
+        """Returns the ``Reference`` of results.json."""
         return Reference(
             compute_s=self.compute_s,
             round_s=self.round_s,
@@ -371,7 +372,7 @@ def _pass(run: MeasuredRun) -> Pass:
 
 
 def _highest_peaks(runs: Sequence[MeasuredRun]) -> list[float | None]:
-    """Of each rank over the runs; none where one is not known."""
+    """Returns the highest peak memory of each rank over the runs, in bytes; none where one is not known."""
     highest: list[float | None] = []
     for of_rank in zip(*(run.peak_bytes for run in runs)):
         known = [peak for peak in of_rank if peak]
@@ -391,13 +392,13 @@ def _final_val_loss(runs: Sequence[MeasuredRun]) -> LossInterval | None:
 
 
 def _exposed_s(runs: Sequence[MeasuredRun]) -> float | None:
-    """Of a median step; None without ACCO."""
+    """Returns the exposed wait of a median step, in seconds; None without ACCO."""
     exposed = [float(numpy.median(run.exposed_s)) for run in runs if run.exposed_s is not None]
     return statistics.median(exposed) if exposed else None
 
 
 def _hidden_share(runs: Sequence[MeasuredRun]) -> float | None:
-    """Of the rounds of all timed steps together; None without ACCO."""
+    """Returns the hidden part of the rounds' time, of all timed steps together; None without ACCO."""
     sums = [
         (float(run.exposed_s.sum()), float(run.round_s.sum()))
         for run in runs
@@ -437,7 +438,7 @@ def _beside(config: Configuration, header: RankHeader, runs: Sequence[MeasuredRu
 def _ratios(
     configs: Sequence[Configuration], runs: Mapping[str, Sequence[MeasuredRun]]
 ) -> tuple[list[Ratio], list[Saving]]:
-    """Each ACCO configuration beside each stock one, of those that did not fail; by the time that a sample takes."""
+    """Compares ACCO configurations with stock ones, each pair that did not fail, by the time that a sample takes."""
     ratios, manager = [], []
     complete = [config for config in configs if config.step_s]
     for config in filter(lambda config: config.is_acco, complete):

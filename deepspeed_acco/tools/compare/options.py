@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a comparison is asked for: its options, checked, and the DeepSpeed JSONs that are to train the same."""
+"""Checks what a comparison is asked for: its options, and the DeepSpeed JSONs that are to train the same."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def add_run_arguments(
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is asked for; all of it decides whether a folder's finished runs may be taken.
+    """Holds what a comparison is asked for; all of it decides whether a folder's finished runs may be taken.
 
     Attributes:
         configs: name: contents of the JSON, in the order given.
@@ -152,7 +152,7 @@ def _require_together(options: argparse.Namespace) -> None:
 
 
 def _ranks(options: argparse.Namespace) -> tuple[int, str]:
-    """Their number, and in words what joins them."""
+    """Returns the number of ranks, and in words what joins them."""
     slots = options.num_accelerators
     if options.hosts is not None:
         return options.hosts * (slots or 1), f"{options.hosts} hosts, {options.rate}"
@@ -170,13 +170,13 @@ def _ranks(options: argparse.Namespace) -> tuple[int, str]:
 
 
 def _slots_of(hostfile: str) -> list[str]:
-    """Of each host, as written."""
+    """Returns the slots of each host of a hostfile's text, as written."""
     lines = [line.split("#")[0].split() for line in hostfile.splitlines()]
     return [words[1].removeprefix("slots=") for words in lines if len(words) == 2]
 
 
 def host_count(comparison: Comparison) -> int | None:
-    """How many hosts share the ranks equally; None where that is not known."""
+    """Returns how many hosts share the ranks equally; None where that is not known."""
     count = len(_slots_of(comparison.hostfile)) if comparison.hostfile is not None else comparison.hosts
     return count if count and comparison.world_size % count == 0 else None
 
@@ -184,7 +184,7 @@ def host_count(comparison: Comparison) -> int | None:
 def _script(
     options: argparse.Namespace, example_steps: int, emulated_steps: int
 ) -> tuple[list[str], list[str], int | None]:
-    """The script, its arguments, and the tokens of a sample where they are known."""
+    """Returns the script, its arguments, and the tokens of a sample where they are known."""
     steps, seed = options.steps, 1 if options.seed is None else options.seed
     if options.emulate_compute is not None:
         arguments = ["--steps", str(steps or emulated_steps), "--seed", str(seed)]
@@ -221,7 +221,7 @@ def _example() -> Path | None:
 
 
 def batch_of(config: Mapping[str, Any], world_size: int) -> tuple[Any, Any]:
-    """(micro-batch, n) of a DeepSpeed JSON, by DeepSpeed's rules; "auto" stays."""
+    """Returns (micro-batch, n) of a DeepSpeed JSON, by DeepSpeed's rules; "auto" stays."""
     whole = config.get("train_batch_size")
     micro = config.get("train_micro_batch_size_per_gpu")
     n = config.get("gradient_accumulation_steps")
@@ -272,7 +272,7 @@ def measures_reference(config: Mapping[str, Any]) -> bool:
 
 
 def reference_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON of the same training by ACCO's schedule ``sync``, where nothing communicates outside the step.
+    """Returns the JSON of the same training by ACCO's schedule ``sync``, where nothing communicates outside the step.
 
     Raises:
         ValueError: without an optimizer in the JSON.
@@ -293,7 +293,7 @@ def reference_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def extra_reference(comparison: Comparison) -> dict[str, dict[str, Any]]:
-    """The derived reference, unless a CONFIG is one."""
+    """Returns the derived reference by its name, nothing where a CONFIG is one."""
     if any(map(measures_reference, comparison.configs.values())):
         return {}
     first = next(iter(comparison.configs))

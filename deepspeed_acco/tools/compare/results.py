@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""``results.json`` of ``ds_acco compare``, version 1: these dataclasses declare it, write it and read it.
+"""Declares ``results.json`` of ``ds_acco compare``, version 1, as dataclasses; they write it and read it.
 
 What has a default may be null or missing in a file (typed_json.py). Times are in seconds, sizes in bytes.
 """
@@ -24,7 +24,7 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A median with the ends of its 95 % interval."""
+    """Holds a median with the ends of its 95 % interval."""
 
     median: float
     low: float | None = None
@@ -33,7 +33,7 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class LossInterval:
-    """The same of losses, which may be unknown: of a training that diverged."""
+    """Holds a median loss with the ends of its 95 % interval; None of a training that diverged."""
 
     median: float | None = None
     low: float | None = None
@@ -42,7 +42,7 @@ class LossInterval:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The trained parameters: their number; bytes of a weight, of a value in communication, of a summed gradient."""
+    """Holds the number of trained parameters, and bytes of a weight, a communicated value and a summed gradient."""
 
     numel: int | None = None
     weight_bytes: int | None = None
@@ -52,7 +52,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Versions:
-    """Of the packages that ran."""
+    """Holds the versions of the packages that ran."""
 
     torch: str | None = None
     deepspeed: str | None = None
@@ -60,7 +60,7 @@ class Versions:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What runs of the blocking schedule measured, where computation and communication are one after the other.
+    """Holds what runs of the blocking schedule measured, where communication follows computation.
 
     Attributes:
         compute_s: C, the gradients of a step.
@@ -78,13 +78,13 @@ class Reference:
 
     @property
     def times(self) -> tuple[float, float] | None:
-        """(C, R); None where they were not measured."""
+        """Returns (C, R); None where they were not measured."""
         return (self.compute_s, self.round_s) if self.compute_s and self.round_s is not None else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A validation of a training, as a line of metrics.jsonl has it: examples/train_gpt.py writes such lines.
+    """Holds a validation of a training, as a line of metrics.jsonl has it: examples/train_gpt.py writes such lines.
 
     Attributes:
         seconds: of training until then, without validations.
@@ -100,7 +100,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One run of one configuration.
+    """Holds one run of one configuration.
 
     Attributes:
         number: of the pass, from 1.
@@ -121,7 +121,7 @@ class Pass:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """A step's time: computation, what training stood waiting for communication, and the rest."""
+    """Splits a step's time into computation, what training stood waiting for communication, and the rest."""
 
     compute_s: float
     exposed_s: float
@@ -130,13 +130,13 @@ class Split:
 
     @property
     def parts(self) -> tuple[float, float, float]:
-        """The three, in this order."""
+        """Returns computation, exposed communication and overhead, in this order."""
         return self.compute_s, self.exposed_s, self.overhead_s
 
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """What was measured of one DeepSpeed JSON.
+    """Holds what was measured of one DeepSpeed JSON.
 
     Attributes:
         name: the JSON's stem.
@@ -181,37 +181,38 @@ class Configuration:
 
     @property
     def is_acco(self) -> bool:
-        """Whether it is one of ACCO's, and no stage of DeepSpeed's own."""
+        """Tells whether the configuration is one of ACCO's, and no stage of DeepSpeed's own."""
         return self.schedule is not None
 
     @property
     def row(self) -> Schedule | None:
-        """Its row of SCHEDULES; None where that has none by this name."""
+        """Returns the row of SCHEDULES; None where that has none by this name."""
         return SCHEDULES.get(self.schedule or "")
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether its steps differ in size, so that only times per sample can be compared with another's."""
+        """Tells whether steps differ in size, so that only times per sample can be compared with another's."""
         return is_adaptive(self.accumulation)
 
     @property
     def has_quantized_estimate(self) -> bool:
+        """Tells whether the ESTIMATE is sent in fewer bits than its dtype has."""
         return self.estimate_comm not in (None, "full")
 
     @property
     def peaks(self) -> list[float]:
-        """The peak memory of the ranks that tell it."""
+        """Returns the peak memory of the ranks that tell it."""
         return [peak for peak in self.peak_bytes if peak is not None]
 
     @property
     def last_val_loss(self) -> float | None:
-        """The median over the passes."""
+        """Returns the median of the last validation loss over the passes."""
         return self.final_val_loss.median if self.final_val_loss else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """A configuration of ACCO beside one of DeepSpeed's own, by the time that a sample takes."""
+    """Compares a configuration of ACCO with one of DeepSpeed's own, by the time that a sample takes."""
 
     config: str
     baseline: str
@@ -221,7 +222,7 @@ class Ratio:
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """What that is worth."""
+    """Says what a configuration of ACCO saves beside one of DeepSpeed's own."""
 
     config: str
     baseline: str
@@ -233,7 +234,7 @@ class Saving:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """The whole file.
+    """Holds the whole of ``results.json``.
 
     Attributes:
         command: as it was typed.
@@ -268,12 +269,12 @@ class Results:
 
     @property
     def running(self) -> list[Configuration]:
-        """Those that did not fail."""
+        """Returns the configurations that did not fail."""
         return [config for config in self.configs if not config.failed]
 
     @property
     def measured(self) -> list[tuple[Configuration, Interval]]:
-        """Those that did not fail and have a step time, with it."""
+        """Returns the configurations that did not fail and have a step time, with it."""
         return [(config, config.step_s) for config in self.running if config.step_s]
 
 
@@ -285,7 +286,7 @@ def write_whole(path: Path, content: Any) -> None:
 
 
 def write_results(path: Path, results: Results) -> None:
-    """Writes the file."""
+    """Writes ``results.json``."""
     write_whole(path, written(results))
 
 
@@ -294,7 +295,7 @@ class _NewerVersion(ValueError):
 
 
 def read_results(path: Path) -> Results:
-    """Reads the file.
+    """Reads ``results.json``.
 
     Raises:
         ValueError: broken, of a newer version, or something else; says what is wrong and what to do.

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The runs of a comparison, in their order, and the folder that they go to.
+"""Goes through the runs of a comparison in their order, and keeps the folder that they go to.
 
 In the folder: ``command.json`` (what was asked for), ``configs/`` (the JSONs as they were then), ``runs/NAME/PASS/``
 (each run's log and what its ranks recorded; ``done.json`` last of all), ``results.json`` and ``report.html``.
@@ -60,7 +60,7 @@ def prepare(out: Path, comparison: Comparison) -> None:
 
 
 def _difference(before: Any, now: Any, key: str = "") -> str:
-    """The first difference in words; empty without one."""
+    """Returns the first difference in words; empty without one."""
     if isinstance(before, dict) and isinstance(now, dict):
         for part in sorted({*before, *now}, key=lambda part: part == "configs"):
             found = _difference(before.get(part), now.get(part), f"{key}.{part}" if key else part)
@@ -108,7 +108,7 @@ def order(names: Sequence[str], passes: int) -> list[tuple[int, str]]:
 
 
 class ComparisonRuns:
-    """The runs of a comparison, in their order.
+    """Goes through the runs of a comparison in their order.
 
     Attributes:
         failed: why, of each configuration that failed.
@@ -138,11 +138,11 @@ class ComparisonRuns:
             self._progress.advance()
 
     def _later(self) -> int:
-        """How many runs come after this one."""
+        """Returns how many runs come after this one."""
         return sum(name not in self.failed for name in self._following)
 
     def _mean_s(self) -> float:
-        """Of the runs so far; 0 before the first."""
+        """Returns the mean seconds of the runs so far; 0 before the first."""
         return sum(self._spent_s) / max(1, len(self._spent_s))
 
     def _times(self, left_s: float) -> str:
@@ -150,7 +150,7 @@ class ComparisonRuns:
         return f"{gone}, about {_minutes(left_s)} to go" if left_s > 0 else gone
 
     def _watch(self, folder: Path, begin: float) -> None:
-        """Shows how far the run is that began then."""
+        """Shows how far the run is that began at that time."""
         whole = next((f" of {run.steps}" for some in self.finished.values() for run in some), "")
         left_s = (1 + self._later()) * self._mean_s() - (time.monotonic() - begin)
 
@@ -161,7 +161,7 @@ class ComparisonRuns:
         self._progress.show(text)
 
     def _run_one(self, number: int, name: str) -> str:
-        """Runs it unless it was finished before; returns what there is to say of it."""
+        """Goes through one run unless it was finished before; returns what there is to say of it."""
         relative = f"{RUNS}/{name}/{number}"
         folder = self._out / relative
         was_finished = (folder / DONE).is_file()

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The verdict of a comparison: sentences for somebody who reads nothing else."""
+"""Writes the verdict of a comparison: sentences for somebody who reads nothing else."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _regime(compute_s: float, round_s: float, unit: Unit) -> str:
 
 @dataclass(frozen=True)
 class _Pair:
-    """One ACCO configuration beside ``best``, the fastest of DeepSpeed's own."""
+    """Compares one ACCO configuration with ``best``, the fastest of DeepSpeed's own."""
 
     config: Configuration
     best: Configuration
@@ -96,7 +96,7 @@ class _Pair:
         return next((ratio for ratio in self.results.ratios if (ratio.config, ratio.baseline) == names), None)
 
     def headline(self) -> list[str]:
-        """Which of them is faster, and what that saves."""
+        """Says which of the two is faster, and what that saves; nothing where they have no ratio."""
         ratio = self._ratio
         if ratio is None or ratio.speedup is None:
             return []
@@ -122,7 +122,7 @@ class _Pair:
         return f"{own} a step against {other}"
 
     def details(self) -> list[str]:
-        """What it rests on, and why it is not faster."""
+        """Says what the figures rest on, and why the configuration is not faster."""
         config, best, unit = self.config, self.best, step_unit(self.results)
         name, sentences = config.name, []
         if config.is_adaptive:
@@ -181,7 +181,7 @@ class _Pair:
         return reasons
 
     def _to_nominal(self) -> float:
-        """From a time per step to one per step of the other: 1 unless its windows are adaptive."""
+        """Returns the factor from a time per step to one per step of ``best``: 1 unless windows are adaptive."""
         own, other = self.config.samples_per_step, self.best.samples_per_step
         return other / own if own and other else 1.0
 
@@ -214,7 +214,7 @@ def _quality(results: Results) -> list[str]:
 
 
 def _after(config: Configuration, beside: Configuration | None) -> str:
-    """After how much data the last losses were taken."""
+    """Says after how much data the last losses were taken."""
     own, other = (None if one is None else _last_samples(one) for one in (config, beside))
     if other is None or own == other:
         return "after equal tokens"

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-r"""An emulated accelerator: a module whose forward and backward take a given time and leave the CPU free.
+r"""Emulates an accelerator by a module whose forward and backward take a given time and leave the CPU free.
 
 Weights, gradients, optimizer, collectives and network are real; only the matrix products are replaced by waiting. The
 backward writes a gradient of the parameters' size (it depends on the weights, so that training is not trivial).
@@ -27,6 +27,7 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, value, weight, milliseconds):
+        """Waits a forward's share of ``milliseconds`` and returns the value plus a term that depends on the weight."""
         ctx.save_for_backward(weight)
         ctx.milliseconds = milliseconds
         _until(time.perf_counter(), milliseconds * FORWARD_SHARE)
@@ -34,6 +35,7 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Waits a backward's share of the milliseconds and returns gradients of value and weight."""
         begin = time.perf_counter()
         (weight,) = ctx.saved_tensors
         gradient = (weight * 1e-3).mul_(grad)
@@ -48,7 +50,7 @@ def _until(begin: float, milliseconds: float) -> None:
 
 
 class EmulatedLayer(nn.Module):
-    """``numel`` parameters in one vector; a module of its own, so that ZeRO-3 gathers it when it is its turn."""
+    """Holds ``numel`` parameters in one vector; a module of its own, so that ZeRO-3 gathers it when it is its turn."""
 
     def __init__(self, numel: int, milliseconds: float):
         super().__init__()
@@ -56,17 +58,19 @@ class EmulatedLayer(nn.Module):
         self.weight = nn.Parameter(torch.randn(numel) * 0.02)
 
     def forward(self, value):
+        """Passes the value on, after the wait of this layer."""
         return _Wait.apply(value, self.weight, self.milliseconds)
 
 
 class EmulatedAccelerator(nn.Module):
-    """``numel`` parameters in ``layers`` vectors; a forward and its backward together take ``micro_batch_ms``."""
+    """Holds ``numel`` parameters in ``layers`` vectors; a forward with its backward takes ``micro_batch_ms``."""
 
     def __init__(self, numel: int, micro_batch_ms: float, layers: int = 20):
         super().__init__()
         self.layers = nn.ModuleList(EmulatedLayer(numel // layers, micro_batch_ms / layers) for _ in range(layers))
 
     def forward(self):
+        """Passes a zero through all layers and returns it as the loss, a scalar."""
         value = torch.zeros((), requires_grad=True)
         for layer in self.layers:
             value = layer(value)

@@ -39,7 +39,7 @@ KILL_S = 30.0
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where the ranks run.
+    """Says where the ranks run.
 
     Attributes:
         world_size: number of ranks, all hosts together.
@@ -122,7 +122,7 @@ def started(
 
 
 def _wait(launchers: list[subprocess.Popen], limit_s: float | None, watch: Callable[[], None]) -> int:
-    """0 once all have ended well, else the code of the first that has not."""
+    """Returns 0 once all have ended well, else the code of the first that has not; TIMED_OUT after ``limit_s``."""
     begin = time.monotonic()
     while limit_s is None or time.monotonic() - begin < limit_s:
         codes = [launcher.poll() for launcher in launchers]
@@ -174,7 +174,7 @@ def search_path() -> str:
 
 
 def _environment_file(folder: Path, environment: dict[str, str]) -> Path:
-    """What the launcher is to set on other machines: it passes no other variables on. The user's own file is kept."""
+    """Writes what the launcher is to set on other machines: it passes no other variables on. The user's own is kept."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     lines = []
     for place in (Path.home(), Path()):

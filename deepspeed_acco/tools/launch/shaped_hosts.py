@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Several hosts with a slow network on one machine: network namespaces on a bridge, each link shaped by tc.
+"""Makes several hosts with a slow network of one machine: network namespaces on a bridge, each link shaped by tc.
 
 Needs Linux, root and iproute2. Names hold this process's number, so that two comparisons get on with each other; what
 a killed one left behind is removed by the next.
@@ -35,7 +35,7 @@ def check_rate(rate: str) -> str:
 
 
 def why_not() -> str | None:
-    """What is missing here for shaped hosts, and what to do; None where nothing is."""
+    """Says what is missing here for shaped hosts, and what to do; None where nothing is."""
     if not sys.platform.startswith("linux"):
         return f"network namespaces need Linux, and this is {sys.platform}. Run it on Linux, or without --hosts"
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
@@ -58,7 +58,7 @@ def _try(*command: str) -> None:
 
 
 class ShapedHosts:
-    """Context manager: ``count`` namespaces, each with ``eth0`` at ``10.77.0.{1 + host}`` shaped to ``rate``.
+    """Holds as a context ``count`` namespaces, each with ``eth0`` at ``10.77.0.{1 + host}`` shaped to ``rate``.
 
     Args:
         count: 1 to 99.
@@ -73,10 +73,11 @@ class ShapedHosts:
         self.rate = rate
 
     def address(self, host: int) -> str:
+        """Returns the IP address of that host."""
         return f"{SUBNET}{host + 1}"
 
     def enter(self, host: int) -> list[str]:
-        """What to put before a command that is to run on that host."""
+        """Returns the words to put before a command that is to run on that host."""
         return ["ip", "netns", "exec", _namespace(os.getpid(), host)]
 
     def __enter__(self) -> ShapedHosts:

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The advice of ``ds_acco plan``: whether ACCO pays, with what settings, and why."""
+"""Gives the advice of ``ds_acco plan``: whether ACCO pays, with what settings, and why."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The measurement of ``ds_acco plan --calibrate``: one short run of the user's script under the reference that
+"""Measures for ``ds_acco plan --calibrate``: one short run of the user's script under the reference that
 ``ds_acco compare`` measures C and R in, the schedule ``sync``.
 
 It is a comparison of this one configuration: launched, recorded and written down by the same code, so that the plan
@@ -29,7 +29,7 @@ _ONLY_HERE = ("script", "num_accelerators", "rate", "hostfile", "emulate_compute
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--calibrate`` and what belongs to it; ``--hosts`` is the plan's."""
+    """Adds ``--calibrate`` and what belongs to it; ``--hosts`` is the plan's."""
     group = parser.add_argument_group(
         "calibrate",
         "Runs a script under CONFIG, with ACCO's schedule sync in place of its optimizer's, and plans from what it "
@@ -50,7 +50,7 @@ def refuse_without(options: argparse.Namespace) -> None:
 
 
 class MeasurementFailed(RuntimeError):
-    """The run ended badly, or nothing of it can be timed; says why."""
+    """Says why a measurement failed: the run ended badly, or nothing of it can be timed."""
 
 
 def measure(options: argparse.Namespace) -> tuple[Path, int | None]:
@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace) -> tuple[Path, int | None]:
 
 
 def _comparison(options: argparse.Namespace) -> Comparison:
-    """Of the reference alone."""
+    """Returns the comparison of the reference alone."""
     asked = argparse.Namespace(**{**vars(options), "configs": [options.calibrate], "passes": 1, "seed": None})
     comparison = comparison_of(asked, EXAMPLE_STEPS, EMULATED_STEPS)
     if comparison.world_size == 1:

@@ -35,17 +35,19 @@ _DEFAULT_FRACTION = 0.5  # of the key estimate_fraction
 
 @dataclass(frozen=True)
 class Mode:
-    """Is one way to run ACCO: a schedule, and what its ESTIMATE sends, a key of ``ESTIMATE_COMMS``."""
+    """Names one way to run ACCO: a schedule, and what its ESTIMATE sends, a key of ``ESTIMATE_COMMS``."""
 
     schedule: Schedule
     estimate_comm: str
 
     @property
     def is_quantized(self) -> bool:
+        """Tells whether the ESTIMATE is sent in fewer bits than its dtype has."""
         return ESTIMATE_COMMS[self.estimate_comm] > 0
 
     @property
     def name(self) -> str:
+        """Returns the schedule's name, with that of a quantized ESTIMATE behind it."""
         return f"{self.schedule.name}-{self.estimate_comm}" if self.is_quantized else self.schedule.name
 
     def has_room(self, n: int) -> bool:
@@ -193,13 +195,13 @@ class Work:
 
     @property
     def compute_s(self) -> float:
-        """Returns C."""
+        """Returns C, the computation of a step in seconds."""
         return self.n * self.micro_batch_s
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Is what collectives cost: bytes that a rank sends (it receives as many), and seconds."""
+    """Holds what collectives cost: bytes that a rank sends (it receives as many), and seconds."""
 
     wire_bytes: float
     seconds: float
@@ -208,6 +210,7 @@ class Cost:
         return Cost(self.wire_bytes + other.wire_bytes, self.seconds + other.seconds)
 
     def times(self, count: int) -> Cost:
+        """Returns the cost of ``count`` such collectives, one after the other."""
         return Cost(count * self.wire_bytes, count * self.seconds)
 
 
@@ -320,7 +323,7 @@ def round_s(model: Model, cluster: Cluster, work: Work, this: Round = COMMIT, es
 
 @dataclass(frozen=True)
 class Prediction:
-    """Is what one configuration costs, per step and rank.
+    """Holds what one configuration costs, per step and rank.
 
     Attributes:
         name: one of :func:`names`.

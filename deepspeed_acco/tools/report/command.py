@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""``ds_acco report``: one HTML file with the pictures and figures of a comparison, or of one run.
+"""Writes for ``ds_acco report`` one HTML file with the pictures and figures of a comparison, or of one run.
 
 The file needs nothing outside of itself: pictures are SVG in data URIs, and its own policy forbids it to load anything.
 """

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The page of a comparison: pictures and figures of what ``ds_acco compare`` measured."""
+"""Makes the page of a comparison: pictures and figures of what ``ds_acco compare`` measured."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ _ADAPTIVE_BOUND = "With adaptive windows it is what the samples take when no ran
 
 @dataclass(frozen=True)
 class _Look:
-    """Of a configuration's lines and chips, everywhere on the page. Neighbors differ in their dashes, and so do
-    configurations that share a color: coinciding lines stay visible."""
+    """Holds the look of a configuration's lines and chips, everywhere on the page. Neighbors differ in their dashes,
+    and so do configurations that share a color: coinciding lines stay visible."""
 
     color: str
     dash: int
@@ -180,7 +180,7 @@ def _step_picture(results: Results) -> Picture | Paragraphs:
 
 
 def _laws() -> str:
-    """The law of a step's time under each schedule (algorithm/step_time.py)."""
+    """Returns in words the law of a step's time under each schedule (algorithm/step_time.py)."""
     laws = (
         ("max(A, R) + max(B, R)", two_phases()),
         ("max(C, R)", one_phase()),
@@ -216,7 +216,7 @@ def _lines(
 
 
 def _batch_section(results: Results) -> Section | None:
-    """None where no configuration is adaptive."""
+    """Returns the section on batch sizes; None where no configuration is adaptive."""
     lines = batch_lines(results)
     if not lines:
         return None
@@ -272,7 +272,7 @@ def _loss_pictures(results: Results) -> list[Piece]:
 
 
 def _close_up(panels: Sequence[Panel]) -> list[Panel]:
-    """The panels cut off above the highest last loss; none where that shows no more than they do."""
+    """Returns the panels cut off above the highest last loss; none where that shows no more than they do."""
     losses = [value for panel in panels for line in panel.lines for value in line.y]
     last = [line.y[-1] for panel in panels for line in panel.lines]
     top = max(last) + 0.1 * (max(losses) - min(losses))
@@ -324,7 +324,7 @@ def with_interval(interval: Interval | LossInterval | None, shown: Callable[[flo
 
 
 def _row_name(results: Results, config: Configuration) -> Cell:
-    """With what it is in small print."""
+    """Returns the configuration's name with what it is in small print."""
     setting = config.schedule or (None if config.stage is None else f"ZeRO-{config.stage}")
     detail = [config.optimizer, setting, "adaptive" if config.is_adaptive else None]
     detail += [config.estimate_comm] if config.has_quantized_estimate else []
@@ -332,7 +332,7 @@ def _row_name(results: Results, config: Configuration) -> Cell:
 
 
 def _times_table(results: Results) -> list[Piece]:
-    """The first of two tables, since one would be too wide for a narrow window or paper."""
+    """Returns the table of times; one with the other figures would be too wide for a narrow window or paper."""
     unit = step_unit(results)
     head: list[Text] = ["", f"step, {unit.name}", Cell(f"bound, {unit.name}", ["step / bound"])]
     head += ["compute", "exposed", "overhead", Cell("samples/s", ["samples / step"])]

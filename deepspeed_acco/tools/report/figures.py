@@ -52,7 +52,7 @@ _SETTINGS: Any = {
 
 @dataclass(frozen=True)
 class Line:
-    """One line: ``label`` in the legend, once, however many lines bear it; ``dash`` counts the patterns, from 0."""
+    """Holds one line: ``label`` is in the legend once, however many bear it; ``dash`` counts the patterns, from 0."""
 
     label: str
     color: str
@@ -63,8 +63,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """Axes with lines. ``from_zero``: y begins at 0. ``top``: y ends there. ``level``: a horizontal line, as (y, what
-    it is)."""
+    """Holds axes with lines. ``from_zero``: y begins at 0. ``top``: y ends there. ``level``: a horizontal line, as (y,
+    what it is)."""
 
     x_label: str
     y_label: str
@@ -76,7 +76,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Bar:
-    """One horizontal bar: ``parts`` side by side from 0, none negative.
+    """Holds one horizontal bar: ``parts`` side by side from 0, none negative.
 
     ``color`` is that of its name, ``low`` and ``high`` are a whisker around the end, ``bound`` a marker, ``dots``
     single values on the bar, and ``remark`` the words that stand beside it.
@@ -94,7 +94,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Part:
-    """One of the parts that bars have: its name in the legend (none for a part that needs none), and its color; None
+    """Describes a part that bars have: its name in the legend (empty for a part that needs none), and its color; None
     for the color of each bar's name."""
 
     name: str
@@ -102,8 +102,7 @@ class Part:
 
 
 def require_matplotlib() -> None:
-    """Raises:
-    ModuleNotFoundError: there is no matplotlib; says how to install it."""
+    """Raises ModuleNotFoundError where there is no matplotlib, and says how to install it."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -156,7 +155,7 @@ def draw_lines(
 
 
 def _draw_panel(axes: Axes, panel: Panel, handles: dict[str, Any]) -> None:
-    """Draws it and adds a handle for the legend by each name."""
+    """Draws the panel and adds a handle for the legend by each name."""
     from matplotlib.ticker import EngFormatter
 
     for line in panel.lines:
@@ -244,7 +243,7 @@ _BOUND_MARK: dict[str, Any] = {"marker": "|", "markersize": 12, "markeredgewidth
 
 
 def _part_handles(bars: Sequence[Bar], parts: Sequence[Part]) -> list[Any]:
-    """The legend's, of the parts that have a name and that some bar has."""
+    """Returns the legend's handles of the parts that have a name and that some bar has."""
     from matplotlib.patches import Patch
 
     used = [part for place, part in enumerate(parts) if part.name and any(bar.parts[place] for bar in bars)]
@@ -260,7 +259,7 @@ def _mark_bar(axes: Axes, row: int, bar: Bar, reach: float) -> None:
 
 
 def _name_bar(axes: Axes, row: int, bar: Bar, narrow: bool, has_chip: bool) -> None:
-    """Writes its remark, and narrow its label; a chip has the color of the name."""
+    """Writes the bar's remark, and narrow its label; a chip has the color of the name."""
     across = axes.get_yaxis_transform()  # x in parts of the axes, y in rows
     chip: dict[str, Any] = {"color": bar.color, "markersize": 8, "clip_on": False, "transform": across}
     if not narrow:
@@ -289,8 +288,8 @@ def _add_legend(figure: Figure, handles: Sequence[Any], names: Sequence[str], co
 
 
 def _visible(label: str, longest: int = _LONGEST_LABEL) -> str:
-    """Short enough for a picture, in one line, and nothing that XML cannot hold; matplotlib before 3.10 leaves a label
-    that begins with "_" out of a legend."""
+    """Returns the label in one line, short enough for a picture, without what XML cannot hold; matplotlib before 3.10
+    leaves a label that begins with "_" out of a legend."""
     half = longest // 2
     label = " ".join(printable(label).split())
     short = label if len(label) <= longest else f"{label[: half - 1]}…{label[-half:]}"

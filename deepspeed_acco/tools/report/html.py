@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The pieces that the pages of ``ds_acco report`` are made of, and the page around them (templates/).
+"""Declares the pieces that the pages of ``ds_acco report`` are made of, and fills the page around them (templates/).
 
 The page needs nothing outside of itself, and its own policy forbids it to load anything.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cell:
-    """A text with lines in small print below it; with a chip of that color before it, or in the font of code."""
+    """Holds a text with lines in small print below it; with a chip of that color before it, or in the font of code."""
 
     text: str
     small: Sequence[str] = ()
@@ -35,7 +35,7 @@ class Cell:
 
     @property
     def dark_color(self) -> str | None:
-        """That of the chip on a dark page."""
+        """Returns the color of the chip on a dark page."""
         return pictures.DARK.get(self.color or "", self.color)
 
 
@@ -44,7 +44,7 @@ Text: TypeAlias = "str | Cell"
 
 @dataclass(frozen=True)
 class Paragraphs:
-    """Sentences, each a paragraph; what stands between `backticks` is code."""
+    """Holds sentences, each a paragraph; what stands between `backticks` is code."""
 
     sentences: Sequence[str]
     is_note: bool = False
@@ -53,7 +53,7 @@ class Paragraphs:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that scrolls in its own box; the first cell of a row is its heading."""
+    """Holds a table that scrolls in its own box; the first cell of a row is its heading."""
 
     head: Sequence[Text]
     rows: Sequence[Sequence[Text]]
@@ -62,7 +62,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Pairs:
-    """What, and its value or values, one below the other."""
+    """Holds names, each with its value or values, one below the other."""
 
     pairs: Sequence[tuple[Text, Text | Sequence[Text]]]
     kind: ClassVar = "pairs"
@@ -70,7 +70,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture, drawn for a screen and for a phone.
+    """Holds one picture, drawn for a screen and for a phone.
 
     Attributes:
         words: what it shows, for who does not see it.
@@ -88,7 +88,7 @@ Piece: TypeAlias = Paragraphs | Table | Pairs | Picture
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it; ``look`` is a class of the style sheet."""
+    """Holds a heading and what stands below it; ``look`` is a class of the style sheet."""
 
     title: str
     pieces: Sequence[Piece]
@@ -96,7 +96,7 @@ class Section:
 
 
 def picture(draw: Callable[[bool], Figure] | partial[Figure], words: str, caption: str = "") -> Picture:
-    """Draws it; ``draw`` is told whether for a phone."""
+    """Draws a picture for a screen and for a phone; ``draw`` is told whether for a phone."""
     return Picture(pictures.data_uri(draw(False)), pictures.data_uri(draw(True)), words, caption)
 
 

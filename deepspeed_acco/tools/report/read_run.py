@@ -20,7 +20,7 @@ Series = tuple[list[float], list[float]]  # (samples, values)
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The files of one run; empty where there is none.
+    """Holds what the files of one run contain; empty where there is none.
 
     Attributes:
         metrics: lines of metrics.jsonl.
@@ -64,7 +64,7 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def _found(folder: Path, pattern: str) -> list[Path]:
-    """The matching files of the highest level that has any."""
+    """Returns the matching files of the highest level that has any."""
     for level in range(_DEEPEST + 1):
         paths = sorted(path for path in folder.glob("*/" * level + pattern) if path.is_file())
         folders = sorted({str(path.parent.relative_to(folder)) for path in paths})
@@ -79,8 +79,8 @@ def _found(folder: Path, pattern: str) -> list[Path]:
 
 
 def _csv_series(path: Path) -> Series:
-    """(samples, values), finite ones only. A heading in mid-file means that the job was started again: what it wrote
-    from there on replaces what stands at the same or later samples."""
+    """Returns (samples, values), finite ones only. A heading in mid-file means that the job was started again: what it
+    wrote from there on replaces what stands at the same or later samples."""
     rows: list[tuple[float, float]] = []
     starts_again = False
     with open(path, newline="", encoding="utf-8") as file:

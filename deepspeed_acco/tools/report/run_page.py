@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The page of one run: what its metrics, recorder files and DeepSpeed's csv_monitor hold."""
+"""Makes the page of one run: what its metrics, recorder files and DeepSpeed's csv_monitor hold."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _MOST_RANKS, _MOST_FILES = 32, 40
 
 
 def windows(run: RunFiles) -> dict[str, Series]:
-    """Returns per window of rank 0, by name: ``exposed_wait_ms``, ``round_ms``, ``hidden_share``, ``estimate_error``
-    and whatever else the monitor wrote.
+    """Returns by name the values per window of rank 0: ``exposed_wait_ms``, ``round_ms``, ``hidden_share``,
+    ``estimate_error`` and whatever else the monitor wrote.
 
     The monitor's are taken as they are; the recorder's fill in what it did not write.
     """
@@ -71,7 +71,7 @@ def batch_sizes(run: RunFiles) -> list[int]:
 
 
 def samples_so_far(run: RunFiles) -> dict[int, float]:
-    """Returns, by the number of a step, the samples trained at its end: as recorded or, with fixed windows, as the
+    """Returns the samples trained at the end of each step, by its number: as recorded or, with fixed windows, as the
     batch size says."""
     per_step, sizes = run.ranks[0].header.samples_per_step, batch_sizes(run)
     steps = [step.step for step in run.ranks[0].steps]
@@ -81,8 +81,8 @@ def samples_so_far(run: RunFiles) -> dict[int, float]:
 
 
 def timed_steps(run: RunFiles) -> list[list[tuple[RankStep, float]]]:
-    """Returns per rank the steps whose time counts, with it: not the first ones, which load and build, and none that an
-    evaluation or a checkpoint fell into."""
+    """Returns the steps of each rank whose time counts, with it: not the first ones, which load and build, and none
+    that an evaluation or a checkpoint fell into."""
     return [
         [(step, step.step_s) for step in rank.steps[WARM_UP_STEPS:] if step.step_s is not None and not step.looked]
         for rank in run.ranks
@@ -133,7 +133,7 @@ def run_page(run: RunFiles) -> str:
 
 
 def _name_of(folder: Path) -> str:
-    """The last part of the path; the last two where that is only a number, as in a comparison's folder."""
+    """Returns the last part of the path; the last two where that is only a number, as in a comparison's folder."""
     return f"{folder.parent.name}/{folder.name}" if folder.name.isdecimal() else folder.name
 
 
@@ -169,7 +169,7 @@ def _run_words(run: RunFiles, series: dict[str, Series]) -> list[str]:
 
 
 def _hidden_share(series: dict[str, Series]) -> float:
-    """Of all windows together."""
+    """Returns the hidden part of the rounds' time, of all windows together."""
     rounds = sum(series["round_ms"][1])
     return max(0.0, 1 - sum(series["exposed_wait_ms"][1]) / rounds) if rounds else 0.0
 
@@ -247,7 +247,7 @@ def _step_picture(run: RunFiles) -> Picture | Paragraphs:
 
 
 def _batch_section(run: RunFiles) -> Section | None:
-    """None unless windows are adaptive."""
+    """Returns the section on batch sizes; None unless windows are adaptive."""
     sizes = batch_sizes(run)
     if not sizes:
         return None
@@ -296,7 +296,7 @@ def _memory_picture(run: RunFiles) -> Picture | Paragraphs:
 
 
 def _figures_table(run: RunFiles, series: dict[str, Series]) -> Table | Paragraphs:
-    """Medians and the range that four of five windows lie in."""
+    """Returns a table of medians and the range that four of five windows lie in."""
     rows: list[list[Text]] = [
         _spread_row(what, values, digits) for what, values, digits in _figures(run, series) if values
     ]
@@ -316,7 +316,7 @@ def _figures_table(run: RunFiles, series: dict[str, Series]) -> Table | Paragrap
 
 
 def _figures(run: RunFiles, series: dict[str, Series]) -> list[tuple[str, Sequence[float], int]]:
-    """(what, values, digits); no value where it was not measured."""
+    """Returns (what, values, digits) of each figure; no value where it was not measured."""
     steps = run.ranks[0].steps[WARM_UP_STEPS:] if run.ranks else []
     timed = timed_steps(run)[0] if run.ranks else []
     sent = [step.sent_bytes for step in steps if step.sent_bytes is not None]

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""What both pages make of the values that they draw."""
+"""Prepares the values that both pages draw, and words about them."""
 
 from __future__ import annotations
 
