@@ -92,7 +92,7 @@ def from_measurement(
 
 
 def from_results(path: str | Path, **options) -> Inputs:
-    """Returns a plan's inputs from the ``results.json`` of ``ds_acco compare``; ``options`` as in :func:`from_measurement`.
+    """Returns a plan's inputs from ``results.json`` of ``ds_acco compare``; ``options`` as in :func:`from_measurement`.
 
     Raises:
         ValueError: when the file is not one, or nothing was measured in it.
