@@ -3,7 +3,10 @@ import re
 
 import pytest
 
+from tests.support.launcher import operators_folder
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", operators_folder())  # one for this process and its ranks: built once
 
 from deepspeed_acco.optim import ops  # noqa: E402
 from deepspeed_acco.optim.native import kernels_reason  # noqa: E402

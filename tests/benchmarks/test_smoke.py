@@ -68,11 +68,13 @@ def test_estimate_bits(tmp_path):
     assert row["percent_above_sync"] == [pytest.approx(100 * (two_bits / sync - 1), abs=0.001)]
 
 
+@pytest.mark.full
 def test_exits(tmp_path):
     results = benchmark("exits", tmp_path, "--runs", 1)
     assert results["runs_of_each"] == 1 and results["ranks_with_an_exit_code"]["acco"] == []
 
 
+@pytest.mark.full
 def test_convergence(tmp_path):
     arguments = ("--configs", "zero1", "acco", "--seeds", 1, "--steps", 1, *TINY)
     results = benchmark("convergence", tmp_path, *arguments)

@@ -161,6 +161,7 @@ def test_flags_keep_the_arithmetic():
     assert "--use_fast_math" not in op_builder.nvcc_args() and "-fmad=false" in op_builder.nvcc_args()
 
 
+@pytest.mark.full  # a build of its own, which takes as long as all else here
 @pytest.mark.timeout(400)
 def test_ahead_of_time(tmp_path):
     """Built as pip would, into a folder of its own, from which the kernels come without any cache or compiler."""

@@ -17,6 +17,7 @@ NVCC = shutil.which("nvcc") or shutil.which(str(Path(os.environ.get("CUDA_HOME",
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
 
 
+@pytest.mark.full
 def test_address_and_undefined_behavior():
     assert sanitize.sanitize() == "sanitize: ok\n"
 
