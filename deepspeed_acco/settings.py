@@ -16,6 +16,7 @@ Lane = Literal["auto", "inline"]
 Accumulation = Literal["fixed", "adaptive"]
 LrFollows = Literal["samples", "steps"]
 EstimateComm = Literal["full", "int8", "int4"]
+RanksPerHost = Literal["auto"]
 Auto = Literal["auto", "measured"]  # the same; HF Trainer and Accelerate take every "auto" for their own
 
 FIRST_OF_AUTO = 0.5
@@ -82,17 +83,22 @@ class _Number:
 
 @dataclass(frozen=True)
 class _Whole:
-    """Allows a whole number from ``low`` on."""
+    """Allows a whole number from ``low`` on, or one of the words."""
 
     low: int
     hint: str
+    words: tuple[str, ...] = ()
 
     def check(self, key: str, value: Any) -> None:
+        if isinstance(value, str) and value in self.words:
+            return
         if not isinstance(value, int) or isinstance(value, bool) or value < self.low:
-            raise _refuse(key, value, f"a whole number >= {self.low}", self.hint)
+            allowed = " or ".join([f"a whole number >= {self.low}", *_quoted(self.words)])
+            raise _refuse(key, value, allowed, self.hint)
 
     def schema(self) -> dict[str, Any]:
-        return {"type": "integer", "minimum": self.low}
+        number = {"type": "integer", "minimum": self.low}
+        return {"anyOf": [number, {"enum": list(self.words)}]} if self.words else number
 
 
 class _Betas:
@@ -196,6 +202,12 @@ class Settings:
         _Choice(get_args(EstimateComm)),
         "what an ESTIMATE sends: values in full, or gradients and changes of weights in 8 or 4 bits; a COMMIT is "
         "always sent in full",
+    )
+    ranks_per_host: int | RanksPerHost = _key(
+        "auto",
+        _Whole(1, "It counts data-parallel ranks.", words=get_args(RanksPerHost)),
+        "so many consecutive data-parallel ranks share a host: rounds reduce inside it before they go to other hosts; "
+        "auto: as the launcher started them; 1: rounds do not look at hosts",
     )
 
     def __post_init__(self):

@@ -41,12 +41,14 @@ def test_imports_go_down(file):
                 assert not known, f"{file} imports {name}: the room {room} may not know {known[0]}"
 
 
-def test_one_file_patches_and_one_talks_to_processes():
+def test_one_file_patches_and_three_talk_to_processes():
     def users(*words):
         return {str(file) for file in FILES if any(word in (PACKAGE / file).read_text() for word in words)}
 
     assert users("setattr(") <= {"engine/patches.py"}
-    assert users("torch.distributed as", "import torch.distributed") == {"runtime/communicator.py"}
+    assert users("torch.distributed as", "import torch.distributed") == {
+        f"runtime/{name}.py" for name in ("communicator", "messages", "collectives")
+    }
     assert users("torch.cuda.Stream", "torch.cuda.Event", "record_event") == {"runtime/clock.py", "runtime/lanes.py"}
 
 

@@ -14,6 +14,7 @@ from deepspeed_acco.algorithm.schedules import SCHEDULES
 from deepspeed_acco.algorithm.window import phase_a_micro_batches, require_room
 from deepspeed_acco.optim.flat import pieces
 from deepspeed_acco.runtime.layout import GroupLayout
+from deepspeed_acco.runtime.levels import Levels
 from deepspeed_acco.settings import ACCO_KEYS, ADAMW_KEYS, Settings, json_schema, max_window_micro_batches
 
 ROOT = Path(__file__).parents[1]
@@ -218,11 +219,11 @@ def test_adaptive_windows():
 
 
 def test_layout():
-    layout = GroupLayout(padded_numel=12, world_size=3, rank=1)
+    layout = GroupLayout(padded_numel=12, levels=Levels.flat(3), rank=1)
     assert layout.shard_numel == 4
-    assert [layout.shard_range(rank) for rank in range(3)] == [(0, 4), (4, 8), (8, 12)]
+    assert [layout.shard_of(rank) for rank in range(3)] == [slice(0, 4), slice(4, 8), slice(8, 12)]
     with pytest.raises(ValueError, match="13 elements cannot be cut into 3"):
-        GroupLayout(13, 3, 0)
+        GroupLayout(13, Levels.flat(3), 0)
     assert list(pieces(0, 4)) == []
     assert list(pieces(9, 4)) == [(0, 4), (4, 4), (8, 1)]
     assert list(pieces(2**31 + 5, 2**31)) == [(0, 2**31), (2**31, 5)]

@@ -50,8 +50,11 @@ class Reference:
         see: rounds weights to what the model's forward uses (identity for fp32).
         accumulate: adds one micro-batch's gradient to a rank's sum, in the precision that the run accumulates in.
         send: rounds a rank's sum to what is communicated.
+        ranks_per_host, pass_on: so many consecutive ranks share a host, and ``pass_on`` rounds the sum over a host to
+            what goes to other hosts.
         stands_on_true_after_skip: fp16, where a skipped COMMIT is known before it is launched.
-        estimate_bits: an ESTIMATE's gradients and its change of the weights are quantized to so many bits; None: not.
+        estimate_bits: an ESTIMATE's gradients, of a host, and its change of the weights are quantized to so many bits;
+            None: not.
         loss_scale: with ``estimate_bits``, what multiplies the delivered gradients (``send`` takes it away itself).
         shard_numels: with ``estimate_bits``, elements of one rank's shard of each group: blocks restart there.
     """
@@ -64,6 +67,8 @@ class Reference:
     see: Callable[[Tensor], Tensor] = lambda weights: weights
     accumulate: Callable[[Tensor, Tensor], Tensor] = lambda total, gradient: total + gradient
     send: Callable[[Tensor], Tensor] = lambda gradient: gradient
+    ranks_per_host: int = 1
+    pass_on: Callable[[Tensor], Tensor] = lambda gradient: gradient
     stands_on_true_after_skip: bool = False
     estimate_bits: int | None = None
     shard_numels: Sequence[int] = ()
@@ -107,21 +112,20 @@ class Reference:
         first, second = ([self.see(tensor) for tensor in weights] for weights in (first, second))
         is_short = not is_adaptive and counts_of == in_a_of
 
-        totals = []
-        partial: list[Tensor] = []
+        totals, in_a = [], []
         for rank in range(self.world_size):
-            total = [torch.zeros_like(tensor) for tensor in self.theta]
+            total = sum_of_a = [torch.zeros_like(tensor) for tensor in self.theta]
             for micro_batch in range(counts_of[rank]):
                 weights = first if micro_batch < in_a_of[rank] else second
                 delivered = gradient(weights, rank, self.window, micro_batch)
                 total = [self.accumulate(held, new) for held, new in zip(total, delivered)]
                 if micro_batch + 1 == in_a_of[rank]:
-                    sent = self._sent_for_estimate(total)
-                    partial = [old + new for old, new in zip(partial, sent)] if partial else sent
-            totals.append([self.send(tensor).double() for tensor in total])
+                    sum_of_a = total
+            in_a.append(sum_of_a)
+            totals.append(total)
         over = sum(counts_of) / n if is_adaptive else self.world_size
-        mean = [sum(parts) / over for parts in zip(*totals)]
-        mean_a = [part * (n / sum(in_a_of)) for part in partial]
+        mean = [part / over for part in self._sum(totals, None)]
+        mean_a = [part * (n / sum(in_a_of)) for part in self._sum(in_a, self.estimate_bits)]
 
         estimated = self._adamw(mean_a, self.theta, self.exp_avg, self.exp_avg_sq, self.step)
         committed = self._adamw(mean, self.theta, self.exp_avg, self.exp_avg_sq, self.step)
@@ -146,10 +150,21 @@ class Reference:
         self.window += 1
         return WindowReport(first, second, norm, skipped)
 
-    def _sent_for_estimate(self, total: list[Tensor]) -> list[Tensor]:
-        if self.estimate_bits is None:
-            return [self.send(tensor).double() for tensor in total]
-        return [tensor / self.loss_scale for tensor in self._quantized(total)]
+    def _sum(self, of_ranks: list[list[Tensor]], bits: int | None) -> list[Tensor]:
+        """Returns the sum over the ranks of what they send: over each host, then over the hosts."""
+        if bits is not None and self.ranks_per_host == 1:  # quantized as they are
+            of_hosts = [[tensor / self.loss_scale for tensor in self._quantized(total)] for total in of_ranks]
+            return [sum(parts) for parts in zip(*of_hosts)]
+        sent = [[self.send(tensor).double() for tensor in total] for total in of_ranks]
+        of_hosts = []
+        for first in range(0, len(sent), self.ranks_per_host):
+            host = [sum(parts) for parts in zip(*sent[first : first + self.ranks_per_host])]
+            if bits is not None:
+                host = self._quantized(host)
+            elif self.ranks_per_host > 1:
+                host = [self.pass_on(tensor).double() for tensor in host]
+            of_hosts.append(host)
+        return [sum(parts) for parts in zip(*of_hosts)]
 
     def _quantized(self, values: list[Tensor]) -> list[Tensor]:
         assert self.estimate_bits is not None

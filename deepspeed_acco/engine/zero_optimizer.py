@@ -34,6 +34,7 @@ from .deepspeed_engine import Engine
 from .fixed_windows import FixedWindows
 from .full_values import link_full_values
 from .gradients import Gradients, GradientState
+from .hosts import agree_on_levels
 from .log import logger
 from .monitor import EXPOSED_WAIT_TIMER, ROUND_TIMER, LaneTimer, Monitor
 from .scaling import has_overflow, round_inputs
@@ -51,6 +52,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         divisor: by what the sum over the ranks is divided: their number, or 1 where sums are wanted.
         position: where training stands in its window.
         lane_name: ``stream``, ``thread`` or ``inline``.
+        levels: which data-parallel ranks share a host.
         last_micro_batches: how many micro-batches this rank had in the window that ended last; 0 before the first.
     """
 
@@ -79,9 +81,11 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         self._lane = make_lane(self.settings.lane, device)
         self.lane_name = self._lane.name
         self._comm = Communicator(self.dp_process_group, device, timeout_s)
+        self.levels = agree_on_levels(self._comm, self.settings.ranks_per_host)
+        self._comm.use_levels(self.levels)
         self._buffers = FlatBuffers(
             live,
-            [GroupLayout(flat.numel(), self._comm.world_size, self._comm.rank) for flat in live],
+            [GroupLayout(flat.numel(), self.levels, self._comm.rank) for flat in live],
             self.gradient_accumulation_dtype,
             self.communication_data_type,
             self.settings.estimate_bits,
@@ -153,7 +157,8 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             *self.looks.hook_state_dicts(root),
         ]
         self._comm.require_same(
-            repr([(flat.numel(), self._comm.world_size) for flat in self._buffers.live])
+            repr([flat.numel() for flat in self._buffers.live])
+            + repr(self.levels)
             + repr((self.settings, engine.gradient_accumulation_steps(), self.clip_grad, str(self.dtype)))
             + repr((str(self.gradient_accumulation_dtype), str(self.communication_data_type)))
             + f"monitor={self.driver.measures_estimate}"
@@ -440,6 +445,16 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         finally:
             self.driver.close()
             self.gradients.release()
-            for large in ("driver", "looks", "windows", "_monitor", "_fraction", "_buffers", "_shards", "_skips"):
+            for large in (
+                "driver",
+                "looks",
+                "windows",
+                "_monitor",
+                "_fraction",
+                "_buffers",
+                "_shards",
+                "_skips",
+                "_comm",
+            ):
                 delattr(self, large)
             super().destroy()

@@ -3,10 +3,13 @@
 """Holds the flat buffers of one rank, allocated once for life (sizes: docs/explanation/design.md).
 
 Per parameter group: the live weights P (DeepSpeed's own flat buffer), the gradient accumulator A, the communication
-buffer X (gradients go out of it, weights come back into it) and the reduced gradient of this rank's shard.
+buffer X (gradients go out of it, weights come back into it) and the reduced gradient of this rank's shard. In X the
+shards lie by their places in the levels (levels.py); packing and installing move them in their one pass.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from torch import Tensor
 from ..optim import ops
 from ..optim.flat import pieces
 from ..optim.quantization import are_finite, message_bytes, message_stride
+from .encoding import Encoding
 from .layout import GroupLayout
 
 _ALIGNMENT_BYTES = 16
@@ -27,8 +31,11 @@ class FlatBuffers:
         live: the flat live weights, one 1-D tensor per group, all of one dtype.
         layouts: how each group is sharded.
         accumulation_dtype, comm_dtype: dtypes of A and of the gradients in X.
-        estimate_bits: an ESTIMATE's gradients and changes of weights lie in X as records of so many bits a value
-            (optim/quantization.py); 0: as a COMMIT's.
+        estimate_bits: an ESTIMATE sends gradients and changes of weights between hosts as records of so many bits a
+            value (optim/quantization.py); 0: as a COMMIT.
+
+    Attributes:
+        arenas: X's bytes, uint8, one 1-D tensor per group.
     """
 
     def __init__(
@@ -46,27 +53,32 @@ class FlatBuffers:
         self.reduced = [torch.zeros(layout.shard_numel, dtype=torch.float32, device=device) for layout in layouts]
         self.estimate_bits = estimate_bits
         records = [_records_bytes(layout, estimate_bits) if estimate_bits else 0 for layout in layouts]
-        self._comm, parts = _allocate_comm(live, comm_dtype, records)
-        self.comm_grads = [part.view(comm_dtype)[: flat.numel()] for part, flat in zip(parts, live)]
-        self.comm_weights = [part.view(flat.dtype)[: flat.numel()] for part, flat in zip(parts, live)]
-        self.comm_records = [part[:count] for part, count in zip(parts, records)]
-        self.comm_shards = self._own_shards(self.comm_weights)
-        self.live_shards = self._own_shards(self.live)
+        # Between two halves where collectives move whole messages: what leaves, and as much that arrives.
+        halves = 2 if device.type == "cuda" and layouts[0].levels.is_flat else 1
+        self._comm, self.arenas = _allocate_comm(live, comm_dtype, [halves * count for count in records])
+        self.comm_grads = [arena.view(comm_dtype)[: flat.numel()] for arena, flat in zip(self.arenas, live)]
+        self.comm_weights = [arena.view(flat.dtype)[: flat.numel()] for arena, flat in zip(self.arenas, live)]
+        self.comm_records = [arena[:count] for arena, count in zip(self.arenas, records)]
+        self.comm_shards = [
+            flat[layout.comm_shard_of(layout.rank)] for flat, layout in zip(self.comm_weights, self.layouts)
+        ]
+        self.live_shards = [flat[layout.shard_of(layout.rank)] for flat, layout in zip(self.live, self.layouts)]
 
-    def _own_shards(self, whole: list[Tensor]) -> list[Tensor]:
-        return [flat[slice(*layout.shard_range(layout.rank))] for flat, layout in zip(whole, self.layouts)]
+    def encoding(self, bits: int) -> Encoding:
+        """Returns how gradients travel that are sent in so many bits."""
+        return Encoding(self.comm_grads[0].dtype, bits)
 
-    def pack(self, scale: float, *, clears: bool) -> None:
-        """Writes A * scale to X in the communication dtype; then zeroes A if ``clears``."""
-        for grads, packed in zip(self.grads, self.comm_grads):
-            ops.pack(grads, packed, scale, clears=clears)
-
-    def pack_records(self, scale: float) -> None:
-        """Writes A * scale to X as records, those of each rank's shard after those of the one before."""
-        for layout, grads, records in zip(self.layouts, self.grads, self.comm_records):
-            for rank in range(layout.world_size):
-                message = self._message(records, layout, rank)
-                ops.quantize(grads[slice(*layout.shard_range(rank))], message, self.estimate_bits, scale)
+    def pack(self, scale: float, bits: int, *, clears: bool) -> None:
+        """Writes A * scale to X, then zeroes A if ``clears``: in the communication dtype, or, where they go to other
+        hosts as they are, as records of ``bits``."""
+        for layout, grads, packed, records in zip(self.layouts, self.grads, self.comm_grads, self.comm_records):
+            if bits and layout.levels.is_flat:
+                assert not clears, "what lost bits is needed again"
+                for rank in range(layout.world_size):
+                    ops.quantize(grads[layout.shard_of(rank)], self._message(records, layout, rank), bits, scale)
+                continue
+            for in_flat, in_comm in layout.runs():
+                ops.pack(grads[in_flat], packed[in_comm], scale, clears=clears)
 
     def own_records(self) -> list[Tensor]:
         """Returns this rank's part of the records in X, uint8, one 1-D view per group."""
@@ -74,7 +86,7 @@ class FlatBuffers:
 
     def _message(self, records: Tensor, layout: GroupLayout, rank: int) -> Tensor:
         size = message_bytes(layout.shard_numel, self.estimate_bits)
-        return records.narrow(0, rank * (records.numel() // layout.world_size), size)
+        return records.narrow(0, layout.levels.place(rank) * (records.numel() // layout.world_size), size)
 
     def clear_gradients(self) -> None:
         """Zeroes A."""
@@ -83,8 +95,14 @@ class FlatBuffers:
 
     def install(self) -> None:
         """Copies the weights in X to P: parameters, their views and DeepSpeed's mappings keep pointing at P."""
-        for live, gathered in zip(self.live, self.comm_weights):
+        for live, gathered in self._runs():
             live.copy_(gathered)
+
+    def _runs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields parts of P and of X that belong together and cover both."""
+        for layout, live, gathered in zip(self.layouts, self.live, self.comm_weights):
+            for in_flat, in_comm in layout.runs():
+                yield live[in_flat], gathered[in_comm]
 
     def install_change(self) -> None:
         """Adds to P the changes that X holds as records, the same bits on every rank; nothing where any of them is not
@@ -97,12 +115,11 @@ class FlatBuffers:
         is_added = torch.stack(are_all_finite).all()
         for layout, live, records in zip(self.layouts, self.live, self.comm_records):
             for rank in range(layout.world_size):
-                shard = live[slice(*layout.shard_range(rank))]
-                ops.add_change(self._message(records, layout, rank), is_added, shard, bits)
+                ops.add_change(self._message(records, layout, rank), is_added, live[layout.shard_of(rank)], bits)
 
     def exchange(self) -> None:
         """Swaps P and X in place, piece by piece."""
-        for live, gathered in zip(self.live, self.comm_weights):
+        for live, gathered in self._runs():
             for start, length in pieces(live.numel(), _EXCHANGE_BYTES // live.element_size()):
                 at = slice(start, start + length)
                 kept = live[at].clone()

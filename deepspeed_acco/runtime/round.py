@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..algorithm.schedules import Round
 from ..optim.adamw import AdamWHyper, AdamWShard, sums_of_error_and_step
-from ..optim.ops import adamw_commit, adamw_estimate, adamw_estimate_change, dequantize_sum, sum_of_squares
-from ..optim.quantization import BLOCK, RECORDS_OF_A_PIECE, message_bytes, record_bytes
+from ..optim.ops import adamw_commit, adamw_estimate, adamw_estimate_change, sum_of_squares
 from .buffers import FlatBuffers
 from .clock import HostValue
 from .communicator import Communicator
@@ -80,22 +79,18 @@ class RoundWork:
         self._shards = shards
         self._comm = comm
 
-    def _sends_records(self, this: Round) -> bool:
-        """Tells whether the round is quantized: only what is thrown away after half a step may lose bits, since its
-        errors do not add up."""
-        return self._buffers.estimate_bits > 0 and not this.writes_state
+    def _bits(self, this: Round) -> int:
+        """Returns in how many bits a value goes to other hosts; 0: in full. Only what is thrown away after half a step
+        may lose some, since its errors do not add up."""
+        return 0 if this.writes_state else self._buffers.estimate_bits
 
     def pack(self, this: Round, pre_scale: float, *, clears: bool) -> None:
         """Copies the gradients out of A into X, times ``pre_scale``, and zeroes them if ``clears``."""
-        if self._sends_records(this):
-            assert not clears, "the whole window's gradients are still needed"
-            self._buffers.pack_records(pre_scale)
-        else:
-            self._buffers.pack(pre_scale, clears=clears)
+        self._buffers.pack(pre_scale, self._bits(this), clears=clears)
 
     def install(self, this: Round) -> None:
         """Copies the weights that the finished round gathered into the live ones."""
-        if self._sends_records(this):
+        if self._bits(this):
             self._buffers.install_change()
         else:
             self._buffers.install()
@@ -109,11 +104,8 @@ class RoundWork:
             measures: whether the estimate's error is measured, which takes a collective.
         """
         buffers, comm = self._buffers, self._comm
-        sent_before, sends_records = comm.sent_bytes, self._sends_records(this)
-        if sends_records:
-            self._reduce_records()
-        else:
-            comm.reduce_scatter_sum(buffers.comm_grads, buffers.reduced)
+        sent_before, bits = comm.sent_bytes, self._bits(this)
+        comm.reduce_scatter_sum(buffers.arenas, buffers.reduced, buffers.encoding(bits))
         squares = sum_of_squares(buffers.reduced)
         totals = torch.stack([squares, torch.full_like(squares, number)])
         if inputs.contribution is not None:
@@ -130,32 +122,18 @@ class RoundWork:
         if inputs.clip_grad > 0:
             scale /= ((norm + 1e-6) / inputs.clip_grad).clamp(min=1.0)  # as DeepSpeed's unscale_and_clip_grads
         scale = scale.float()
-        if sends_records:
+        if bits:
             self._estimate_records(inputs, scale, is_finite)
         for shard, grad, hyper, out in zip(self._shards, buffers.reduced, inputs.hyper, buffers.comm_shards):
             arguments = (shard, grad, hyper, scale, is_finite, out)
             if this.writes_state:
                 adamw_commit(*arguments)
-            if this.predicts or not (this.writes_state or sends_records):
+            if this.predicts or not (this.writes_state or bits):
                 adamw_estimate(*arguments)
-        comm.all_gather(buffers.comm_records if sends_records else buffers.comm_weights)
+        comm.all_gather(buffers.comm_records if bits else buffers.comm_weights)
         error = HostValue(self._measure_estimate(inputs, is_finite)) if measures else None
         sent = comm.sent_bytes - sent_before
         return RoundOutcome(this, norm.float(), HostValue(is_finite), HostValue(is_same_round), error, counts, sent)
-
-    def _reduce_records(self):
-        """Sums over the ranks, in fp32, the gradients of this rank's shard that lie in X as records."""
-        reduced, bits = self._buffers.reduced, self._buffers.estimate_bits
-        record = record_bytes(bits)
-
-        def add_up(group: int, start: int, parts: list[Tensor]) -> None:
-            first = start // record * BLOCK
-            values = min(-(-parts[0].numel() // record) * BLOCK, reduced[group].numel() - first)
-            if values > 0:  # the last piece may be the message's padding alone
-                messages = [part[: message_bytes(values, bits)] for part in parts]
-                dequantize_sum(messages, reduced[group].narrow(0, first, values), bits)
-
-        self._comm.all_to_all(self._buffers.comm_records, RECORDS_OF_A_PIECE * record, add_up)
 
     def _estimate_records(self, inputs: RoundInputs, scale: Tensor, is_finite: Tensor):
         """Writes the change of this rank's weights to its place in X. The live weights are the true ones now, and

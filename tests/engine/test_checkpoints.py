@@ -113,7 +113,16 @@ RESUMED = [
 )
 def test_a_resumed_run_is_the_uninterrupted_one(ranks, precision, schedule, tmp_path):
     config = training.ds_config(4, 2.0, precision=precision, schedule=schedule)
-    results = ranks(2).run(_resume, config=config, precision=precision, groups=2, folder=str(tmp_path))
+    _check_resumed(ranks(2).run(_resume, config=config, precision=precision, groups=2, folder=str(tmp_path)))
+
+
+@pytest.mark.parametrize("schedule", ["acco", "wp"])
+def test_a_resumed_run_over_two_levels_is_the_uninterrupted_one(ranks, schedule, tmp_path):
+    config = training.ds_config(4, 2.0, schedule=schedule, ranks_per_host=2)
+    _check_resumed(ranks(4).run(_resume, config=config, precision="fp32", groups=2, folder=str(tmp_path)))
+
+
+def _check_resumed(results):
     for plain, *others in results:
         for name, other in zip(("saving", "resumed"), others):
             for key in EXACT:

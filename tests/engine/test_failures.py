@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from deepspeed_acco.runtime.communicator import Communicator
+from deepspeed_acco.runtime.encoding import Encoding
 from tests.support import faults, training
 from tests.support.launcher import launch
 from tests.support.ranks import RankError, RankPool
@@ -19,7 +21,7 @@ def _train_until(config, moment, victim, action, windows=4):
     """Trains; at ``moment`` the victim kills or stops itself. Returns how long the others waited for their error."""
     import torch.distributed as dist
 
-    from deepspeed_acco.runtime.communicator import CommFailed, Communicator
+    from deepspeed_acco.runtime.failures import CommFailed
     from deepspeed_acco.runtime.lanes import RoundFailed
     from deepspeed_acco.runtime.round import RoundWork
 
@@ -45,6 +47,14 @@ def _train_until(config, moment, victim, action, windows=4):
 
         faults.from_now_on(RoundWork, "run", watched_run)
         faults.from_now_on(Communicator, "all_gather", deadly_gather)
+    if is_victim and place in PLACES_OF_LEVELS:
+
+        def deadly(original, _, *arguments):
+            if engine.global_steps >= window_of_death:
+                act()
+            return original(*arguments)
+
+        faults.from_now_on(*PLACES_OF_LEVELS[place], deadly)
     last_sign = time.monotonic()
     try:
         for window in range(windows):
@@ -119,10 +129,42 @@ def test_a_rank_that_is_gone(action, schedule, place):
         pool.close()
 
 
+PLACES_OF_LEVELS = {
+    "inside a host": (Communicator, "reduce_scatter_sum"),
+    "between hosts": (Encoding, "encode"),  # of the host's sums
+    "in the gather": (Communicator, "all_gather"),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("action", "place"),
+    [
+        ("kill", "between hosts"),
+        ("hang", "inside a host"),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in [("kill", "inside a host"), ("hang", "between hosts"), ("kill", "in the gather")]
+        ),
+    ],
+)
+def test_a_rank_that_is_gone_at_a_level(action, place):
+    """One of two hosts with two ranks each loses a rank; no survivor exchanges with it on both levels."""
+    pool = RankPool(4)
+    try:
+        config = training.ds_config(4, ranks_per_host=2, comm_timeout_s=TIMEOUT_S)
+        pool.start(_train_until, config=config, moment=(2, place), victim=1, action=action)
+        for message, waited in pool.collect(ranks=[0, 2, 3], limit_s=90):
+            assert "another rank has ended, or did not answer within comm_timeout_s = 6 s" in message
+            assert waited < TIMEOUT_S + 5
+    finally:
+        for process in pool.processes:
+            process.kill()
+        pool.close()
+
+
 def _failing_round(config):
     import torch.distributed as dist
-
-    from deepspeed_acco.runtime.communicator import Communicator
 
     engine = training.start_engine(config)
 

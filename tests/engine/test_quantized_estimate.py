@@ -9,7 +9,7 @@ import pytest
 
 from deepspeed_acco.algorithm.window import phase_a_micro_batches
 from tests.engine import test_adaptive_windows as adaptive
-from tests.runtime.test_communicator import loopback_bytes
+from tests.runtime.test_communicator import loopback_bytes, small_staging
 from tests.support import faults, oracle, training
 
 pytestmark = pytest.mark.timeout(240)
@@ -26,15 +26,8 @@ TOLERANCE_16_BIT = 3e-3
 @contextmanager
 def wide_network(staging_bytes=None):
     """A network of HIDDEN and, on a rank, exchanges in small pieces."""
-    from deepspeed_acco.runtime import communicator as comm
-
-    kept = training.HIDDEN, comm.STAGING_BYTES
-    training.HIDDEN = HIDDEN
-    comm.STAGING_BYTES = staging_bytes or comm.STAGING_BYTES
-    try:
+    with small_staging(staging_bytes), mock.patch.object(training, "HIDDEN", HIDDEN):
         yield
-    finally:
-        training.HIDDEN, comm.STAGING_BYTES = kept
 
 
 def train_wide(staging_bytes=None, **arguments):

@@ -1,6 +1,9 @@
 """The collectives on gloo, without DeepSpeed: values, pieces, bytes on the wire."""
 
+import itertools
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -16,120 +19,250 @@ def loopback_bytes() -> int:
     raise RuntimeError("no loopback interface")
 
 
-def _communicator(timeout_s=60):
+def _communicator(timeout_s=60, hosts=None):
+    """``hosts``: the ranks of each; None: one level."""
     import torch
 
     from deepspeed_acco.runtime.communicator import Communicator
+    from deepspeed_acco.runtime.levels import Levels
 
-    return Communicator(None, torch.device("cpu"), timeout_s)
+    comm = Communicator(None, torch.device("cpu"), timeout_s)
+    if hosts is not None:
+        comm.use_levels(Levels(hosts))
+    return comm
 
 
-def _reduce_scatter_and_gather(numels, dtype_name, staging_bytes):
-    """Integers that every dtype holds exactly, so that the sum must be exact."""
+def _collectives(comm):
+    """What runs on NCCL, on gloo: few large collectives, with a group for each level."""
+    import torch.distributed as dist
+
+    from deepspeed_acco.runtime.collectives import Collectives
+
+    levels, rank = comm.levels, dist.get_rank()
+    row = dist.new_group(levels.row(rank), backend="gloo", use_local_synchronization=True)
+    column = dist.new_group(levels.column(rank), backend="gloo", use_local_synchronization=True)
+    return Collectives(row, column, rank, levels)
+
+
+@contextmanager
+def small_staging(staging_bytes, gather_piece_bytes=None):
+    """Exchanges in small pieces, on a rank."""
+    from deepspeed_acco.runtime import messages
+
+    with (
+        mock.patch.object(messages, "STAGING_BYTES", staging_bytes or messages.STAGING_BYTES),
+        mock.patch.object(messages, "SMALLEST_GATHER_PIECE", gather_piece_bytes or messages.SMALLEST_GATHER_PIECE),
+    ):
+        yield
+
+
+def _by_place(shards, levels):
+    """The shards in the order of their places; ``shards`` are in that of the ranks."""
+    import torch
+
+    placed = sorted(range(len(shards)), key=levels.place)
+    return torch.cat([shards[rank] for rank in placed])
+
+
+def _reduce_scatter_and_gather(numels, dtype_name, staging_bytes, hosts, moves_by):
+    """Integers that every dtype holds exactly, also their sums inside a host, so that the sum must be exact."""
     import torch
     import torch.distributed as dist
 
-    from deepspeed_acco.runtime import communicator as module
+    from deepspeed_acco.runtime.encoding import Encoding
 
-    kept, module.STAGING_BYTES = module.STAGING_BYTES, staging_bytes
-    comm = _communicator()
-    rank, world = dist.get_rank(), dist.get_world_size()
+    comm = _communicator(hosts=hosts)
+    moves = comm if moves_by == "messages" else _collectives(comm)
+    rank, world, levels = dist.get_rank(), dist.get_world_size(), comm.levels
     dtype = getattr(torch, dtype_name)
-    whole, expected, shard = [], [], []
-    for numel in numels:
-        total = numel * world
-        parts = [(torch.arange(total) * (r + 3)) % 17 - 8 for r in range(world)]
-        whole.append(parts[rank].to(dtype))
-        expected.append(sum(parts)[rank * numel : (rank + 1) * numel].float())
-        shard.append(torch.full((numel,), -1.0))
-    kept_whole = [tensor.clone() for tensor in whole]
-    for _ in range(2):
-        comm.reduce_scatter_sum(whole, shard)
-        assert all(got.equal(want) for got, want in zip(shard, expected))
-        assert all(got.equal(want) for got, want in zip(whole, kept_whole))
-    gathered = [torch.full((numel * world,), -1.0, dtype=dtype) for numel in numels]
-    for tensor, numel in zip(gathered, numels):
-        tensor[rank * numel : (rank + 1) * numel] = rank + 1
-    comm.all_gather(gathered)
-    for tensor, numel in zip(gathered, numels):
-        assert tensor.equal(torch.arange(1, world + 1, dtype=dtype).repeat_interleave(numel))
+    with small_staging(staging_bytes, gather_piece_bytes=staging_bytes):
+        for _ in range(2):
+            arenas, expected, totals = [], [], []
+            for numel in numels:
+                parts = [((torch.arange(numel * world) * (r + 3)) % 17 - 8).split(numel) for r in range(world)]
+                arenas.append(_by_place(parts[rank], levels).to(dtype).view(torch.uint8))
+                expected.append(sum(part[rank] for part in parts).float())
+                totals.append(torch.full((numel,), -1.0))
+            moves.reduce_scatter_sum(arenas, totals, Encoding(dtype))
+            assert all(got.equal(want) for got, want in zip(totals, expected))
+        gathered = [torch.full((numel * world,), -1.0, dtype=dtype) for numel in numels]
+        for tensor, numel in zip(gathered, numels):
+            tensor[levels.place(rank) * numel :][:numel] = rank + 1
+        moves.all_gather(gathered)
+        for tensor, numel in zip(gathered, numels):
+            ranks_of_shards = [torch.full((numel,), float(r + 1), dtype=dtype) for r in range(world)]
+            assert tensor.equal(_by_place(ranks_of_shards, levels))
     comm.destroy()
     comm.destroy()
-    module.STAGING_BYTES = kept
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def _hosts(*sizes):
+    """Consecutive ranks on hosts of these sizes."""
+    firsts = itertools.accumulate(sizes, initial=0)
+    return tuple(tuple(range(first, first + size)) for first, size in zip(firsts, sizes))
+
+
+HOSTS = {
+    "1": _hosts(1),
+    "1+1": _hosts(1, 1),
+    "1+1+1": _hosts(1, 1, 1),
+    "1+1+1+1": _hosts(1, 1, 1, 1),
+    "2+2": _hosts(2, 2),
+    "3": _hosts(3),
+    "interleaved": ((0, 3), (1, 2)),
+    "2+2+2": _hosts(2, 2, 2),
+    "3+3": _hosts(3, 3),
+}
+
+
+@pytest.mark.parametrize("hosts", HOSTS)
 @pytest.mark.parametrize(
-    ("numels", "staging_bytes"), [([1], 2**20), ([7, 1, 300], 64), ([1000], 2**20), ([5, 4096], 1000)]
+    ("numels", "staging_bytes", "dtype"),
+    [
+        ([1], 2**20, "float16"),
+        ([7, 1, 300], 250, "float32"),
+        ([1000], 2**20, "bfloat16"),
+        ([5, 4096], 1000, "bfloat16"),
+    ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_values(ranks, world_size, numels, staging_bytes, dtype):
-    ranks(world_size).run(_reduce_scatter_and_gather, numels=numels, dtype_name=dtype, staging_bytes=staging_bytes)
+def test_values(ranks, hosts, numels, staging_bytes, dtype):
+    world_size = sum(map(len, HOSTS[hosts]))
+    for moves_by in ("messages", "collectives"):
+        ranks(world_size).run(
+            _reduce_scatter_and_gather,
+            numels=numels,
+            dtype_name=dtype,
+            staging_bytes=staging_bytes,
+            hosts=HOSTS[hosts],
+            moves_by=moves_by,
+        )
 
 
-def _all_to_all(part_numels, unit_numel, staging_bytes):
-    """Every byte says who sent it to whom and where it lies."""
+def _quantized_sum(numels, bits, staging_bytes, hosts, moves_by):
+    """Every rank's gradients differ; the sum must be that of the quantized sums of the hosts, bit for bit."""
     import torch
     import torch.distributed as dist
 
-    from deepspeed_acco.runtime import communicator as module
+    from deepspeed_acco.optim.quantization import dequantize_sum, message_bytes, quantize
+    from deepspeed_acco.runtime.encoding import Encoding
 
-    kept, module.STAGING_BYTES = module.STAGING_BYTES, staging_bytes
-    comm = _communicator()
-    rank, world = dist.get_rank(), dist.get_world_size()
+    comm = _communicator(hosts=hosts)
+    moves = comm if moves_by == "messages" else _collectives(comm)
+    rank, world, levels = dist.get_rank(), dist.get_world_size(), comm.levels
+    encoding = Encoding(torch.bfloat16, bits)
+    arenas, expected, totals = [], [], []
 
-    def part(sender, receiver, group):
-        places = torch.arange(part_numels[group])
-        return ((places * 7 + 31 * sender + 101 * receiver + 13 * group) % 251).to(torch.uint8)
+    def message_of(values):
+        message = torch.empty(message_bytes(values.numel(), bits), dtype=torch.uint8)
+        quantize(values, message, bits)
+        return message
 
-    whole = [torch.cat([part(rank, to, group) for to in range(world)]) for group in range(len(part_numels))]
-    seen = [torch.zeros(numel, dtype=torch.int64) for numel in part_numels]
-
-    def take(group, start, terms):
-        assert start % unit_numel == 0 and len(terms) == world
-        for sender, term in enumerate(terms):
-            assert term.equal(part(sender, rank, group)[start : start + term.numel()])
-        seen[group][start : start + terms[0].numel()] += 1
-
-    for times in (1, 2):
-        comm.all_to_all(whole, unit_numel, take)
-        assert all((count == times).all() for count in seen), "every element once"
-    assert comm.sent_bytes == 2 * (world - 1) * sum(part_numels)
+    for group, numel in enumerate(numels):
+        generator = torch.Generator().manual_seed(group)
+        # Integers, so that the sum inside a host is exact in bfloat16 in whatever order it is taken.
+        gradients = torch.randint(-40, 40, (world, world, numel), generator=generator).bfloat16()  # of rank, for rank
+        if levels.is_flat:
+            stride = encoding.message_stride(numel)
+            arena = torch.zeros(2 * world * stride, dtype=torch.uint8)  # room for what arrives
+            for receiver in range(world):
+                message = message_of(gradients[rank, receiver])
+                arena[receiver * stride :][: message.numel()] = message
+            arenas.append(arena)
+        else:
+            arenas.append(_by_place(list(gradients[rank]), levels).view(torch.uint8))
+        of_hosts = [gradients[list(ranks), rank].float().sum(0) for ranks in levels.hosts]
+        expected.append(torch.empty(numel))
+        dequantize_sum([message_of(values) for values in of_hosts], expected[-1], bits)
+        totals.append(torch.full((numel,), -1.0))
+    with small_staging(staging_bytes):
+        moves.reduce_scatter_sum(arenas, totals, encoding)
+    assert all(got.equal(want) for got, want in zip(totals, expected))
     comm.destroy()
-    module.STAGING_BYTES = kept
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("hosts", ["1", "1+1+1", "2+2", "3", "interleaved", "2+2+2"])
 @pytest.mark.parametrize(
-    ("part_numels", "unit_numel", "staging_bytes"), [([16], 1040, 2**20), ([1040 * 3 + 48, 16, 2080], 1040, 2500)]
+    ("numels", "bits", "staging_bytes"), [([3], 8, 2**20), ([5000, 256, 4097], 4, 2500), ([6000], 8, 2**20)]
 )
-def test_all_to_all(ranks, world_size, part_numels, unit_numel, staging_bytes):
-    ranks(world_size).run(_all_to_all, part_numels=part_numels, unit_numel=unit_numel, staging_bytes=staging_bytes)
+def test_quantized_sums(ranks, hosts, numels, bits, staging_bytes):
+    world_size = sum(map(len, HOSTS[hosts]))
+    for moves_by in ("messages", "collectives"):
+        ranks(world_size).run(
+            _quantized_sum,
+            numels=numels,
+            bits=bits,
+            staging_bytes=staging_bytes,
+            hosts=HOSTS[hosts],
+            moves_by=moves_by,
+        )
 
 
-def _broken_take():
+def _messages_sent(hosts, numel):
+    """Counts the messages of a reduce-scatter and of an all-gather where nothing is cut."""
     import torch
     import torch.distributed as dist
 
+    from deepspeed_acco.runtime.encoding import Encoding
+
+    comm, sends, counts = _communicator(hosts=hosts), [], []
+    whole = torch.zeros(numel * dist.get_world_size(), dtype=torch.bfloat16)
+
+    def send(tensor, to, group):
+        sends.append(to)
+        return original(tensor, to, group)
+
+    original = dist.isend
+    with mock.patch.object(dist, "isend", send):
+        for collective, arguments in (
+            (comm.reduce_scatter_sum, ([whole.view(torch.uint8)], [torch.empty(numel)], Encoding(whole.dtype))),
+            (comm.all_gather, ([whole],)),
+        ):
+            collective(*arguments)
+            counts.append(len(sends))
+            sends.clear()
+    sent_bytes = comm.sent_bytes
+    comm.destroy()
+    return counts, sent_bytes
+
+
+@pytest.mark.parametrize(("hosts", "k"), [("1+1+1", 1), ("2+2", 2), ("2+2+2", 2), ("3+3", 3)])
+def test_few_messages(ranks, hosts, k):
+    h, numel = len(HOSTS[hosts]), 1000
+    for counts, sent_bytes in ranks(h * k).run(_messages_sent, hosts=HOSTS[hosts], numel=numel):
+        # Gathering passes on what arrives, so that a rank sends each neighbor one message from each host.
+        assert counts == [(k - 1) + (h - 1), (k - 1) * h + (h - 1)]
+        assert sent_bytes == 2 * 2 * numel * ((k - 1) * h + (h - 1))
+
+
+def _broken_sum():
+    import torch
+    import torch.distributed as dist
+
+    from deepspeed_acco.runtime.encoding import Encoding
+
     comm = _communicator()
 
-    def take(group, start, terms):
+    def broken(self, messages, total):
         raise RuntimeError("no such kernel")
 
-    with pytest.raises(RuntimeError, match="^no such kernel$"):
-        comm.all_to_all([torch.zeros(16 * dist.get_world_size(), dtype=torch.uint8)], 16, take)
+    with (
+        mock.patch.object(Encoding, "add_up", broken),
+        pytest.raises(RuntimeError, match="^no such kernel$"),
+    ):
+        arena = torch.zeros(16 * dist.get_world_size(), dtype=torch.uint8)
+        comm.reduce_scatter_sum([arena], [torch.empty(4)], Encoding(torch.float32))
     comm.destroy()
 
 
 def test_an_error_in_what_takes_the_pieces_is_not_called_a_timeout(ranks):
-    ranks(2).run(_broken_take)
+    ranks(2).run(_broken_sum)
 
 
 def _gather_that_one_rank_leaves_out():
     import torch
     import torch.distributed as dist
 
-    from deepspeed_acco.runtime.communicator import CommFailed
+    from deepspeed_acco.runtime.failures import CommFailed
 
     comm = _communicator(timeout_s=2)
     if dist.get_rank() == 0:
@@ -152,6 +285,8 @@ def _bytes_moved(numel):
     import torch
     import torch.distributed as dist
 
+    from deepspeed_acco.runtime.encoding import Encoding
+
     comm = _communicator()
     whole = [torch.ones(numel)]
     shard = [torch.empty(numel // dist.get_world_size())]
@@ -163,7 +298,7 @@ def _bytes_moved(numel):
         dist.barrier()  # no rank sends before all have read the counter
         for _ in range(3):
             if name == "ours":
-                comm.reduce_scatter_sum(whole, shard)
+                comm.reduce_scatter_sum([whole[0].view(torch.uint8)], shard, Encoding(torch.float32))
             else:
                 scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
                 scatter(shard[0], whole[0], group=gloo)

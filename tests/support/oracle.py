@@ -67,6 +67,7 @@ def run_reference(
     eps=None,
     estimate_bits=None,
     shard_numels=(),
+    ranks_per_host=1,
     seed=5,
 ):
     """Trains as training.py does, dense and in float64. In 16 bit the forward and backward run in that dtype on the
@@ -81,7 +82,7 @@ def run_reference(
         send: replaces the rounding of what is communicated.
         spoil: ``spoil(rank, window, micro_batch)`` multiplies that micro-batch's targets.
         drop: ``drop(micro_batch)``: that micro-batch's gradient is thrown away.
-        estimate_bits, shard_numels: see Reference.
+        estimate_bits, shard_numels, ranks_per_host: see Reference.
         keep: called as ``keep(reference, report)`` after every window.
     Returns:
         dict with losses (rank 0, every micro-batch), norms, weights (trainable parameters in the module's order).
@@ -127,6 +128,13 @@ def run_reference(
             return (total * (1.0 / world_size)).to(dtype).double() * (world_size / scale[0])
         return total.to(dtype)
 
+    def pass_on(total):
+        if kind == "fp32":
+            return total
+        if dtype is torch.float16:
+            return (total * (scale[0] / world_size)).to(dtype).double() * (world_size / scale[0])
+        return total.to(dtype)
+
     # The engine casts the module before it copies the master weights.
     rounded_start = make_network(seed).to(DTYPES[kind])
     reference = Reference(
@@ -138,6 +146,8 @@ def run_reference(
         see=(lambda weights: weights) if kind == "fp32" else (lambda weights: weights.float().to(dtype)),
         accumulate=accumulate,
         send=send or rounded,
+        ranks_per_host=ranks_per_host,
+        pass_on=pass_on,
         stands_on_true_after_skip=dtype is torch.float16,
         estimate_bits=estimate_bits,
         shard_numels=shard_numels,

@@ -1,0 +1,53 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""Finds out which data-parallel ranks share a host: from what the launcher told each, compared among them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+
+from ..runtime.communicator import Communicator
+from ..runtime.levels import Levels, levels_of
+from .log import logger
+
+# The number of the host: of DeepSpeed's launcher (launcher/launch.py), of torchrun, of srun.
+_HOST_NUMBERS = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")
+
+
+def host_of_this_rank(environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
+    """Returns what tells this rank's host from others: the launcher's number, empty without one, and the name. Neither
+    is enough: hosts in network namespaces have one name, and two launchers may both count from 0."""
+    number = next((environment[name] for name in _HOST_NUMBERS if name in environment), "")
+    return number, socket.gethostname()
+
+
+def agree_on_levels(comm: Communicator, ranks_per_host: int | str) -> Levels:
+    """Returns the levels of the rounds; every rank must call it.
+
+    Args:
+        ranks_per_host: the key of the configuration.
+
+    Raises:
+        ValueError: for a number that does not divide the ranks.
+    """
+    levels, reason = levels_of(comm.gather_objects(host_of_this_rank()))
+    if isinstance(ranks_per_host, int):
+        if comm.world_size % ranks_per_host:
+            raise ValueError(
+                f"ACCO: optimizer.params.ranks_per_host = {ranks_per_host} is not allowed with {comm.world_size} "
+                'data-parallel ranks; allowed: a number that divides them, or "auto". With hosts of different size '
+                "set 1"
+            )
+        return Levels.consecutive(comm.world_size, ranks_per_host)
+    if comm.rank == 0:
+        if reason is not None:
+            logger().warning(
+                "ACCO: rounds do not look at hosts, and send more between them than needed: %s. Start as many ranks on "
+                "each",
+                reason,
+            )
+        elif not levels.is_flat:
+            logger().info("ACCO: rounds reduce inside a host before they go to other hosts: %s", levels)
+    return levels
