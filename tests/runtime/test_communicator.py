@@ -1,6 +1,7 @@
 """The collectives on gloo, without DeepSpeed: values, pieces, bytes on the wire."""
 
 import itertools
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -195,6 +196,38 @@ def test_quantized_sums(ranks, hosts, numels, bits, staging_bytes):
             hosts=HOSTS[hosts],
             moves_by=moves_by,
         )
+
+
+def _sums_of_two_groups(members):
+    """Tensor parallelism: every second rank is of one data-parallel group, and each group has its own two levels."""
+    import torch
+    import torch.distributed as dist
+
+    from deepspeed_acco.engine.hosts import agree_on_levels
+    from deepspeed_acco.runtime.communicator import Communicator
+    from deepspeed_acco.runtime.encoding import Encoding
+
+    groups = [dist.new_group(list(ranks), backend="gloo") for ranks in members]
+    mine = next(index for index, ranks in enumerate(members) if dist.get_rank() in ranks)
+    with mock.patch.dict(os.environ, {"CROSS_RANK": str(dist.get_rank() // 4)}):
+        comm = Communicator(groups[mine], torch.device("cpu"), 60)
+        levels = agree_on_levels(comm, "auto")
+    comm.use_levels(levels)
+    shards = [torch.full((50,), float(10 * comm.rank + of + mine)) for of in range(4)]
+    total = torch.empty(50)
+    comm.reduce_scatter_sum([_by_place(shards, levels).view(torch.uint8)], [total], Encoding(torch.float32))
+    gathered = torch.zeros(200)
+    gathered[50 * levels.place(comm.rank) :][:50] = total
+    comm.all_gather([gathered])
+    comm.destroy()
+    expected = [torch.full((50,), 60.0 + 4 * (of + mine)) for of in range(4)]
+    assert gathered.equal(_by_place(expected, levels))
+    return str(levels)
+
+
+def test_every_data_parallel_group_has_its_own_levels(ranks):
+    members = ((0, 2, 4, 6), (1, 3, 5, 7))
+    assert ranks(8).run(_sums_of_two_groups, members=members) == ["2 hosts x 2 ranks"] * 8
 
 
 def _messages_sent(hosts, numel):
