@@ -46,49 +46,56 @@ class Limits:
 
 @dataclass(frozen=True)
 class Position:
-    """Says where training stands. A micro-batch is everything from the first forward that builds a graph after a
-    backward to the last backward before the next such forward; it counts once."""
+    """Says where training stands: in which window, and in which of its micro-batches, however many forwards and
+    backwards these have. Whoever counts them calls :meth:`after_micro_batch`."""
 
     window: int = 0
     phase: Phase = Phase.A
-    micro_batches: int = 0  # of this window
+    micro_batches: int = 0  # of this window, ended ones
     micro_batches_in_a: int = 0  # of this window, fixed when phase B begins
     is_graph_outstanding: bool = False  # a training forward was seen and no backward since
-    is_eval_graph_outstanding: bool = False  # the same of an eval-mode forward, which may never get a backward
+    has_gradients: bool = False  # the running micro-batch has had a backward
 
     @property
     def is_between_windows(self) -> bool:
         """Tells whether nothing of the window was computed or sent yet."""
-        return self.phase is Phase.A and not self.micro_batches
+        return self.phase is Phase.A and not self.started_micro_batches
+
+    @property
+    def started_micro_batches(self) -> int:
+        """Returns the window's micro-batches with the running one, once it has had a backward."""
+        return self.micro_batches + self.has_gradients
 
     def after_forward(self) -> Position:
         """Returns where training stands after a training forward."""
         return replace(self, is_graph_outstanding=True)
 
-    def after_eval_forward(self) -> Position:
-        """Returns where training stands after an eval-mode forward that builds a graph."""
-        return replace(self, is_eval_graph_outstanding=True)
+    def after_backward(self, brought_gradients: bool = False) -> Position:
+        """Returns where training stands after a backward. One of no training forward that was seen counts where it
+        brought gradients of parameters."""
+        has_gradients = self.has_gradients or self.is_graph_outstanding or brought_gradients
+        return replace(self, has_gradients=has_gradients, is_graph_outstanding=False)
 
-    def after_backward(self) -> Position:
-        """Returns where training stands after a backward, which counts where a graph was outstanding."""
-        counted = self.micro_batches + (self.is_graph_outstanding or self.is_eval_graph_outstanding)
-        return replace(self, micro_batches=counted, is_graph_outstanding=False, is_eval_graph_outstanding=False)
+    def after_micro_batch(self) -> Position:
+        """Returns the start of the next micro-batch in the same phase."""
+        return replace(self, micro_batches=self.micro_batches + 1, has_gradients=False, is_graph_outstanding=False)
 
     def is_phase_a_over(self, schedule: Schedule, limits: Limits, is_round_finished: bool = False) -> bool:
-        """Tells whether the next forward begins phase B: only there, with no graph outstanding, may weights change in
+        """Tells whether the next forward begins phase B: only there, between two micro-batches, may weights change in
         mid-window."""
         return (
             schedule.has_two_phases
             and self.phase is Phase.A
             and limits.allow_end(self.micro_batches, is_round_finished)
-            and not self.is_graph_outstanding
+            and not (self.is_graph_outstanding or self.has_gradients)
         )
 
     def is_window_over(self, schedule: Schedule, limits: Limits, is_round_finished: bool) -> bool:
-        """Tells after a backward whether the window ends, where nobody else decides it; ``limits`` are the last
-        phase's."""
+        """Tells after a backward whether the window ends with its micro-batch, where nobody else decides it; ``limits``
+        are the last phase's."""
         is_last_phase = not schedule.has_two_phases or self.phase is Phase.B
-        return is_last_phase and limits.allow_end(self.micro_batches - self.micro_batches_in_a, is_round_finished)
+        in_phase = self.started_micro_batches - self.micro_batches_in_a
+        return is_last_phase and limits.allow_end(in_phase, is_round_finished)
 
     def after_phase_a(self) -> Position:
         """Returns the start of phase B in the same window."""

@@ -31,6 +31,7 @@ class Engine(Protocol):
     # What was counted so far; adaptive windows and skipped steps set them.
     global_samples: int
     skipped_steps: int
+    micro_steps: int
 
     # Ranks and what they train with.
     global_rank: int

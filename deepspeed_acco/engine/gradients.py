@@ -34,9 +34,12 @@ class Gradients:
 
     Args:
         views: (parameter, its part of A in its shape), of the trainable parameters.
+        accumulators: A, one flat tensor per parameter group.
     """
 
-    def __init__(self, views: Sequence[tuple[Tensor, Tensor]]):
+    def __init__(self, views: Sequence[tuple[Tensor, Tensor]], accumulators: Sequence[Tensor]):
+        self._accumulators = list(accumulators)
+        self._versions = self._current_versions()
         self._views = list(views)
         self._view_of = {id(param): view for param, view in self._views}
         self._state = GradientState.CLEAN
@@ -57,6 +60,16 @@ class Gradients:
                 if drops_old:
                     view.zero_()
                 param.grad = view
+        self._versions = self._current_versions()
+
+    def _current_versions(self) -> list[int]:
+        """Returns autograd's counts of in-place changes; those of a view are its base's."""
+        return [grads._version for grads in self._accumulators]
+
+    def take_whether_changed(self) -> bool:
+        """Tells whether anything was added to A since the last call, by autograd or by :meth:`collect`; never waits."""
+        before, self._versions = self._versions, self._current_versions()
+        return self._versions != before
 
     def collect(self) -> None:
         """Takes over every gradient that does not lie in A yet; once after every backward."""
@@ -96,6 +109,7 @@ class Gradients:
         """Notes that the window's gradients were packed and A zeroed, or that A was zeroed."""
         self._drop()
         self._state = GradientState.CLEAN
+        self._versions = self._current_versions()
 
     def _drop(self):
         for param, _ in self._views:
@@ -119,3 +133,4 @@ class Gradients:
         self._drop()
         self._views.clear()
         self._view_of.clear()
+        self._accumulators.clear()

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from ..runtime.communicator import Communicator
 from ..runtime.levels import Levels, levels_of
+from .agreement import require_agreement
 from .log import logger
 
 # The number of the host: of DeepSpeed's launcher (launcher/launch.py), of torchrun, of srun.
@@ -31,7 +32,9 @@ def agree_on_levels(comm: Communicator, ranks_per_host: int | str) -> Levels:
 
     Raises:
         ValueError: for a number that does not divide the ranks.
+        RuntimeError: where the ranks were given different ones.
     """
+    require_agreement(comm, {"optimizer.params.ranks_per_host": ranks_per_host})
     levels, reason = levels_of(comm.gather_objects(host_of_this_rank()))
     if isinstance(ranks_per_host, int):
         if comm.world_size % ranks_per_host:

@@ -188,6 +188,7 @@ def _wrap_set_boundary(original):
         optimizer = engine.optimizer
         if isinstance(optimizer, AccoZeroOptimizer):
             optimizer.windows.refuse_boundary(is_boundary)
+            optimizer.progress.is_boundary_by_hand = not optimizer.settings.is_adaptive  # which sets its own
         return original(engine, is_boundary)
 
     return set_gradient_accumulation_boundary

@@ -26,6 +26,17 @@ def view_in_flat(param: Tensor, flat: Tensor, other: Tensor) -> Tensor:
     return other.narrow(0, offset, param.numel()).view(param.shape)
 
 
+def views_in_flats(
+    groups: list[list[Tensor]], flats: list[Tensor], others: list[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Returns every parameter of the groups with its :func:`view_in_flat`."""
+    return [
+        (param, view_in_flat(param, flat, other))
+        for group, flat, other in zip(groups, flats, others)
+        for param in group
+    ]
+
+
 def hook_of(method: Callable, of: Any, module: nn.Module) -> Callable:
     """Makes a hook of ``module`` that calls ``method(of, module, *args)``. It is a function and not a bound method:
     ``copy.deepcopy(module)`` (an averaged model, say) then copies neither ``of`` nor its process group, and the copy's
@@ -70,13 +81,13 @@ class TrueWeights:
 
     # ---- what the hooks of the module call
 
-    def before_forward(self, module: nn.Module) -> None:
-        """Shows the true weights to an eval-mode forward and hides them from a training one.
+    def before_forward(self, is_look: bool) -> None:
+        """Shows the true weights to a forward that only looks, and hides them from every other.
 
         Raises:
             RuntimeError: a training forward inside ``true_weights()``.
         """
-        if not module.training:
+        if is_look:
             self._driver.show_true()
             return
         if self._blocks:
@@ -86,11 +97,11 @@ class TrueWeights:
             )
         self._driver.hide_true()
 
-    def after_forward(self, module: nn.Module, output: Any) -> None:
+    def after_forward(self, is_look: bool, output: Any) -> None:
         """Guards the graph that the forward made, and gives an outstanding one its weights back after a look."""
         if torch.is_grad_enabled():
             self._guard(output)
-        if not module.training and self._is_graph_outstanding():
+        if is_look and self._is_graph_outstanding():
             self._driver.hide_true()  # a training graph waits for its backward
 
     def _guard(self, output: Any) -> None:

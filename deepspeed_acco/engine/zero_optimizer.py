@@ -28,17 +28,20 @@ from ..runtime.layout import GroupLayout
 from ..runtime.round import RoundInputs
 from . import checkpoint_check, checkpoint_state
 from .adaptive_windows import AdaptiveWindows
+from .agreement import require_agreement, what_must_agree
 from .auto_fraction import AutoFraction
 from .checks import require_one_dtype, require_own_batches
 from .deepspeed_engine import Engine
 from .fixed_windows import FixedWindows
+from .forwards import Forwards
 from .full_values import link_full_values
 from .gradients import Gradients, GradientState
 from .hosts import agree_on_levels
 from .log import logger
 from .monitor import EXPOSED_WAIT_TIMER, ROUND_TIMER, LaneTimer, Monitor
+from .progress import Progress
 from .scaling import has_overflow, round_inputs
-from .true_weights import TrueWeights, hook_of, view_in_flat
+from .true_weights import TrueWeights, views_in_flats
 
 
 class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
@@ -50,7 +53,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         driver, looks: the rounds, and the looks at the true weights; gone once destroyed.
         gradients: the accumulated ones.
         divisor: by what the sum over the ranks is divided: their number, or 1 where sums are wanted.
-        position: where training stands in its window.
+        progress: where training stands in its window.
         lane_name: ``stream``, ``thread`` or ``inline``.
         levels: which data-parallel ranks share a host.
         last_micro_batches: how many micro-batches this rank had in the window that ended last; 0 before the first.
@@ -69,9 +72,8 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             del self._coalesce_grad_reduction
         self.settings = init_optimizer.settings
         self.last_micro_batches = 0
-        self.position = Position()
+        self.progress = Progress()
         self.divisor = 1.0
-        self._hooks: list = []
 
         live = self.bit16_groups_flat
         require_one_dtype(live)
@@ -103,13 +105,8 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         )
         # A script that ends without engine.destroy(): finish the round and leave the group while threads still work.
         self._at_exit = weakref.finalize(self, RoundDriver.close, self.driver)
-        self.gradients = Gradients(
-            [
-                (param, view_in_flat(param, flat, grads))
-                for group, flat, grads in zip(self.bit16_groups, live, self._buffers.grads)
-                for param in group
-            ]
-        )
+        views = views_in_flats(self.bit16_groups, live, self._buffers.grads)
+        self.gradients = Gradients(views, self._buffers.grads)
         self.gradients.attach()
         self.looks = TrueWeights(
             self.driver, self._buffers, self.bit16_groups, lambda: self.position.is_graph_outstanding
@@ -145,24 +142,10 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
                 ROUND_TIMER: LaneTimer(self._lane, "round_s"),
             }
         )
-        root = engine.module
-        before, after = (
-            torch.compiler.disable(hook_of(method, self, root))
-            for method in (AccoZeroOptimizer._before_forward, AccoZeroOptimizer._after_forward)
+        self._forwards = Forwards(
+            engine.module, self.looks, self.progress, self._prepare_training_forward, engine.global_rank == 0
         )
-        self._hooks = [
-            # First of all hooks: another one may read the weights, which are installed here.
-            root.register_forward_pre_hook(before, prepend=True),
-            root.register_forward_hook(after, always_call=True),
-            *self.looks.hook_state_dicts(root),
-        ]
-        self._comm.require_same(
-            repr([flat.numel() for flat in self._buffers.live])
-            + repr(self.levels)
-            + repr((self.settings, engine.gradient_accumulation_steps(), self.clip_grad, str(self.dtype)))
-            + repr((str(self.gradient_accumulation_dtype), str(self.communication_data_type)))
-            + f"monitor={self.driver.measures_estimate}"
-        )
+        require_agreement(self._comm, what_must_agree(engine, self))
 
     def _engine(self) -> Engine:
         engine = self._engine_ref()
@@ -212,10 +195,10 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             return
         self.windows.require_droppable(self.position.phase)
         self._clear_gradients()
-        if self.position.micro_batches:
+        if not self.position.is_between_windows:
             if self.position.phase is Phase.B:
                 self.driver.drain()  # the estimate was made of gradients that are gone
-            self.position = self.position.after_dropped_gradients()
+            self.progress.position = self.position.after_dropped_gradients()
 
     def _clear_gradients(self):
         self._buffers.clear_gradients()
@@ -223,19 +206,23 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
 
     # ---- events of training
 
+    @property
+    def position(self) -> Position:
+        """Returns where training stands in its window."""
+        return self.progress.position
+
     def _schedule(self) -> Schedule:
         return schedule_of_window(self.settings.schedule, self.position.window, self.settings.overlap_warmup_steps)
 
-    def _before_forward(self, module, args) -> None:
-        """Prepares every forward of the engine's module. In mid-window weights change here and nowhere else."""
-        self.looks.before_forward(module)
-        if not module.training or not torch.is_grad_enabled():
-            return
-        self.windows.require_plain_loop(self._engine())
+    def _prepare_training_forward(self) -> None:
+        """Comes before every forward that trains. In mid-window weights change here and nowhere else."""
+        engine = self._engine()
+        self.windows.require_plain_loop(engine)
         self.gradients.attach()
+        self.progress.before_training_forward(engine)
         if self.position.micro_batches and self._is_phase_a_over():
             self._begin_phase_b()
-        self.position = self.position.after_forward()
+        self.progress.position = self.position.after_forward()
 
     def _is_phase_a_over(self) -> bool:
         schedule, n = self._schedule(), self._engine().gradient_accumulation_steps()
@@ -245,16 +232,11 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         return self.position.is_phase_a_over(schedule, limits, self.driver.is_round_finished())
 
     def _begin_phase_b(self):
-        self.position = self.position.after_phase_a()
+        self.progress.position = self.position.after_phase_a()
         in_a = self.position.micro_batches_in_a
         n = self._engine().gradient_accumulation_steps()
         inputs = self._inputs(self.windows.renormalize(in_a, n), in_a)
         self.driver.advance(self._schedule().at_phase_b, inputs, clears=False, blocks=False)
-
-    def _after_forward(self, module, args, output) -> None:
-        if torch.is_grad_enabled() and not module.training:
-            self.position = self.position.after_eval_forward()
-        self.looks.after_forward(module, output)
 
     def backward_prologue(self, *args, **kwargs) -> None:
         """Does nothing: the parent would allocate reduction buckets here (DeepSpeed <= 0.18.2)."""
@@ -263,10 +245,12 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         """Does nothing: the rounds reduce."""
 
     def backward_epilogue(self, *args, **kwargs) -> None:
-        """Counts a backward; called once after each, in every style of accumulation and version of DeepSpeed."""
-        self.gradients.collect()
-        self.position = self.position.after_backward()
+        """Notes a backward; called once after each, in every style of accumulation and version of DeepSpeed."""
         engine = self._engine()
+        self.gradients.collect()
+        brought_gradients = self.gradients.take_whether_changed()
+        self._forwards.after_backward(self.position.is_graph_outstanding, brought_gradients)
+        self.progress.after_backward(engine, brought_gradients)
         self.windows.require_plain_loop(engine)
         self.windows.after_backward(engine, self._schedule(), self.position)
         if engine.is_gradient_accumulation_boundary() and not engine.inside_no_sync_ctxt:
@@ -278,11 +262,14 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         ``overflow`` and ``_global_grad_norm`` are set as the engine reads them right after. The norm is that of the
         newest finished COMMIT: of the previous window where rounds overlap, 0.0 at first.
         """
-        driver, schedule, position, engine = self.driver, self._schedule(), self.position, self._engine()
+        driver, engine = self.driver, self._engine()
+        self.progress.count_steps(engine)
+        schedule, position = self._schedule(), self.position
+        micro_batches = position.started_micro_batches
         self.gradients.take()
-        inputs = self._inputs(1.0, position.micro_batches)
+        inputs = self._inputs(1.0, micro_batches)
         n, logs = engine.gradient_accumulation_steps(), engine.global_rank == 0
-        self._fraction.at_window_end(position.window, n, position.micro_batches, logs=logs)
+        self._fraction.at_window_end(position.window, n, micro_batches, logs=logs)
         self.overflow = self.dtype == torch.float16 and has_overflow(
             self._buffers.grads, self.communication_data_type, self.dp_process_group
         )
@@ -298,13 +285,14 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         self.gradients.mark_packed()
         if not getattr(self, "compute_grad_norm", True):
             self._global_grad_norm = None
-        self.last_micro_batches = position.micro_batches
-        self.position = position.after_window()
+        self.last_micro_batches = micro_batches
+        self.progress.after_window(engine)
         engine.skipped_steps += self._skips.take_skipped()
         self.timers.log([EXPOSED_WAIT_TIMER, ROUND_TIMER])
 
     def begin_phase_b_without_data(self) -> None:
         """Sends the estimate of the micro-batches that this rank has of the window, be it none."""
+        self.progress.count_steps(self._engine())
         if self._schedule().has_two_phases and self.position.phase is Phase.A:
             self._begin_phase_b()
 
@@ -369,7 +357,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             state = state_dict_list[self._comm.rank].get(checkpoint_state.KEY)
             resume, reason = checkpoint_state.from_state(state, self.settings.schedule, self.shard_numels())
             if state is not None:
-                self.position = Position(window=state["window"])
+                self.progress.restart(state["window"])
                 self._fraction.from_state(state.get("estimate_fraction"))
             self.windows.from_state(state)
         if resume is not None:
@@ -381,10 +369,10 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
     def state_dict(self):
         """Returns the parent's state, of the newest COMMIT, with the key ``acco`` (checkpoint_state.py)."""
         self.driver.finish()
-        if self.position.micro_batches and self._engine().global_rank == 0:
+        if self.position.started_micro_batches and self._engine().global_rank == 0:
             logger().warning(
-                f"ACCO: saved after {self.position.micro_batches} micro-batches of a window: their gradients are not "
-                "in the checkpoint. Save right after a step for a resume that is bit for bit the same"
+                f"ACCO: saved after {self.position.started_micro_batches} micro-batches of a window: their gradients "
+                "are not in the checkpoint. Save right after a step for a resume that is bit for bit the same"
             )
         state = super().state_dict()
         state["base_optimizer_state"] = checkpoint_state.without_tensor_steps(state["base_optimizer_state"])
@@ -416,7 +404,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
     def _adopt_loaded(self):
         self.driver.adopt_weights()
         self._clear_gradients()
-        self.position = Position(window=self.position.window)
+        self.progress.restart(self.position.window)
         # torch's Optimizer.load_state_dict replaces the state tensors: point at the ones that are there now.
         for shard, master in zip(self._shards, self.single_partition_of_fp32_groups):
             shard.adopt(self.optimizer.state[master])
@@ -434,8 +422,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             return
         self._is_built = False
         self._at_exit.detach()
-        for hook in self._hooks:
-            hook.remove()
+        self._forwards.release()
         try:
             if self._comm.is_alive and not self._lane.has_failed and not self._lane.is_own_thread:
                 self.driver.drain()

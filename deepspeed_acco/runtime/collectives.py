@@ -15,8 +15,7 @@ from .encoding import Encoding
 from .levels import Levels
 
 
-def gather_in_place(whole: Tensor, own: Tensor, group) -> None:
-    """Gathers ``own``, a part of ``whole``, on the group's ranks in their order."""
+def _gather_in_place(whole: Tensor, own: Tensor, group) -> None:
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(whole, own, group=group)
 
@@ -90,10 +89,10 @@ class Collectives:
         for tensor in whole:
             column = tensor.chunk(self._levels.ranks_per_host)[self._at_row]
             own = column.chunk(self._levels.host_count)[self._at_column]
-            gather_in_place(column, own, self._column_group)
+            _gather_in_place(column, own, self._column_group)
             self.sent_bytes += column.nbytes - own.nbytes
             if not self._levels.is_flat:
-                gather_in_place(tensor, column, self._row_group)
+                _gather_in_place(tensor, column, self._row_group)
                 self.sent_bytes += tensor.nbytes - column.nbytes
 
 

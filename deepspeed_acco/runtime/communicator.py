@@ -8,7 +8,6 @@ thread at a time issues the same collectives in the same order.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from contextlib import suppress
 from datetime import timedelta
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import Collectives, gather_in_place
+from .collectives import Collectives
 from .encoding import Encoding
 from .failures import Guard
 from .levels import Levels
@@ -87,21 +86,6 @@ class Communicator:
     def is_alive(self) -> bool:
         """Tells whether the group can still be used: not destroyed, here or with all others."""
         return self._group is not None and dist.is_initialized()
-
-    def require_same(self, description: str) -> None:
-        """Raises RuntimeError on every rank unless all ranks pass the same text (compared by its hash)."""
-        digest = hashlib.sha256(description.encode()).digest()[:8]
-        mine = torch.tensor(list(digest), dtype=torch.uint8, device=self.device)
-        everyone = torch.empty(self.world_size * len(mine), dtype=torch.uint8, device=self.device)
-        gather_in_place(everyone, mine, self._group)
-        different = [
-            rank for rank, theirs in enumerate(everyone.view(self.world_size, -1)) if not torch.equal(theirs, mine)
-        ]
-        if different:
-            raise RuntimeError(
-                f"ACCO: data-parallel ranks {different} differ from rank {self.rank} in model layout or configuration; "
-                f"rank {self.rank} has: {description}. Start every rank with the same model, config and versions"
-            )
 
     def reduce_scatter_sum(self, arenas: list[Tensor], totals: list[Tensor], encoding: Encoding) -> None:
         """Sums the gradients of all ranks; those of this rank's shard go to ``totals``.

@@ -25,7 +25,7 @@ from .lanes import InlineLane
 from .outcomes import OutcomeLog
 from .round import RoundInputs, RoundOutcome, RoundWork
 
-_KINDS = 1009  # numbers of rounds are this far apart, so that the kind of a round fits between two of them
+_KINDS = 1_000_003  # numbers of rounds are this far apart, so that a digest of the round fits between two of them
 
 
 class RoundState(Enum):
@@ -101,8 +101,9 @@ class RoundDriver:
         self._work.pack(following, inputs.pre_scale, clears=clears)
         self._round, self._state = following, RoundState.IN_FLIGHT
         self._rounds_started += 1
-        # Ranks that are in step have the same number: of the round and of its kind.
-        number = _KINDS * self._rounds_started + zlib.crc32(following.name.encode()) % _KINDS
+        # Ranks that are in step have the same number: of the round, of its kind and of what it computes with.
+        used = repr((following.name, inputs.window, inputs.hyper, inputs.clip_grad))
+        number = _KINDS * self._rounds_started + zlib.crc32(used.encode()) % _KINDS
         measures = self.measures_estimate and following.writes_state and not blocks
         self._lane.start(
             lambda: self._work.run(following, inputs, number, measures), name=f"{following.name} {inputs.window}"
@@ -131,7 +132,8 @@ class RoundDriver:
             raise self._lane.fail(
                 RuntimeError(
                     "the ranks are in different rounds, because they ended a phase or window after different numbers "
-                    "of micro-batches. Give every rank the same number of micro-batches in every step"
+                    "of micro-batches, or their learning rates or other hyper-parameters differ. Give every rank the "
+                    "same number of micro-batches in every step, and the same scheduler"
                 )
             )
 

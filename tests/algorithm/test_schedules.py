@@ -40,41 +40,53 @@ def test_a_window_that_ends_in_phase_a_blocks_only_where_there_is_a_phase_b():
     assert blocking == {"acco": [True, False], "wp": [False, False], "dpu": [False, False], "sync": [True, True]}
 
 
+EVENTS = {
+    "f": Position.after_forward,
+    "b": Position.after_backward,
+    "g": lambda position: position.after_backward(brought_gradients=True),
+    "s": Position.after_micro_batch,
+}
+
+
 def _after(position, events):
     for event in events:
-        position = {"f": Position.after_forward, "b": Position.after_backward, "e": Position.after_eval_forward}[event](
-            position
-        )
+        position = EVENTS[event](position)
     return position
 
 
 @pytest.mark.parametrize(
-    ("events", "micro_batches"),
+    ("events", "ended", "started"),
     [
-        ("", 0),
-        ("fb", 1),
-        ("fbfb", 2),
-        ("ffb", 1),
-        ("fbb", 1),
-        ("ffbb", 1),
-        ("b", 0),
-        ("eb", 1),
-        ("fbe", 1),
-        ("fbefb", 2),
+        ("", 0, 0),
+        ("fb", 0, 1),
+        ("fbs", 1, 1),
+        ("fbfbs", 1, 1),
+        ("ffbs", 1, 1),
+        ("fbbs", 1, 1),
+        ("b", 0, 0),  # of an evaluation
+        ("fbsb", 1, 1),
+        ("g", 0, 1),  # training that no hook saw
+        ("gsg", 1, 2),
+        ("s", 1, 1),
+        ("fbsfb", 1, 2),
     ],
 )
-def test_what_counts_as_a_micro_batch(events, micro_batches):
-    assert _after(Position(), events).micro_batches == micro_batches
+def test_what_counts_as_a_micro_batch(events, ended, started):
+    position = _after(Position(), events)
+    assert (position.micro_batches, position.started_micro_batches) == (ended, started)
+    assert position.is_between_windows == (started == 0)
 
 
-def test_phase_a_is_over_only_when_no_graph_is_outstanding():
+def test_phase_a_is_over_only_between_two_micro_batches():
     acco, two = SCHEDULES["acco"], Limits(2, 2)
-    assert not _after(Position(), "fb").is_phase_a_over(acco, two)
-    assert _after(Position(), "fbfb").is_phase_a_over(acco, two)
-    assert _after(Position(), "fbfbe").is_phase_a_over(acco, two)  # an evaluation in between
-    assert not _after(Position(), "fbfbf").is_phase_a_over(acco, two)
-    assert not _after(Position(), "fbfb").is_phase_a_over(SCHEDULES["dpu"], two)
-    in_b = _after(Position(), "fbfb").after_phase_a()
+    assert not _after(Position(), "fbs").is_phase_a_over(acco, two)
+    assert not _after(Position(), "fbsfb").is_phase_a_over(acco, two)
+    assert _after(Position(), "fbsfbs").is_phase_a_over(acco, two)
+    assert _after(Position(), "fbsfbsb").is_phase_a_over(acco, two)  # an evaluation in between
+    assert not _after(Position(), "fbsfbsf").is_phase_a_over(acco, two)
+    assert not _after(Position(), "fbsfbsg").is_phase_a_over(acco, two)
+    assert not _after(Position(), "fbsfbs").is_phase_a_over(SCHEDULES["dpu"], two)
+    in_b = _after(Position(), "fbsfbs").after_phase_a()
     assert (in_b.phase, in_b.micro_batches_in_a) == (Phase.B, 2)
     assert not in_b.is_phase_a_over(acco, two)
     assert in_b.after_window() == Position(window=1)
@@ -89,9 +101,9 @@ def test_an_adaptive_phase_needs_its_minimum_and_a_finished_round_or_its_maximum
 ):
     limits = Limits(least=2, most=5)
     assert limits.allow_end(micro_batches, is_round_finished) == may_end
-    position = _after(Position(), "fb" * micro_batches)
+    position = _after(Position(), "fbs" * micro_batches)
     assert position.is_phase_a_over(SCHEDULES["acco"], limits, is_round_finished) == may_end
     assert not position.is_window_over(SCHEDULES["acco"], limits, is_round_finished)  # phase B has not begun
     assert position.is_window_over(SCHEDULES["wp"], limits, is_round_finished) == may_end
-    in_b = _after(_after(Position(), "fb" * 3).after_phase_a(), "fb" * micro_batches)
+    in_b = _after(_after(Position(), "fbs" * 3).after_phase_a(), "fbs" * (micro_batches - 1) + "fb")
     assert in_b.is_window_over(SCHEDULES["acco"], limits, is_round_finished) == may_end  # phase A does not count

@@ -414,6 +414,7 @@ def _try_refused(config):
         engine.step()
         while engine.optimizer.position.phase.name == "A":
             engine.backward(engine(x, y))
+            engine.step()
         engine.optimizer.zero_grad()
 
     refused("zero_grad", zero_grad_in_phase_b)

@@ -353,30 +353,6 @@ def test_half_the_bytes_of_gloos_own_reduce_scatter(ranks, world_size, capsys):
     assert moved["ours"] < 0.55 * moved["gloo"]
 
 
-def _hashes(text):
-    comm = _communicator()
-    try:
-        comm.require_same(text)
-    except RuntimeError as error:
-        return str(error)
-    finally:
-        comm.destroy()
-    return "same"
-
-
-@pytest.mark.distributed
-def test_ranks_must_agree():
-    pool = RankPool(3)
-    try:
-        assert pool.run(_hashes, text="one") == ["same"] * 3
-        pool.start(_hashes, per_rank=[{"text": "one"}, {"text": "other"}, {"text": "one"}])
-        answers = pool.collect()
-        assert "ranks [1] differ from rank 0" in answers[0] and "rank 0 has: one" in answers[0]
-        assert "ranks [0, 2] differ from rank 1" in answers[1]
-    finally:
-        pool.close()
-
-
 def _own_bytes(config, world_sizes=None):
     from tests.support import training
 
