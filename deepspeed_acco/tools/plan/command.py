@@ -56,6 +56,8 @@ def from_measurement(
     *,
     latency_s: float = 0.0,
     hosts: int | None = None,
+    two_levels: bool = True,
+    inside_bandwidth: float | None = None,
     update_s_per_parameter: float | None = None,
 ) -> Inputs:
     """Returns a plan's inputs from a short measured run: the network is the one that makes a round as long as measured.
@@ -67,6 +69,7 @@ def from_measurement(
         compute_s: C, the computation of one whole step.
         round_s: R, one round with nothing beside it.
         latency_s: the part of R that does not depend on the bytes, per message; 0: all of R scales with its bytes.
+        hosts, two_levels, inside_bandwidth: of the :class:`Cluster` that was measured.
         update_s_per_parameter: None: that of the device (module constants).
 
     Raises:
@@ -87,7 +90,15 @@ def from_measurement(
     summed_bytes = header.get("accumulation_bytes") or weight_bytes
     model = Model(header["numel"], weight_bytes, header["comm_bytes"], summed_bytes)
     work = Work(compute_s / n, n, update_s, None if a is None else a / n)
-    anywhere = Cluster(header["world_size"], 1.0, latency_s, backend, hosts)
+    anywhere = Cluster(
+        header["world_size"],
+        1.0,
+        latency_s,
+        backend,
+        hosts,
+        two_levels=two_levels,
+        inside_bandwidth=inside_bandwidth,
+    )
     return Inputs(model, plan.calibrated(model, anywhere, work, round_s), work, header["micro_batch"])
 
 
@@ -189,6 +200,13 @@ def add_command(commands) -> None:
         metavar="SHARE",
         help="part of the bandwidth that carries payload (default: 0.9 nccl, 0.956 gloo)",
     )
+    add(
+        "--inside-bandwidth",
+        type=units.bandwidth,
+        metavar="RATE",
+        help="of one rank inside its host, payload (default: 100GB/s nccl, 2GB/s gloo)",
+    )
+    add("--flat", action="store_true", help='as with "ranks_per_host": 1, all of ACCO\'s ranks in one level')
     add("--round-ms", type=units.time_in("ms"), metavar="MS", help="a measured round; the network makes it so long")
     add("--backend", choices=plan.BACKENDS, help="default: nccl")
     add(
@@ -267,7 +285,12 @@ def _inputs_of_results(options: argparse.Namespace) -> Inputs:
     if options.calibrate is not None:
         path, hosts = calibration.measure(options)
     inputs = from_results(
-        path, latency_s=options.latency or 0.0, hosts=hosts, update_s_per_parameter=_update_s(options)
+        path,
+        latency_s=options.latency or 0.0,
+        hosts=hosts,
+        two_levels=not options.flat,
+        inside_bandwidth=options.inside_bandwidth,
+        update_s_per_parameter=_update_s(options),
     )
     if options.ranks is not None:
         inputs = replace(inputs, cluster=inputs.cluster.with_ranks(options.ranks), measured_ranks=inputs.cluster.ranks)
@@ -293,7 +316,14 @@ def _inputs_of_arguments(options: argparse.Namespace) -> Inputs:
     measured = options.round_ms is not None
     latency = options.latency if options.latency is not None else (0.0 if measured else _LATENCY_S[backend])
     cluster = Cluster(
-        options.ranks, options.bandwidth or 1.0, latency, backend, options.hosts, efficiency=options.efficiency
+        options.ranks,
+        options.bandwidth or 1.0,
+        latency,
+        backend,
+        options.hosts,
+        efficiency=options.efficiency,
+        two_levels=not options.flat,
+        inside_bandwidth=options.inside_bandwidth,
     )
     if measured:
         cluster = plan.calibrated(model, cluster, work, options.round_ms * 1e-3)
@@ -306,7 +336,12 @@ def _inputs_of_arguments(options: argparse.Namespace) -> Inputs:
 def _describe(inputs: Inputs, is_measured: bool) -> str:
     model, cluster, work = inputs.model, inputs.cluster, inputs.work
     rate = f"{cluster.payload_rate * 8 / 1e9:.3g} Gbit/s of payload"
-    hosts = f" on {cluster.host_count} hosts" if cluster.host_count != cluster.ranks else ""
+    hosts = ""
+    if cluster.host_count != cluster.ranks:
+        hosts = f" on {cluster.host_count} hosts"
+    if cluster.has_inside:
+        levels = "ACCO's rounds in two levels" if cluster.has_two_levels else "ACCO's rounds flat"
+        hosts += f" ({levels}, {cluster.inside_rate / 1e9:.3g} GB/s a rank inside)"
     source = "network from a measured round" if is_measured else "from formulas alone"
     if inputs.measured_ranks is not None:
         source += f" of {inputs.measured_ranks} ranks"
@@ -332,15 +367,19 @@ def _columns(rows: list[list[str]]) -> str:
 def table(inputs: Inputs) -> str:
     """Puts the predictions into a table, one line for each stage and mode, with notes."""
     baseline = best_stage(inputs.model, inputs.cluster, inputs.work)
-    rows = [["", "s/step", "samples/s", "exposed s", "sent GB", "GiB/rank"]]
+    has_inside = inputs.cluster.has_inside
+    heads = ["", "s/step", "samples/s", "exposed s", "sent GB", "GiB/rank"]
+    rows = [[*heads[:-1], "link GB", heads[-1]] if has_inside else heads]
     for row in plan.predict_all(inputs.model, inputs.cluster, inputs.work):
         relative = f"{baseline.step_s / row.step_s:.2f}" if baseline else "-"
         fits = "" if row.memory_bytes <= inputs.cluster.memory_bytes else " too much"
         figures = [f"{row.step_s:.4g}", relative, f"{row.exposed_s:.3g}", f"{row.wire_bytes / 1e9:.4g}"]
+        figures += [f"{row.link_bytes / 1e9:.4g}"] if has_inside else []
         rows.append([row.name, *figures, f"{row.memory_bytes / 2**30:.3g}{fits}"])
     notes = [
         f"samples/s: 1 is {baseline.name}, the fastest stage that fits" if baseline else "no stage fits",
         "exposed: communication and update that nothing hides. GiB/rank: model states, without activations",
+        *(["sent: by a rank, also inside its host. link: by all ranks of a host to other hosts"] if has_inside else []),
         "zero1, zero2: with overlap_comm; -reduce: with use_multi_rank_bucket_allreduce false",
     ]
     if inputs.work.n > 1:
@@ -398,7 +437,7 @@ def _swept(n: int) -> list[str]:
 def sweep(inputs: Inputs, ranks: list[int]) -> list[dict[str, Any]]:
     """Predicts the step at other numbers of ranks with the same micro-batches on each: the batch grows with them."""
     rows = []
-    in_host = inputs.cluster.ranks // inputs.cluster.host_count
+    in_host = inputs.cluster.ranks_per_host
     if not ranks:
         powers = (in_host * 2**power for power in range(1, _SWEEP_UP_TO.bit_length()))
         ranks = [number for number in powers if number <= max(_SWEEP_UP_TO, inputs.cluster.ranks)]
