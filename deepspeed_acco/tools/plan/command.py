@@ -6,11 +6,12 @@ model.py predicts and advice.py advises. Everything printed is labelled as predi
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ _MEASURED_BY_RESULTS = (
     *("dtype", "comm_dtype", "accumulation_dtype"),
 )
 _SWEEP_UP_TO = 4096
+# Of the table over hosts: how many, ranks of each, Gbit/s of each.
+_SWEPT_HOSTS, _SWEPT_IN_HOST, _SWEPT_GBIT = (2, 4, 8), (1, 2, 4, 8), (1, 10, 25, 100)
 
 
 @dataclass(frozen=True)
@@ -239,6 +242,7 @@ def add_command(commands) -> None:
         metavar="N",
         help=f"also a table over ranks (default: to {_SWEEP_UP_TO})",
     )
+    add("--sweep-hosts", action="store_true", help="also a table over hosts, ranks of a host, and bandwidths")
     add("--json", metavar="FILE", help="also write the figures there")
     calibration.add_arguments(parser)
     parser.set_defaults(run=run, takes_script_arguments=True)
@@ -444,14 +448,18 @@ def sweep(inputs: Inputs, ranks: list[int]) -> list[dict[str, Any]]:
     names = _swept(inputs.work.n)
     for number in ranks:
         cluster = inputs.cluster.with_ranks(number)
-        commit = plan.round_s(inputs.model, cluster, inputs.work)
-        stage = best_stage(inputs.model, cluster, inputs.work)
-        row: dict[str, Any] = {"ranks": number, "round_s": commit, "ratio": commit / inputs.work.compute_s}
-        row |= {"stage": stage and stage.name, "stage_s": stage and stage.step_s}
-        row |= {name: plan.predict(name, inputs.model, cluster, inputs.work).step_s for name in names}
+        row: dict[str, Any] = {"ranks": number} | _compared(inputs.model, cluster, inputs.work, names)
         row["acco_memory_bytes"] = plan.memory_bytes(DEFAULT.name, inputs.model, number)
         rows.append(row)
     return rows
+
+
+def _compared(model: Model, cluster: Cluster, work: Work, names: Iterable[str]) -> dict[str, Any]:
+    """Returns R, R/C, the fastest stage that fits, and the steps of these modes."""
+    commit, stage = plan.round_s(model, cluster, work), best_stage(model, cluster, work)
+    row: dict[str, Any] = {"round_s": commit, "ratio": commit / work.compute_s}
+    row |= {"stage": stage and stage.name, "stage_s": stage and stage.step_s}
+    return row | {name: plan.predict(name, model, cluster, work).step_s for name in names}
 
 
 def sweep_table(rows: list[dict[str, Any]], has_latency: bool) -> str:
@@ -467,6 +475,41 @@ def sweep_table(rows: list[dict[str, Any]], has_latency: bool) -> str:
     if not has_latency:
         said += "; WITHOUT latency, give --latency"
     return said + "\n" + _columns(lines)
+
+
+def sweep_hosts(inputs: Inputs, efficiency: float | None = None) -> list[dict[str, Any]]:
+    """Predicts the step over hosts, ranks of a host and bandwidths, with the same micro-batches on each rank. The
+    network is that of formulas, with ``efficiency``, also where one was measured.
+
+    Raises:
+        ValueError: for n = 1, with which the schedules of the table have no room for their phases.
+    """
+    if inputs.work.n == 1:
+        raise ValueError("plan: --sweep-hosts compares schedules of two phases, and n = 1 has no second. Give n >= 2")
+    rows = []
+    for hosts, in_host, gbit in itertools.product(_SWEPT_HOSTS, _SWEPT_IN_HOST, _SWEPT_GBIT):
+        shape = replace(inputs.cluster, ranks=hosts * in_host, hosts=hosts)
+        cluster = replace(shape, bandwidth=gbit * 1e9 / 8, efficiency=efficiency)
+        row: dict[str, Any] = {"hosts": hosts, "ranks_per_host": in_host, "gbit": gbit}
+        rows.append(row | _compared(inputs.model, cluster, inputs.work, (DEFAULT.name, COARSEST.name)))
+    return rows
+
+
+def sweep_hosts_table(rows: list[dict[str, Any]]) -> str:
+    """Puts what :func:`sweep_hosts` returned into a table, one line for each number of hosts and of ranks in them."""
+    names = (DEFAULT.name, COARSEST.name)
+    heads = [[f"{gbit}gbit R/C", DEFAULT.name, COARSEST.estimate_comm] for gbit in _SWEPT_GBIT]
+    lines = [["hosts x ranks", *itertools.chain(*heads)]]
+    for (hosts, in_host), of_line in itertools.groupby(rows, lambda row: (row["hosts"], row["ranks_per_host"])):
+        line = [f"{hosts} x {in_host}"]
+        for row in of_line:
+            speeds = [f"{row['stage_s'] / row[name]:.2f}" if row["stage"] else "-" for name in names]
+            line += [f"{row['ratio']:.2g}", *speeds]
+        lines.append(line)
+    return (
+        "PREDICTION over hosts, ranks of a host and bandwidths, from formulas alone: the same micro-batches on each "
+        f"rank\nSpeed of {names[0]} and of {names[1]} over that of the fastest stage that fits\n" + _columns(lines)
+    )
 
 
 def _bandwidth_alone(options: argparse.Namespace, inputs: Inputs) -> str:
@@ -488,7 +531,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and math.isinf(value) else value
 
 
-def _report(inputs: Inputs, advice: Advice, sweep_rows: list[dict[str, Any]] | None) -> dict[str, Any]:
+Rows = list[dict[str, Any]] | None
+
+
+def _report(inputs: Inputs, advice: Advice, over_ranks: Rows, over_hosts: Rows) -> dict[str, Any]:
     model, cluster, work = inputs.model, inputs.cluster, inputs.work
     return {
         "prediction": True,
@@ -500,7 +546,8 @@ def _report(inputs: Inputs, advice: Advice, sweep_rows: list[dict[str, Any]] | N
         "rows": [asdict(row) for row in plan.predict_all(model, cluster, work)],
         "stops_paying": None if work.n == 1 else _finite(stops_paying(model, cluster, work)),
         "advice": asdict(advice),
-        "sweep": sweep_rows,
+        "sweep": over_ranks,
+        "sweep_hosts": over_hosts,
     }
 
 
@@ -510,7 +557,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         inputs = inputs_of(options)
         advice = advise(inputs.model, inputs.cluster, inputs.work, inputs.micro_batch_size)
-        rows = None if options.sweep_ranks is None else sweep(inputs, options.sweep_ranks)
+        over_ranks = None if options.sweep_ranks is None else sweep(inputs, options.sweep_ranks)
+        over_hosts = sweep_hosts(inputs, options.efficiency) if options.sweep_hosts else None
     except ValueError as error:
         print(f"ds_acco {error}", file=sys.stderr)
         return 2
@@ -524,11 +572,13 @@ def run(options: argparse.Namespace) -> int:
     print(_describe(inputs, is_measured), table(inputs), words(advice), sep="\n\n")
     if is_measured and options.bandwidth is not None:
         print(_bandwidth_alone(options, inputs))
-    if rows is not None:
-        print("\n" + sweep_table(rows, inputs.cluster.latency_s > 0))
+    if over_ranks is not None:
+        print("\n" + sweep_table(over_ranks, inputs.cluster.latency_s > 0))
+    if over_hosts is not None:
+        print("\n" + sweep_hosts_table(over_hosts))
     if options.json:
         try:
-            Path(options.json).write_text(json.dumps(_report(inputs, advice, rows), indent=2) + "\n")
+            Path(options.json).write_text(json.dumps(_report(inputs, advice, over_ranks, over_hosts), indent=2) + "\n")
         except OSError as error:
             print(f"ds_acco plan: --json {options.json} cannot be written: {error}", file=sys.stderr)
             return 2
