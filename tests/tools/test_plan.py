@@ -176,7 +176,7 @@ def test_reduces_follow_one_another_where_their_roots_ascend(ranks, runs):
     roots = [first + at for first in range(ranks - length, -1, -length) for at in range(length)]
     expected = simulate_chains(roots, ranks, 10e-6)
     cost = plan.reduce_to_each(Cluster(ranks, 1e30, 10e-6), 4000.0, runs)
-    assert cost.seconds - ranks * 50e-6 == pytest.approx(expected, rel=0.05)
+    assert cost.seconds - ranks * 50e-6 == pytest.approx(expected)
 
 
 # ---- two levels

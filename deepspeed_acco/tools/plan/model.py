@@ -346,8 +346,8 @@ def reduce_to_each(cluster: Cluster, whole_bytes: float, runs: int | None = None
     no tree for it), gloo's a reduce-scatter whose results all go to the root (gloo/reduce.cc).
 
     Args:
-        runs: on NCCL the stretches in which the roots ascend. There a chain begins where the one before has passed, two
-            steps behind it; only the first of a stretch waits for a whole chain. None: every one waits.
+        runs: on NCCL the stretches in which the roots ascend, the last ranks' first. In a stretch a chain begins where
+            the one before has passed, two steps behind it; from stretch to stretch it waits. None: every one waits.
     """
     ranks, part = cluster.ranks, whole_bytes / cluster.ranks
     if ranks == 1:
@@ -360,7 +360,7 @@ def reduce_to_each(cluster: Cluster, whole_bytes: float, runs: int | None = None
         return scatter + gather
     waiting = ranks if runs is None else min(ranks, runs)
     chain_s = ranks / (ranks - 1) * _ring_latency(cluster)
-    following_s = 2 * (ranks - waiting) * cluster.latency_s
+    following_s = 2 * (ranks / waiting - 1) * cluster.latency_s
     latency = waiting * chain_s + following_s + ranks * _REDUCE_ON_HOST_S
     ring = _ring(cluster, whole_bytes, latency)  # of N chains each link is in N - 1, and waits in one
     return Cost(part * (ranks - 1), ring.link_bytes * (ranks - 1) / ranks, ring.seconds)
