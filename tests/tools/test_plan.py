@@ -806,6 +806,11 @@ def test_sweep_over_hosts(tmp_path, capsys):
     line = next(line.split() for line in printed.splitlines() if line.startswith("4 x 8 "))
     shown = [f"{row['ratio']:.2g}", f"{row['stage_s'] / row['acco']:.2f}", f"{row['stage_s'] / row['acco-int4']:.2f}"]
     assert line[6:9] == shown
+    measured = [*PACKED[:7], "--round-ms", "900", *PACKED[9:], "--n", "8", "--sweep-hosts", "--json", str(report)]
+    assert main(measured) == 0
+    rows = json.loads(report.read_text())["sweep_hosts"]
+    at_first = plan.round_s(model, Cluster(2, 1e9 / 8, 0.0, hosts=2), work)
+    assert rows[0]["round_s"] == pytest.approx(at_first), "by formulas, whatever was measured"
     assert main([*PACKED, "--n", "1", "--sweep-hosts"]) == 2
     assert "--sweep-hosts compares schedules of two phases, and n = 1 has no second" in capsys.readouterr().err
 
@@ -860,6 +865,9 @@ def test_inputs_from_a_measurement():
     assert plan.round_s(inputs.model, inputs.cluster, inputs.work) == pytest.approx(0.7)
     # What is not the update moves 2 + 4 bytes for half of the parameters.
     assert inputs.cluster.payload_rate == pytest.approx((6 / 2 * 1e7 + 16) / (0.7 - 1e-9 * 5e6))
+    packed = {"hosts": 2, "two_levels": False, "inside_bandwidth": 5e9}
+    cluster = planning.from_measurement({**HEADER, "world_size": 4}, 2.0, 0.7, **packed).cluster
+    assert (cluster.host_count, cluster.two_levels, cluster.inside_rate) == (2, False, 5e9)
     on_gpu = planning.from_measurement({**HEADER, "device": "cuda", "a": 6}, 2.0, 0.7)
     assert (on_gpu.cluster.backend, on_gpu.work.estimate_fraction) == ("nccl", 0.75)
     with pytest.raises(ValueError, match="header has no numel, device"):
@@ -882,6 +890,11 @@ def test_inputs_from_results(tmp_path, capsys):
     assert planning.from_results(path) == planning.from_measurement(HEADER, 2.0, 0.7)
     assert main(["plan", "--results", str(path), "--estimate-fraction", "0.25", "--device-memory", "1GiB"]) == 0
     assert "network from a measured round" in capsys.readouterr().out
+    packed = ["--hosts", "2", "--flat", "--inside-bandwidth", "5GB/s", "--json", str(tmp_path / "plan.json")]
+    path.write_text(json.dumps(results | {"world_size": 4, "samples_per_step": 96}))
+    assert main(["plan", "--results", str(path), *packed]) == 0
+    cluster = json.loads((tmp_path / "plan.json").read_text())["cluster"]
+    assert (cluster["hosts"], cluster["two_levels"], cluster["inside_bandwidth"]) == (2, False, 5e9)
     for change, message in (
         ({"reference": None}, "has no measured C and R. Run `ds_acco compare` again"),
         ({"reference": {"failed": "no sync"}}, "has no measured C and R: no sync."),

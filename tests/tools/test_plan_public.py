@@ -47,8 +47,8 @@ class Point:
 BERT = Model(340_000_000)
 # The paper measured 4.1 Gbit/s with iperf. Inside a host: its rows of a single one, 239.76 and 28.18 ms.
 ETHERNET = Cluster(64, 4.1e9 / 8, 10e-6, hosts=16, efficiency=1.0, inside_bandwidth=2 * 3 / 4 * 680e6 / 0.23976)
-# Fitted: the rate at which a ring of 8 x 8 takes the 336.40 ms of the first row.
-INFINIBAND = Cluster(64, 2 * 63 / 64 * 680e6 / 0.3364, 10e-6, hosts=8, efficiency=1.0)
+# Fitted: the rate at which the tree, as the plan has it, takes the 336.40 ms of 8 x 8 GPUs.
+INFINIBAND = Cluster(64, 2 * 7 / 8 * 680e6 / 0.92 / 0.3364, 10e-6, hosts=8, efficiency=1.0)
 INFINIBAND = replace(INFINIBAND, inside_bandwidth=2 * 7 / 8 * 680e6 / 0.02818)
 
 
@@ -129,7 +129,7 @@ def test_the_all_reduces_of_two_four_and_eight_hosts():
     # 1-bit Adam's hosts of 8 GPUs: 183.74, 297.28 and 336.40 ms. A ring would take nearly the same on all three.
     took = [plan.all_reduce(point.cluster, 680e6).seconds for point in (POINTS[8], POINTS[7], POINTS[5])]
     for seconds, reported_s in zip(took, (0.18374, 0.29728, 0.33640)):
-        assert seconds == pytest.approx(reported_s, rel=0.08)
+        assert seconds == pytest.approx(reported_s, rel=0.05)
 
 
 def test_the_data_parallel_part_of_a_large_pipeline():
@@ -149,6 +149,6 @@ def test_the_table_in_the_docs():
     assert set(shown) == {(point.source, point.setting) for point in POINTS}
     for point in POINTS:
         figures = shown[point.source, point.setting]
-        expected = [f"{point.reported_s:.3f}", f"{point.predicted_s:.3f}", f"{100 * point.error:+.0f} %"]
+        expected = [f"{point.reported_s:.3f}", f"{point.predicted_s:.3f}", f"{100 * point.error:+.1f} %"]
         assert figures[:3] == expected, point.setting
         assert bool(re.search(r"\w", figures[3])), "what is fitted, or why it is outside"
