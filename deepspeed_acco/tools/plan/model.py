@@ -6,7 +6,7 @@ All of it is made of formulas; only :func:`calibrated` puts a measured round in.
 derives the terms and says what they leave out; here each function names its source. N = H k: ranks, k on each of H
 hosts; V: bytes of what a collective moves as a whole; L: latency of a message; D: payload bytes/s of a host, I: of a
 rank inside its host; C, R: computation of a step and one round. DeepSpeed's files are those of 0.19.8, below
-``deepspeed/runtime``; NCCL's are those of 2.19 or later.
+``deepspeed/runtime``.
 """
 
 from __future__ import annotations
@@ -561,7 +561,9 @@ def predict(name: str, model: Model, cluster: Cluster, work: Work) -> Prediction
     return _prediction(name, communication, exposed, step, memory, step)
 
 
-def _prediction(name: str, moved: Cost, exposed_s: float, step_s: float, memory: float, bound_s: float | None):
+def _prediction(
+    name: str, moved: Cost, exposed_s: float, step_s: float, memory: float, bound_s: float | None
+) -> Prediction:
     return Prediction(name, moved.wire_bytes, moved.link_bytes, moved.seconds, exposed_s, step_s, memory, bound_s)
 
 
@@ -592,10 +594,10 @@ def calibrated(model: Model, cluster: Cluster, work: Work, measured_round_s: flo
 
     slow, fast = math.log(1e-3), math.log(1e18)
     if took(fast) >= measured_round_s:
+        inside = ", or the true bandwidth inside the hosts" if cluster.has_inside else ""
         raise ValueError(
             f"plan: the measured round took {measured_round_s:g} s, but the update and the latencies alone take "
-            f"{took(fast):g} s, with what moves inside the hosts. Give a smaller latency, or the true time of the "
-            "update per parameter, or the true bandwidth inside the hosts"
+            f"{took(fast):g} s. Give a smaller latency, or the update's true time per parameter{inside}"
         )
     for _ in range(100):
         middle = (slow + fast) / 2
