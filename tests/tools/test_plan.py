@@ -277,7 +277,7 @@ def simulate_pieces(first_s, second_s, pieces):
 
 @pytest.mark.parametrize("inside_bandwidth", [2e6, 2e7, 2e9])
 def test_on_gloo_the_levels_overlap_but_for_a_piece(inside_bandwidth):
-    model, pieces = Model(64 * 2**20), 16  # 128 MiB, of which a rank sends half inside: 16 pieces of 4 MiB
+    model, pieces = Model(64 * 2**20), 24  # of 128 MiB a rank sends half inside and a quarter outside: 24 times 4 MiB
     cluster = Cluster(4, 2e7, backend="gloo", hosts=2, efficiency=1.0, inside_bandwidth=inside_bandwidth)
     inside, between = 64 * 2**20 / inside_bandwidth, 64 * 2**20 / 2e7
     expected = 2 * simulate_pieces(inside, between, pieces)

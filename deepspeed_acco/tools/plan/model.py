@@ -28,7 +28,7 @@ _EFFICIENCY = {"nccl": 0.9, "gloo": 1448 / 1514}
 _INSIDE_BANDWIDTH = {"nccl": 1e11, "gloo": 2e9}
 _TREE_SHARE = 0.92  # of D that a tree uses: NCCL, src/graph/tuning.cc
 _STEP_INSIDE_HOST = 3.4 / 9.6  # of L: NCCL, src/graph/tuning.cc, NVLink over network
-_PIECE_BYTES = 4 * 2**20  # of a rank's messages on gloo that travel at a time (runtime/communicator.py)
+_PIECE_BYTES = 4 * 2**20  # of a rank's messages on gloo that travel at a time (half of runtime/messages.py's room)
 _REDUCE_ON_HOST_S = 50e-6  # to synchronize with the device and to launch one reduce of a partition; an assumption
 _NORM_BYTES = 16
 _SCALE_BYTES = 2 / 256  # bf16, one for each block of a quantized ESTIMATE (optim/quantization.py)
@@ -367,7 +367,7 @@ def reduce_to_each(cluster: Cluster, whole_bytes: float, runs: int | None = None
 
 
 def acco_reduce_scatter(cluster: Cluster, whole_bytes: float) -> Cost:
-    """Returns the cost of the one that ACCO uses: on gloo its own exchange (runtime/communicator.py)."""
+    """Returns the cost of the one that ACCO uses: on gloo its own exchange (runtime/messages.py)."""
     return exchange(cluster, whole_bytes) if cluster.backend == "gloo" else reduce_scatter(cluster, whole_bytes)
 
 
@@ -385,7 +385,8 @@ def exchange(cluster: Cluster, whole_bytes: float) -> Cost:
 
 
 def round_communication(model: Model, cluster: Cluster, estimate_comm: str = "full") -> Cost:
-    """Returns what a round of ACCO moves: reduce-scatter, all-reduce of the norm, all-gather (runtime/round.py).
+    """Returns what a round of ACCO moves: reduce-scatter, all-reduce of the norm, all-gather (runtime/round.py), with
+    gloo as in runtime/messages.py, with NCCL as in runtime/collectives.py.
 
     Args:
         estimate_comm: other than ``full``: that of an ESTIMATE which sends gradients and changes of weights in blocks
@@ -395,12 +396,13 @@ def round_communication(model: Model, cluster: Cluster, estimate_comm: str = "fu
     bits = ESTIMATE_COMMS[estimate_comm]
     gradients, weights = model.comm_bytes * model.numel, model.weight_bytes * model.numel
     coded = (bits / 8 + _SCALE_BYTES) * model.numel
-    sent, gathered, scatter = (coded, coded, exchange) if bits else (gradients, weights, acco_reduce_scatter)
+    sent, gathered = (coded, coded) if bits else (gradients, weights)
     norm = all_reduce(cluster, _NORM_BYTES)
     if not cluster.has_two_levels:
+        scatter = exchange if bits else acco_reduce_scatter
         return scatter(cluster, sent) + norm + all_gather(cluster, gathered)
     inside, between = cluster.inside_of_host, cluster.between_hosts
-    reduction = _two_levels(cluster, acco_reduce_scatter(inside, gradients), scatter(between, sent))
+    reduction = _two_levels(cluster, acco_reduce_scatter(inside, gradients), exchange(between, sent))
     return reduction + norm + _two_levels(cluster, all_gather(inside, gathered), all_gather(between, gathered))
 
 
@@ -408,10 +410,10 @@ def _two_levels(cluster: Cluster, inside: Cost, between: Cost) -> Cost:
     """Returns the cost of both levels of one way. ``between`` is what a host sends, to which its ranks contribute
     equally. On NCCL one level follows the other; on gloo the pieces of one travel beside those of the other, so that of
     the faster level only a piece is seen."""
+    wire_bytes = inside.wire_bytes + between.wire_bytes / cluster.ranks_per_host
     faster, slower = sorted((inside.seconds, between.seconds))
     if cluster.backend == "gloo":
-        faster /= max(1, math.ceil(inside.wire_bytes / _PIECE_BYTES))
-    wire_bytes = inside.wire_bytes + between.wire_bytes / cluster.ranks_per_host
+        faster /= max(1, math.ceil(wire_bytes / _PIECE_BYTES))
     return Cost(wire_bytes, between.link_bytes, faster + slower)
 
 
