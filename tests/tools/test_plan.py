@@ -65,6 +65,60 @@ def test_rings(ranks):
     assert plan.reduce_scatter(nccl, 5000.0).seconds <= simulate_ring(ranks, 5000.0, 1000.0, 0.25, 1)[1] + 1e-9
 
 
+def link_loads_of_a_ring(ranks, hosts, chunk):
+    """An all-gather: in every step each rank passes a chunk on; bytes that leave each host."""
+    host = [rank * hosts // ranks for rank in range(ranks)]
+    loads = [0.0] * hosts
+    for _ in range(ranks - 1):
+        for rank in range(ranks):
+            if host[rank] != host[(rank + 1) % ranks]:
+                loads[host[rank]] += chunk
+    return loads
+
+
+def children_of_a_tree(hosts):
+    """NCCL's binary tree, as the drawing in src/graph/trees.cc has it: the lowest set bit is a host's height."""
+    parents = {}
+    for host in range(1, hosts):
+        bit = host & -host
+        parent = (host ^ bit) | (bit << 1)
+        parents[host] = parent if parent < hosts else host ^ bit
+    return parents
+
+
+def link_loads_of_two_trees(hosts, whole_bytes):
+    """Half of the bytes in a tree and half in its mirror (its shift, of an odd number), up and down each edge."""
+    loads = [0.0] * hosts
+    for child, parent in children_of_a_tree(hosts).items():
+        for turn in (lambda host: host, lambda host: (host + 1) % hosts if hosts % 2 else hosts - 1 - host):
+            loads[turn(child)] += whole_bytes / 2
+            loads[turn(parent)] += whole_bytes / 2
+    return loads
+
+
+@pytest.mark.parametrize(("hosts", "in_host"), [(2, 2), (2, 8), (3, 4), (4, 2), (8, 8)])
+def test_what_nccl_moves_over_a_hosts_link(hosts, in_host):
+    cluster = Cluster(hosts * in_host, 1000.0, hosts=hosts, efficiency=1.0)
+    (ring,) = set(link_loads_of_a_ring(cluster.ranks, hosts, 4800.0 / cluster.ranks))
+    for one_way in (plan.all_gather, plan.reduce_scatter):
+        cost = one_way(cluster, 4800.0)
+        assert (cost.link_bytes, cost.seconds) == pytest.approx((ring, ring / 1000))
+    loads = link_loads_of_two_trees(hosts, 4800.0)
+    mean = sum(loads) / hosts
+    cost = plan.all_reduce(cluster, 4800.0)
+    assert (cost.link_bytes, cost.seconds) == pytest.approx((mean, mean / 1000 / 0.92))
+    assert cost.seconds < 2 * ring / 1000, "the tree is taken where it is cheaper"
+    assert (max(loads) == mean) == (hosts == 2), "more hosts than two are not loaded alike, which is left out"
+
+
+def test_the_slower_kind_of_link_counts():
+    # Inside a host at 500 bytes/s, between hosts at 1000. Ring: each rank sends 3/4 V. Tree: half of 2 V, chain of two.
+    cluster = Cluster(4, 1000.0, hosts=2, efficiency=1.0, inside_bandwidth=500.0)
+    assert plan.all_gather(cluster, 4000.0).seconds == pytest.approx(3000 / 500)
+    assert plan.all_reduce(cluster, 4000.0).seconds == pytest.approx(4000 / 500 / 0.92)
+    assert plan.all_gather(replace(cluster, hosts=4), 4000.0).seconds == pytest.approx(3000 / 1000)
+
+
 def test_tree_where_it_is_cheaper():
     cluster = Cluster(4096, 1e10, 10e-6, efficiency=1.0)
     assert plan.all_gather(cluster, 0).seconds == pytest.approx(12 * 10e-6)
@@ -94,8 +148,174 @@ def test_reduce_to_each_rank():
     assert cost.seconds == pytest.approx(4 * (0.75 + 0.75))
     chain = plan.reduce_to_each(Cluster(4, 1000.0, 0.5, efficiency=1.0), 4000.0)
     assert chain.wire_bytes == 3 * 1000
-    assert chain.seconds == pytest.approx(4 * (1.0 + 4 * 0.5))
+    on_host = 4 * 50e-6  # each is launched by itself
+    assert chain.seconds == pytest.approx(4 * (1.0 + 4 * 0.5) + on_host)
     assert plan.reduce_to_each(slow(1), 4000.0) == plan.NOTHING
+    # Two hosts of two: 250 of each of the two ranks outside reach a root through its host's link, for four roots; the
+    # ring of 250 leaves each host three times for each root.
+    cost = plan.reduce_to_each(slow(4, hosts=2), 4000.0)
+    assert (cost.link_bytes, cost.seconds) == pytest.approx((4 * 750 + 2 * 2 * 250, 4 * (0.75 + 0.5)))
+
+
+def simulate_chains(roots, ranks, step_s):
+    """Each reduce passes from the rank behind the root round the ring to the root, a step a rank; a rank takes part in
+    one at a time. Seconds until all have ended."""
+    free = [0.0] * ranks
+    for root in roots:
+        arrived = 0.0
+        for distance in range(1, ranks + 1):
+            rank = (root + distance) % ranks
+            arrived = free[rank] = max(arrived, free[rank]) + step_s
+    return max(free)
+
+
+@pytest.mark.parametrize(("ranks", "runs"), [(8, 8), (64, 1), (64, 4), (256, 16)])
+def test_reduces_follow_one_another_where_their_roots_ascend(ranks, runs):
+    # The last stretch of ranks first, as a backward gives them, and within a stretch from its first rank on.
+    length = ranks // runs
+    roots = [first + at for first in range(ranks - length, -1, -length) for at in range(length)]
+    expected = simulate_chains(roots, ranks, 10e-6)
+    cost = plan.reduce_to_each(Cluster(ranks, 1e30, 10e-6), 4000.0, runs)
+    assert cost.seconds - ranks * 50e-6 == pytest.approx(expected)
+
+
+# ---- two levels
+
+
+class TwoLevels:
+    """Does what a round over two levels does, with numbers: counts bytes and messages, and ends with every rank's sum.
+
+    Rank (host, place) owns segment host * k + place, of ``segment`` bytes inside and of ``between`` between hosts.
+    """
+
+    def __init__(self, hosts, in_host, inside, between):
+        self.hosts, self.in_host, self.sizes = hosts, in_host, {True: inside, False: between}
+        self.ranks = [(host, place) for host in range(hosts) for place in range(in_host)]
+        self.sent, self.on_link = dict.fromkeys(self.ranks, 0.0), [0.0] * hosts
+        self.messages = {True: dict.fromkeys(self.ranks, 0), False: dict.fromkeys(self.ranks, 0)}
+
+    def send(self, sender, receiver, segments):
+        is_inside = sender[0] == receiver[0]
+        self.sent[sender] += len(segments) * self.sizes[is_inside]
+        self.messages[is_inside][sender] += 1
+        if not is_inside:
+            self.on_link[sender[0]] += len(segments) * self.sizes[False]
+
+    def reduce_scatter(self, gradients):
+        """``gradients[rank][segment]``; returns each rank's sum of its own segment."""
+        partial = {}
+        for host, place in self.ranks:
+            segments = [other * self.in_host + place for other in range(self.hosts)]
+            neighbors = [(host, other) for other in range(self.in_host)]
+            for neighbor in neighbors:
+                if neighbor != (host, place):
+                    self.send(neighbor, (host, place), segments)
+            partial[host, place] = {at: sum(gradients[rank][at] for rank in neighbors) for at in segments}
+        sums = {}
+        for host, place in self.ranks:
+            own = host * self.in_host + place
+            for other in range(self.hosts):
+                if other != host:
+                    self.send((other, place), (host, place), [own])
+            sums[host, place] = sum(partial[other, place][own] for other in range(self.hosts))
+        return sums
+
+    def all_gather(self, own):
+        """``own[rank]``; returns what each rank has of all segments."""
+        held = {rank: {rank[0] * self.in_host + rank[1]: own[rank]} for rank in self.ranks}
+        for host, place in self.ranks:
+            for other in range(self.hosts):
+                if other != host:
+                    self.send((other, place), (host, place), [other * self.in_host + place])
+                    held[host, place][other * self.in_host + place] = own[other, place]
+        whole = {}
+        for host, place in self.ranks:
+            whole[host, place] = dict(held[host, place])
+            for other in range(self.in_host):
+                if other != place:
+                    self.send((host, other), (host, place), list(held[host, other]))
+                    whole[host, place] |= held[host, other]
+        return whole
+
+
+@pytest.mark.parametrize(("hosts", "in_host"), [(2, 2), (3, 2), (2, 4), (5, 3)])
+@pytest.mark.parametrize("estimate_comm", ["full", "int4"])
+def test_two_levels_move_what_a_simulation_of_them_moves(hosts, in_host, estimate_comm):
+    ranks = hosts * in_host
+    model = Model(ranks * 256)
+    between = 256 * 2 if estimate_comm == "full" else 130  # of a segment
+    down, up = TwoLevels(hosts, in_host, 512, between), TwoLevels(hosts, in_host, between, between)
+    gradients = {rank: [7 * at + number for at in range(ranks)] for number, rank in enumerate(down.ranks)}
+    total = [sum(gradients[rank][at] for rank in down.ranks) for at in range(ranks)]
+    own = down.reduce_scatter(gradients)
+    assert all(list(map(whole.get, range(ranks))) == total for whole in up.all_gather(own).values())
+    (sent,) = {down.sent[rank] + up.sent[rank] for rank in down.ranks}
+    (on_link,) = set(map(sum, zip(down.on_link, up.on_link)))
+    cluster = Cluster(ranks, 1000.0, 0.5, hosts=hosts, efficiency=1.0, inside_bandwidth=4000.0)
+    norm = plan.all_reduce(cluster, 16)
+    cost = plan.round_communication(model, cluster, estimate_comm)
+    assert cost.wire_bytes - norm.wire_bytes == pytest.approx(sent)
+    assert cost.link_bytes - norm.link_bytes == pytest.approx(on_link)
+    # On NCCL one level after the other, a latency for each message (no tree is cheaper for so many bytes).
+    inside_bytes = sent - on_link / in_host
+    messages = sum(level.messages[False][0, 0] for level in (down, up))
+    inside_messages = sum(level.messages[True][0, 0] for level in (down, up))
+    assert (messages, inside_messages) == (2 * (hosts - 1), 2 * (in_host - 1))
+    latency = 0.5 * (messages + 3.4 / 9.6 * inside_messages)
+    seconds = inside_bytes / 4000 + on_link / 1000 + latency
+    assert cost.seconds - norm.seconds == pytest.approx(seconds, rel=1e-6 if hosts < 4 else 0.1)
+
+
+def simulate_pieces(first_s, second_s, pieces):
+    """Two links after one another, each with one piece at a time; seconds until the last piece is through."""
+    first, second = 0.0, 0.0
+    for _ in range(pieces):
+        first += first_s / pieces
+        second = max(first, second) + second_s / pieces
+    return second
+
+
+@pytest.mark.parametrize("inside_bandwidth", [2e6, 2e7, 2e9])
+def test_on_gloo_the_levels_overlap_but_for_a_piece(inside_bandwidth):
+    model, pieces = Model(64 * 2**20), 24  # of 128 MiB a rank sends half inside and a quarter outside: 24 times 4 MiB
+    cluster = Cluster(4, 2e7, backend="gloo", hosts=2, efficiency=1.0, inside_bandwidth=inside_bandwidth)
+    inside, between = 64 * 2**20 / inside_bandwidth, 64 * 2**20 / 2e7
+    expected = 2 * simulate_pieces(inside, between, pieces)
+    norm = plan.all_reduce(cluster, 16).seconds
+    assert plan.round_communication(model, cluster).seconds - norm == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("in_host", [2, 4])
+def test_two_shaped_hosts_take_as_long_however_many_ranks_they_have(in_host):
+    model, alone = Model(10_000_000), Cluster(2, 200e6 / 8, backend="gloo")
+    packed = Cluster(2 * in_host, 200e6 / 8, backend="gloo", hosts=2)
+    one, several = plan.round_communication(model, alone), plan.round_communication(model, packed)
+    assert several.link_bytes == pytest.approx(one.link_bytes, rel=1e-4)
+    assert one.seconds < several.seconds < 1.1 * one.seconds
+    flat = plan.round_communication(model, replace(packed, two_levels=False))
+    assert flat.seconds > 1.4 * one.seconds and flat.link_bytes > 1.4 * one.link_bytes
+
+
+@pytest.mark.parametrize("backend", plan.BACKENDS)
+@pytest.mark.parametrize("estimate_comm", ["full", "int8"])
+@pytest.mark.parametrize(("ranks", "hosts"), [(4, 4), (4, None), (4, 1)])
+def test_one_kind_of_link_has_one_level(backend, estimate_comm, ranks, hosts):
+    cluster = Cluster(ranks, 1000.0, 0.1, backend, hosts)
+    flat = replace(cluster, two_levels=False)
+    assert plan.round_communication(SMALL, cluster, estimate_comm) == plan.round_communication(
+        SMALL, flat, estimate_comm
+    )
+
+
+def test_two_hosts_of_eight_at_25_gbit():
+    # 1.3B, 16,384 tokens a rank and step on an A100 at 40 %. Flat rounds are as the plan had all of them: 3.468, 2.894.
+    model, work = Model(1_300_000_000), Work(0.128, 8)
+    cluster = Cluster(16, 25e9 / 8, 10e-6, hosts=2)
+    stage = min(predict(name, model, cluster, work).step_s for name in plan.STAGES)
+    flat = replace(cluster, two_levels=False)
+    for name, step_s, speed in (("acco", 3.468, 1.05), ("acco-int4", 2.894, 1.65)):
+        assert predict(name, model, flat, work).step_s == pytest.approx(step_s, rel=1e-3)
+        assert stage / predict(name, model, cluster, work).step_s == pytest.approx(speed, abs=0.005)
 
 
 # ---- steps
@@ -178,6 +398,7 @@ def test_a_quantized_estimate_by_hand():
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_a_quantized_estimate_on_nccl_goes_from_rank_to_rank(hosts):
     cluster = replace(slow(4, hosts=hosts), backend="nccl")
+    cluster = replace(cluster, two_levels=False)
     whole = 1000 * 130 / 256
     crossing = {4: 3 / 4 * whole, 2: 2 * 2 / 4 * whole}[hosts]  # out of a host: each of its ranks to each one outside
     expected = (crossing + 3 / 4 * whole) / 1000 + plan.all_reduce(cluster, 16).seconds
@@ -200,8 +421,14 @@ def test_one_rank_and_an_infinite_network_take_the_computation(backend):
     perfect = Cluster(64, 1e30, 0.0, backend)
     for cluster in (alone, perfect):
         for row in plan.predict_all(SMALL, cluster, WORK):
-            assert row.step_s == pytest.approx(8.0), row.name
-            assert row.exposed_s == pytest.approx(0.0, abs=1e-9)
+            reduces = (
+                0
+                if cluster == alone or backend == "gloo"
+                else {"zero1-reduce": 64, "zero2-reduce": 4 * 64}.get(row.name, 0)
+            )
+            on_host_s = 50e-6 * reduces  # no network makes it shorter
+            assert row.step_s == pytest.approx(8.0 + on_host_s), row.name
+            assert row.exposed_s == pytest.approx(on_host_s, abs=1e-9)
     assert all(row.wire_bytes == 0 for row in plan.predict_all(SMALL, alone, WORK))
 
 
@@ -348,10 +575,20 @@ def test_the_advice_names_int4_only_where_it_hides_more():
     assert "acco-int4 stops paying against zero0 at R/C" in text and "at a price" not in text
     assert "int4" not in " ".join(advise(SMALL, slow(), _work_at(0.45)).sentences), "acco hides all"
     packed = replace(slow(64, hosts=8), backend="nccl")  # 8 ranks share a link
+    assert advise(SMALL, packed, Work(plan.round_s(SMALL, packed, WORK) / 0.8 / 8, 8, 0.0)).name == "acco-int4"
+    packed = replace(packed, two_levels=False)
     exposed = Work(plan.round_s(SMALL, packed, WORK) / 0.8 / 8, 8, 0.0)
     advice = advise(SMALL, packed, exposed)
     assert advice.name != "acco-int4"
     assert "would not be 2 % faster: its gradients go directly" in " ".join(advice.sentences)
+
+
+@pytest.mark.parametrize(("ratio", "is_said"), [(0.8, False), (9.9, False), (10.1, True), (50.0, True)])
+def test_the_advice_names_who_wins_on_a_very_slow_network(ratio, is_said):
+    sentences = advise(SMALL, slow(), _work_at(ratio)).sentences
+    said = [sentence for sentence in sentences if "local-SGD family" in sentence]
+    assert len(said) == is_said
+    assert all(name in sentence for sentence in said for name in ("Streaming DiLoCo", "DiLoCoX", "SparseLoCo", "DeMo"))
 
 
 def test_the_larger_batch_hides_everything():
@@ -443,6 +680,7 @@ def test_advice_with_one_rank_and_with_little_memory():
         (lambda: Cluster(6, 1.0, hosts=4), "hosts = 4 .* divides the 6 ranks"),
         (lambda: Cluster(2, 1.0, efficiency=1.1), "efficiency = 1.1"),
         (lambda: Cluster(2, 1.0, memory_bytes=0), "memory_bytes = 0"),
+        (lambda: Cluster(2, 1.0, inside_bandwidth=0), "inside_bandwidth = 0"),
         (lambda: Work(0.0, 2), "micro_batch_s = 0.0"),
         (lambda: Work(1.0, 0), "n = 0"),
         (lambda: Work(1.0, 2, -1.0), "update_s_per_parameter = -1.0"),
@@ -532,6 +770,51 @@ def test_sweep_over_ranks(tmp_path, capsys):
     assert "ranks = 20 is not allowed; allowed: multiples of the 8 ranks" in capsys.readouterr().err
 
 
+PACKED = ["plan", "--params", "1.3B", "--ranks", "16", "--hosts", "2", "--bandwidth", "25gbit"]
+PACKED += ["--micro-batch-ms", "128"]
+
+
+def test_the_command_tells_what_a_hosts_link_carries(tmp_path, capsys):
+    report = tmp_path / "plan.json"
+    written = {}
+    for flags in ((), ("--flat",), ("--inside-bandwidth", "10GB/s")):
+        assert main([*PACKED, "--n", "8", "--json", str(report), *flags]) == 0
+        printed = capsys.readouterr().out
+        row = next(line.split() for line in printed.splitlines() if line.startswith("acco "))
+        written[flags] = {row["name"]: row for row in json.loads(report.read_text())["rows"]}["acco"]
+        assert f"{written[flags]['link_bytes'] / 1e9:.4g}" == row[5] and "link GB" in printed
+        assert ("rounds flat" if flags == ("--flat",) else "rounds in two levels") in printed
+    levels, flat, slower = written.values()
+    assert levels["link_bytes"] == pytest.approx(5.2e9) and flat["link_bytes"] == pytest.approx(9.75e9)
+    assert slower["step_s"] - levels["step_s"] == pytest.approx(4 * 2.6e9 * 7 / 8 * (1 / 10e9 - 1 / 100e9))
+    assert main([*PACKED[:5], *PACKED[7:], "--n", "8"]) == 0
+    assert "link GB" not in capsys.readouterr().out, "a rank's bytes are the host's"
+
+
+def test_sweep_over_hosts(tmp_path, capsys):
+    report = tmp_path / "plan.json"
+    assert main([*PACKED, "--n", "8", "--sweep-hosts", "--efficiency", "0.8", "--json", str(report)]) == 0
+    printed = capsys.readouterr().out
+    rows = {
+        (row["hosts"], row["ranks_per_host"], row["gbit"]): row for row in json.loads(report.read_text())["sweep_hosts"]
+    }
+    assert set(rows) == set(itertools.product((2, 4, 8), (1, 2, 4, 8), (1, 10, 25, 100)))
+    cluster = Cluster(32, 10e9 / 8, 10e-6, hosts=4, efficiency=0.8)
+    row, model, work = rows[4, 8, 10], Model(1_300_000_000), Work(0.128, 8)
+    assert row["acco-int4"] == pytest.approx(predict("acco-int4", model, cluster, work).step_s)
+    assert row["stage_s"] == min(predict(name, model, cluster, work).step_s for name in plan.STAGES)
+    line = next(line.split() for line in printed.splitlines() if line.startswith("4 x 8 "))
+    shown = [f"{row['ratio']:.2g}", f"{row['stage_s'] / row['acco']:.2f}", f"{row['stage_s'] / row['acco-int4']:.2f}"]
+    assert line[6:9] == shown
+    measured = [*PACKED[:7], "--round-ms", "900", *PACKED[9:], "--n", "8", "--sweep-hosts", "--json", str(report)]
+    assert main(measured) == 0
+    rows = json.loads(report.read_text())["sweep_hosts"]
+    at_first = plan.round_s(model, Cluster(2, 1e9 / 8, 0.0, hosts=2), work)
+    assert rows[0]["round_s"] == pytest.approx(at_first), "by formulas, whatever was measured"
+    assert main([*PACKED, "--n", "1", "--sweep-hosts"]) == 2
+    assert "--sweep-hosts compares schedules of two phases, and n = 1 has no second" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -582,6 +865,9 @@ def test_inputs_from_a_measurement():
     assert plan.round_s(inputs.model, inputs.cluster, inputs.work) == pytest.approx(0.7)
     # What is not the update moves 2 + 4 bytes for half of the parameters.
     assert inputs.cluster.payload_rate == pytest.approx((6 / 2 * 1e7 + 16) / (0.7 - 1e-9 * 5e6))
+    packed = {"hosts": 2, "two_levels": False, "inside_bandwidth": 5e9}
+    cluster = planning.from_measurement({**HEADER, "world_size": 4}, 2.0, 0.7, **packed).cluster
+    assert (cluster.host_count, cluster.two_levels, cluster.inside_rate) == (2, False, 5e9)
     on_gpu = planning.from_measurement({**HEADER, "device": "cuda", "a": 6}, 2.0, 0.7)
     assert (on_gpu.cluster.backend, on_gpu.work.estimate_fraction) == ("nccl", 0.75)
     with pytest.raises(ValueError, match="header has no numel, device"):
@@ -604,6 +890,11 @@ def test_inputs_from_results(tmp_path, capsys):
     assert planning.from_results(path) == planning.from_measurement(HEADER, 2.0, 0.7)
     assert main(["plan", "--results", str(path), "--estimate-fraction", "0.25", "--device-memory", "1GiB"]) == 0
     assert "network from a measured round" in capsys.readouterr().out
+    packed = ["--hosts", "2", "--flat", "--inside-bandwidth", "5GB/s", "--json", str(tmp_path / "plan.json")]
+    path.write_text(json.dumps(results | {"world_size": 4, "samples_per_step": 96}))
+    assert main(["plan", "--results", str(path), *packed]) == 0
+    cluster = json.loads((tmp_path / "plan.json").read_text())["cluster"]
+    assert (cluster["hosts"], cluster["two_levels"], cluster["inside_bandwidth"]) == (2, False, 5e9)
     for change, message in (
         ({"reference": None}, "has no measured C and R. Run `ds_acco compare` again"),
         ({"reference": {"failed": "no sync"}}, "has no measured C and R: no sync."),

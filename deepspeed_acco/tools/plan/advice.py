@@ -27,6 +27,7 @@ from .model import (
 )
 
 _WORTH_IT = 1.02  # a smaller speed-up is called none
+_LOCAL_SGD_FROM = 10  # R/C from which on whoever communicates in every step mostly waits
 _MOST_CUTS = 1000  # into more parts no micro-batch is cut: a split is then exact to 0.1 %
 # The default schedule with the fewest bits of an ESTIMATE.
 COARSEST = Mode(DEFAULT, min((bits, name) for name, bits in ESTIMATE_COMMS.items() if bits)[1])
@@ -175,6 +176,8 @@ def advise(model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1
             f"{100 * (baseline.step_s / compute - 1):.2g} % longer than its computation."
         )
         return use_stage()
+    if commit > _LOCAL_SGD_FROM * compute:
+        said.append(_LOCAL_SGD)
     if window is None or default is None:
         said.append(
             f"n = 1 has no second phase for {DEFAULT.name}: set gradient_accumulation_steps = 2 and halve the "
@@ -219,6 +222,10 @@ def _names(schedules: list[Schedule]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
+_LOCAL_SGD = (
+    f"R/C is above {_LOCAL_SGD_FROM}: here methods win that send far less, the local-SGD family (Streaming DiLoCo, "
+    "DiLoCoX, SparseLoCo, DeMo); they are other algorithms, and their state is not sharded."
+)
 _QUALITY = (
     "gradients are taken at weights one step old, or predicted ones, and the final loss is higher than acco's in every "
     "comparison of docs/reference/results.md; measure yours."
@@ -265,10 +272,12 @@ def _quantized(default: Prediction, coarsest: Prediction, window: Work, estimate
 
 
 def _not_quantized(cluster: Cluster) -> str:
-    in_host = cluster.ranks // cluster.host_count
     why = ""
-    if in_host > 1 and cluster.backend == "nccl":
-        why = f": its gradients go directly from rank to rank, and the {in_host} ranks of a host share its link"
+    if cluster.has_inside and not cluster.has_two_levels and cluster.backend == "nccl":
+        why = (
+            f": its gradients go directly from rank to rank, and the {cluster.ranks_per_host} ranks of a host share "
+            'its link; not so with "ranks_per_host": "auto"'
+        )
     return f'"estimate_comm": "{COARSEST.estimate_comm}" would not be 2 % faster{why}.'
 
 

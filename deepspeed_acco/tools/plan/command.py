@@ -6,11 +6,12 @@ model.py predicts and advice.py advises. Everything printed is labelled as predi
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ _MEASURED_BY_RESULTS = (
     *("dtype", "comm_dtype", "accumulation_dtype"),
 )
 _SWEEP_UP_TO = 4096
+# Of the table over hosts: how many, ranks of each, Gbit/s of each.
+_SWEPT_HOSTS, _SWEPT_IN_HOST, _SWEPT_GBIT = (2, 4, 8), (1, 2, 4, 8), (1, 10, 25, 100)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ def from_measurement(
     *,
     latency_s: float = 0.0,
     hosts: int | None = None,
+    two_levels: bool = True,
+    inside_bandwidth: float | None = None,
     update_s_per_parameter: float | None = None,
 ) -> Inputs:
     """Returns a plan's inputs from a short measured run: the network is the one that makes a round as long as measured.
@@ -67,6 +72,7 @@ def from_measurement(
         compute_s: C, the computation of one whole step.
         round_s: R, one round with nothing beside it.
         latency_s: the part of R that does not depend on the bytes, per message; 0: all of R scales with its bytes.
+        hosts, two_levels, inside_bandwidth: of the :class:`Cluster` that was measured.
         update_s_per_parameter: None: that of the device (module constants).
 
     Raises:
@@ -87,7 +93,15 @@ def from_measurement(
     summed_bytes = header.get("accumulation_bytes") or weight_bytes
     model = Model(header["numel"], weight_bytes, header["comm_bytes"], summed_bytes)
     work = Work(compute_s / n, n, update_s, None if a is None else a / n)
-    anywhere = Cluster(header["world_size"], 1.0, latency_s, backend, hosts)
+    anywhere = Cluster(
+        header["world_size"],
+        1.0,
+        latency_s,
+        backend,
+        hosts,
+        two_levels=two_levels,
+        inside_bandwidth=inside_bandwidth,
+    )
     return Inputs(model, plan.calibrated(model, anywhere, work, round_s), work, header["micro_batch"])
 
 
@@ -189,6 +203,13 @@ def add_command(commands) -> None:
         metavar="SHARE",
         help="part of the bandwidth that carries payload (default: 0.9 nccl, 0.956 gloo)",
     )
+    add(
+        "--inside-bandwidth",
+        type=units.bandwidth,
+        metavar="RATE",
+        help="of one rank inside its host, payload (default: 100GB/s nccl, 2GB/s gloo)",
+    )
+    add("--flat", action="store_true", help='as with "ranks_per_host": 1, all of ACCO\'s ranks in one level')
     add("--round-ms", type=units.time_in("ms"), metavar="MS", help="a measured round; the network makes it so long")
     add("--backend", choices=plan.BACKENDS, help="default: nccl")
     add(
@@ -221,6 +242,7 @@ def add_command(commands) -> None:
         metavar="N",
         help=f"also a table over ranks (default: to {_SWEEP_UP_TO})",
     )
+    add("--sweep-hosts", action="store_true", help="also a table over hosts, ranks of a host, and bandwidths")
     add("--json", metavar="FILE", help="also write the figures there")
     calibration.add_arguments(parser)
     parser.set_defaults(run=run, takes_script_arguments=True)
@@ -267,7 +289,12 @@ def _inputs_of_results(options: argparse.Namespace) -> Inputs:
     if options.calibrate is not None:
         path, hosts = calibration.measure(options)
     inputs = from_results(
-        path, latency_s=options.latency or 0.0, hosts=hosts, update_s_per_parameter=_update_s(options)
+        path,
+        latency_s=options.latency or 0.0,
+        hosts=hosts,
+        two_levels=not options.flat,
+        inside_bandwidth=options.inside_bandwidth,
+        update_s_per_parameter=_update_s(options),
     )
     if options.ranks is not None:
         inputs = replace(inputs, cluster=inputs.cluster.with_ranks(options.ranks), measured_ranks=inputs.cluster.ranks)
@@ -293,7 +320,14 @@ def _inputs_of_arguments(options: argparse.Namespace) -> Inputs:
     measured = options.round_ms is not None
     latency = options.latency if options.latency is not None else (0.0 if measured else _LATENCY_S[backend])
     cluster = Cluster(
-        options.ranks, options.bandwidth or 1.0, latency, backend, options.hosts, efficiency=options.efficiency
+        options.ranks,
+        options.bandwidth or 1.0,
+        latency,
+        backend,
+        options.hosts,
+        efficiency=options.efficiency,
+        two_levels=not options.flat,
+        inside_bandwidth=options.inside_bandwidth,
     )
     if measured:
         cluster = plan.calibrated(model, cluster, work, options.round_ms * 1e-3)
@@ -306,7 +340,12 @@ def _inputs_of_arguments(options: argparse.Namespace) -> Inputs:
 def _describe(inputs: Inputs, is_measured: bool) -> str:
     model, cluster, work = inputs.model, inputs.cluster, inputs.work
     rate = f"{cluster.payload_rate * 8 / 1e9:.3g} Gbit/s of payload"
-    hosts = f" on {cluster.host_count} hosts" if cluster.host_count != cluster.ranks else ""
+    hosts = ""
+    if cluster.host_count != cluster.ranks:
+        hosts = f" on {cluster.host_count} hosts"
+    if cluster.has_inside:
+        levels = "ACCO's rounds in two levels" if cluster.has_two_levels else "ACCO's rounds flat"
+        hosts += f" ({levels}, {cluster.inside_rate / 1e9:.3g} GB/s a rank inside)"
     source = "network from a measured round" if is_measured else "from formulas alone"
     if inputs.measured_ranks is not None:
         source += f" of {inputs.measured_ranks} ranks"
@@ -332,15 +371,19 @@ def _columns(rows: list[list[str]]) -> str:
 def table(inputs: Inputs) -> str:
     """Puts the predictions into a table, one line for each stage and mode, with notes."""
     baseline = best_stage(inputs.model, inputs.cluster, inputs.work)
-    rows = [["", "s/step", "samples/s", "exposed s", "sent GB", "GiB/rank"]]
+    has_inside = inputs.cluster.has_inside
+    heads = ["", "s/step", "samples/s", "exposed s", "sent GB", "GiB/rank"]
+    rows = [[*heads[:-1], "link GB", heads[-1]] if has_inside else heads]
     for row in plan.predict_all(inputs.model, inputs.cluster, inputs.work):
         relative = f"{baseline.step_s / row.step_s:.2f}" if baseline else "-"
         fits = "" if row.memory_bytes <= inputs.cluster.memory_bytes else " too much"
         figures = [f"{row.step_s:.4g}", relative, f"{row.exposed_s:.3g}", f"{row.wire_bytes / 1e9:.4g}"]
+        figures += [f"{row.link_bytes / 1e9:.4g}"] if has_inside else []
         rows.append([row.name, *figures, f"{row.memory_bytes / 2**30:.3g}{fits}"])
     notes = [
         f"samples/s: 1 is {baseline.name}, the fastest stage that fits" if baseline else "no stage fits",
         "exposed: communication and update that nothing hides. GiB/rank: model states, without activations",
+        *(["sent: by a rank, also inside its host. link: by all ranks of a host to other hosts"] if has_inside else []),
         "zero1, zero2: with overlap_comm; -reduce: with use_multi_rank_bucket_allreduce false",
     ]
     if inputs.work.n > 1:
@@ -398,21 +441,25 @@ def _swept(n: int) -> list[str]:
 def sweep(inputs: Inputs, ranks: list[int]) -> list[dict[str, Any]]:
     """Predicts the step at other numbers of ranks with the same micro-batches on each: the batch grows with them."""
     rows = []
-    in_host = inputs.cluster.ranks // inputs.cluster.host_count
+    in_host = inputs.cluster.ranks_per_host
     if not ranks:
         powers = (in_host * 2**power for power in range(1, _SWEEP_UP_TO.bit_length()))
         ranks = [number for number in powers if number <= max(_SWEEP_UP_TO, inputs.cluster.ranks)]
     names = _swept(inputs.work.n)
     for number in ranks:
         cluster = inputs.cluster.with_ranks(number)
-        commit = plan.round_s(inputs.model, cluster, inputs.work)
-        stage = best_stage(inputs.model, cluster, inputs.work)
-        row: dict[str, Any] = {"ranks": number, "round_s": commit, "ratio": commit / inputs.work.compute_s}
-        row |= {"stage": stage and stage.name, "stage_s": stage and stage.step_s}
-        row |= {name: plan.predict(name, inputs.model, cluster, inputs.work).step_s for name in names}
+        row: dict[str, Any] = {"ranks": number} | _compared(inputs.model, cluster, inputs.work, names)
         row["acco_memory_bytes"] = plan.memory_bytes(DEFAULT.name, inputs.model, number)
         rows.append(row)
     return rows
+
+
+def _compared(model: Model, cluster: Cluster, work: Work, names: Iterable[str]) -> dict[str, Any]:
+    """Returns R, R/C, the fastest stage that fits, and the steps of these modes."""
+    commit, stage = plan.round_s(model, cluster, work), best_stage(model, cluster, work)
+    row: dict[str, Any] = {"round_s": commit, "ratio": commit / work.compute_s}
+    row |= {"stage": stage and stage.name, "stage_s": stage and stage.step_s}
+    return row | {name: plan.predict(name, model, cluster, work).step_s for name in names}
 
 
 def sweep_table(rows: list[dict[str, Any]], has_latency: bool) -> str:
@@ -428,6 +475,41 @@ def sweep_table(rows: list[dict[str, Any]], has_latency: bool) -> str:
     if not has_latency:
         said += "; WITHOUT latency, give --latency"
     return said + "\n" + _columns(lines)
+
+
+def sweep_hosts(inputs: Inputs, efficiency: float | None = None) -> list[dict[str, Any]]:
+    """Predicts the step over hosts, ranks of a host and bandwidths, with the same micro-batches on each rank. The
+    network is that of formulas, with ``efficiency``, also where one was measured.
+
+    Raises:
+        ValueError: for n = 1, with which the schedules of the table have no room for their phases.
+    """
+    if inputs.work.n == 1:
+        raise ValueError("plan: --sweep-hosts compares schedules of two phases, and n = 1 has no second. Give n >= 2")
+    rows = []
+    for hosts, in_host, gbit in itertools.product(_SWEPT_HOSTS, _SWEPT_IN_HOST, _SWEPT_GBIT):
+        shape = replace(inputs.cluster, ranks=hosts * in_host, hosts=hosts)
+        cluster = replace(shape, bandwidth=gbit * 1e9 / 8, efficiency=efficiency)
+        row: dict[str, Any] = {"hosts": hosts, "ranks_per_host": in_host, "gbit": gbit}
+        rows.append(row | _compared(inputs.model, cluster, inputs.work, (DEFAULT.name, COARSEST.name)))
+    return rows
+
+
+def sweep_hosts_table(rows: list[dict[str, Any]]) -> str:
+    """Puts what :func:`sweep_hosts` returned into a table, one line for each number of hosts and of ranks in them."""
+    names = (DEFAULT.name, COARSEST.name)
+    heads = [[f"{gbit}gbit R/C", DEFAULT.name, COARSEST.estimate_comm] for gbit in _SWEPT_GBIT]
+    lines = [["hosts x ranks", *itertools.chain(*heads)]]
+    for (hosts, in_host), of_line in itertools.groupby(rows, lambda row: (row["hosts"], row["ranks_per_host"])):
+        line = [f"{hosts} x {in_host}"]
+        for row in of_line:
+            speeds = [f"{row['stage_s'] / row[name]:.2f}" if row["stage"] else "-" for name in names]
+            line += [f"{row['ratio']:.2g}", *speeds]
+        lines.append(line)
+    return (
+        "PREDICTION over hosts, ranks of a host and bandwidths, from formulas alone: the same micro-batches on each "
+        f"rank\nSpeed of {names[0]} and of {names[1]} over that of the fastest stage that fits\n" + _columns(lines)
+    )
 
 
 def _bandwidth_alone(options: argparse.Namespace, inputs: Inputs) -> str:
@@ -449,7 +531,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and math.isinf(value) else value
 
 
-def _report(inputs: Inputs, advice: Advice, sweep_rows: list[dict[str, Any]] | None) -> dict[str, Any]:
+Rows = list[dict[str, Any]] | None
+
+
+def _report(inputs: Inputs, advice: Advice, over_ranks: Rows, over_hosts: Rows) -> dict[str, Any]:
     model, cluster, work = inputs.model, inputs.cluster, inputs.work
     return {
         "prediction": True,
@@ -461,7 +546,8 @@ def _report(inputs: Inputs, advice: Advice, sweep_rows: list[dict[str, Any]] | N
         "rows": [asdict(row) for row in plan.predict_all(model, cluster, work)],
         "stops_paying": None if work.n == 1 else _finite(stops_paying(model, cluster, work)),
         "advice": asdict(advice),
-        "sweep": sweep_rows,
+        "sweep": over_ranks,
+        "sweep_hosts": over_hosts,
     }
 
 
@@ -471,7 +557,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         inputs = inputs_of(options)
         advice = advise(inputs.model, inputs.cluster, inputs.work, inputs.micro_batch_size)
-        rows = None if options.sweep_ranks is None else sweep(inputs, options.sweep_ranks)
+        over_ranks = None if options.sweep_ranks is None else sweep(inputs, options.sweep_ranks)
+        over_hosts = sweep_hosts(inputs, options.efficiency) if options.sweep_hosts else None
     except ValueError as error:
         print(f"ds_acco {error}", file=sys.stderr)
         return 2
@@ -485,11 +572,13 @@ def run(options: argparse.Namespace) -> int:
     print(_describe(inputs, is_measured), table(inputs), words(advice), sep="\n\n")
     if is_measured and options.bandwidth is not None:
         print(_bandwidth_alone(options, inputs))
-    if rows is not None:
-        print("\n" + sweep_table(rows, inputs.cluster.latency_s > 0))
+    if over_ranks is not None:
+        print("\n" + sweep_table(over_ranks, inputs.cluster.latency_s > 0))
+    if over_hosts is not None:
+        print("\n" + sweep_hosts_table(over_hosts))
     if options.json:
         try:
-            Path(options.json).write_text(json.dumps(_report(inputs, advice, rows), indent=2) + "\n")
+            Path(options.json).write_text(json.dumps(_report(inputs, advice, over_ranks, over_hosts), indent=2) + "\n")
         except OSError as error:
             print(f"ds_acco plan: --json {options.json} cannot be written: {error}", file=sys.stderr)
             return 2

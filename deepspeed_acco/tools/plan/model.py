@@ -3,9 +3,10 @@
 """Predicts what a step costs under each ZeRO stage and ACCO schedule: seconds, bytes on the wire, bytes of memory.
 
 All of it is made of formulas; only :func:`calibrated` puts a measured round in. docs/explanation/plan-formulas.md
-derives the terms and says what they leave out; here each function names its source. N: ranks; V: bytes of what a
-collective moves as a whole; L: latency of a message; D: payload bytes/s; C, R: computation of a step and one round.
-DeepSpeed's files are those of 0.19.8, below ``deepspeed/runtime``.
+derives the terms and says what they leave out; here each function names its source. N = H k: ranks, k on each of H
+hosts; V: bytes of what a collective moves as a whole; L: latency of a message; D: payload bytes/s of a host, I: of a
+rank inside its host; C, R: computation of a step and one round. DeepSpeed's files are those of 0.19.8, below
+``deepspeed/runtime``.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ STAGES = ("zero0", "zero1", "zero1-reduce", "zero2", "zero2-reduce", "zero3")
 
 # gloo: of an Ethernet frame's 1514 bytes TCP with time stamps leaves 1448 (MTU 1500). NCCL: an assumption.
 _EFFICIENCY = {"nccl": 0.9, "gloo": 1448 / 1514}
-_TREE_SHARE = 0.9  # of D that a tree uses: NCCL, src/graph/tuning.cc
+# Bytes/s at which a rank sends inside its host. NCCL: between PCIe and NVLink. gloo: TCP over loopback. Assumptions.
+_INSIDE_BANDWIDTH = {"nccl": 1e11, "gloo": 2e9}
+_TREE_SHARE = 0.92  # of D that a tree uses: NCCL, src/graph/tuning.cc
 _STEP_INSIDE_HOST = 3.4 / 9.6  # of L: NCCL, src/graph/tuning.cc, NVLink over network
+_PIECE_BYTES = 4 * 2**20  # of a rank's messages on gloo that travel at a time (half of runtime/messages.py's room)
+_REDUCE_ON_HOST_S = 50e-6  # to synchronize with the device and to launch one reduce of a partition; an assumption
 _NORM_BYTES = 16
 _SCALE_BYTES = 2 / 256  # bf16, one for each block of a quantized ESTIMATE (optim/quantization.py)
 _REDUCE_BUCKET = 500_000_000  # parameters: DeepSpeed, zero/config.py, reduce_bucket_size
@@ -112,6 +117,10 @@ class Cluster:
         hosts: they share the ranks equally; None: one rank in each.
         overlaps_stock: whether DeepSpeed's ``overlap_comm`` hides anything; None: on nccl, not on gloo.
         efficiency: part of the bandwidth that carries payload, in (0, 1]; None: the backend's.
+        two_levels: whether ACCO's rounds move inside the hosts and between them in turn, where several hosts have
+            several ranks; False: as with ``"ranks_per_host": 1``, as if each rank had a host of its own.
+        inside_bandwidth: payload bytes/s at which a rank sends to the others of its host, of several; None: the
+            backend's.
         memory_bytes: what a rank has for model states; only the advice looks at it.
     """
 
@@ -123,6 +132,8 @@ class Cluster:
     overlaps_stock: bool | None = None
     efficiency: float | None = None
     memory_bytes: float = math.inf
+    two_levels: bool = True
+    inside_bandwidth: float | None = None
 
     def __post_init__(self):
         _require(_is_count(self.ranks), "ranks", self.ranks, "a whole number >= 1")
@@ -136,6 +147,8 @@ class Cluster:
             fits = _is_positive(self.efficiency) and self.efficiency <= 1
             _require(fits, "efficiency", self.efficiency, "a number > 0 and <= 1")
         _require(_is_positive(self.memory_bytes), "memory_bytes", self.memory_bytes, "bytes, > 0")
+        if self.inside_bandwidth is not None:
+            _require(_is_positive(self.inside_bandwidth), "inside_bandwidth", self.inside_bandwidth, "bytes/s, > 0")
 
     def with_ranks(self, ranks: int) -> Cluster:
         """Returns a cluster of the same hosts, more or fewer of them.
@@ -143,7 +156,7 @@ class Cluster:
         Raises:
             ValueError: unless the ranks fill hosts, two at least where a host has several.
         """
-        in_host = self.ranks // self.host_count
+        in_host = self.ranks_per_host
         if in_host == 1:
             return replace(self, ranks=ranks, hosts=None)
         fits = _is_count(ranks) and ranks % in_host == 0 and (ranks > in_host) == (self.host_count > 1)
@@ -157,9 +170,40 @@ class Cluster:
         return self.hosts or self.ranks
 
     @property
+    def ranks_per_host(self) -> int:
+        """Returns k."""
+        return self.ranks // self.host_count
+
+    @property
+    def has_inside(self) -> bool:
+        """Tells whether there are several hosts and several ranks in each: then two kinds of links are in use."""
+        return 1 < self.host_count < self.ranks
+
+    @property
+    def has_two_levels(self) -> bool:
+        """Tells whether ACCO's rounds take two levels here."""
+        return self.two_levels and self.has_inside
+
+    @property
     def payload_rate(self) -> float:
         """Returns D, payload bytes/s."""
         return self.bandwidth * (self.efficiency or _EFFICIENCY[self.backend])
+
+    @property
+    def inside_rate(self) -> float:
+        """Returns I, payload bytes/s that a rank sends inside its host."""
+        return self.inside_bandwidth or _INSIDE_BANDWIDTH[self.backend]
+
+    @property
+    def inside_of_host(self) -> Cluster:
+        """Returns the ranks of one host, what joins them being the network."""
+        latency_s = _STEP_INSIDE_HOST * self.latency_s
+        return Cluster(self.ranks_per_host, self.inside_rate, latency_s, self.backend, hosts=1, efficiency=1.0)
+
+    @property
+    def between_hosts(self) -> Cluster:
+        """Returns the hosts as if each of them were one rank."""
+        return replace(self, ranks=self.host_count, hosts=None)
 
     @property
     def hides_stock(self) -> bool:
@@ -201,20 +245,29 @@ class Work:
 
 @dataclass(frozen=True)
 class Cost:
-    """Holds what collectives cost: bytes that a rank sends (it receives as many), and seconds."""
+    """Holds what collectives cost.
+
+    Attributes:
+        wire_bytes: bytes that a rank sends, inside its host or out of it; it receives as many.
+        link_bytes: bytes that the ranks of one host together send to other hosts; 0 with one host.
+        seconds: until all of it is done.
+    """
 
     wire_bytes: float
+    link_bytes: float
     seconds: float
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.wire_bytes + other.wire_bytes, self.seconds + other.seconds)
+        return Cost(
+            self.wire_bytes + other.wire_bytes, self.link_bytes + other.link_bytes, self.seconds + other.seconds
+        )
 
     def times(self, count: int) -> Cost:
         """Returns the cost of ``count`` such collectives, one after the other."""
-        return Cost(count * self.wire_bytes, count * self.seconds)
+        return Cost(count * self.wire_bytes, count * self.link_bytes, count * self.seconds)
 
 
-NOTHING = Cost(0.0, 0.0)
+NOTHING = Cost(0.0, 0.0, 0.0)
 
 
 def _ring_latency(cluster: Cluster) -> float:
@@ -225,20 +278,27 @@ def _ring_latency(cluster: Cluster) -> float:
     return (hosts - 1 + (cluster.ranks - hosts) * _STEP_INSIDE_HOST) * cluster.latency_s
 
 
+def _ring(cluster: Cluster, moved_bytes: float, latency_s: float) -> Cost:
+    """Returns the cost of each rank passing ``moved_bytes`` on to the next. Ranks of a host are neighbors, so that its
+    link carries what one rank sends; the slower kind of link counts."""
+    rate = min(cluster.payload_rate, cluster.inside_rate) if cluster.has_inside else cluster.payload_rate
+    return Cost(moved_bytes, moved_bytes if cluster.host_count > 1 else 0.0, moved_bytes / rate + latency_s)
+
+
 def _steps(count: int) -> int:
     """Returns ceil(log2 count)."""
     return (count - 1).bit_length()
 
 
 def _one_way(cluster: Cluster, whole_bytes: float, calls: int) -> Cost:
-    """Returns the cost of a reduce-scatter or an all-gather: (N-1)/N V on a ring (Thakur et al., 2005), or on NCCL's
-    tree where that is cheaper (PAT, arXiv 2506.20252: by itself only with one rank a host)."""
+    """Returns the cost of a reduce-scatter or an all-gather: (N-1)/N V on a ring (Thakur et al., 2005), on each host's
+    link, too, or on NCCL's tree where that is cheaper (PAT, arXiv 2506.20252: by itself only with one rank a host)."""
     moved = whole_bytes * (cluster.ranks - 1) / cluster.ranks
-    seconds = moved / cluster.payload_rate + calls * _ring_latency(cluster)
+    ring = _ring(cluster, moved, calls * _ring_latency(cluster))
     if cluster.backend == "nccl" and cluster.host_count == cluster.ranks:
         tree = moved / (_TREE_SHARE * cluster.payload_rate) + calls * _steps(cluster.ranks) * cluster.latency_s
-        seconds = min(seconds, tree)
-    return Cost(moved, seconds)
+        return replace(ring, seconds=min(ring.seconds, tree))
+    return ring
 
 
 def all_gather(cluster: Cluster, whole_bytes: float, calls: int = 1) -> Cost:
@@ -248,15 +308,30 @@ def all_gather(cluster: Cluster, whole_bytes: float, calls: int = 1) -> Cost:
 
 def all_reduce(cluster: Cluster, whole_bytes: float, calls: int = 1) -> Cost:
     """Returns the cost likewise: a reduce-scatter, then an all-gather on a ring (Thakur et al., 2005), or NCCL's
-    double binary tree where that is cheaper (tuning.cc)."""
+    double binary tree where that is cheaper."""
     moved = 2 * whole_bytes * (cluster.ranks - 1) / cluster.ranks
-    seconds = moved / cluster.payload_rate + 2 * calls * _ring_latency(cluster)
+    ring = _ring(cluster, moved, 2 * calls * _ring_latency(cluster))
     if cluster.backend == "nccl" and cluster.ranks > 1:
-        hosts = cluster.host_count
-        inside = (cluster.ranks // hosts - 1) * (_STEP_INSIDE_HOST if hosts > 1 else 1.0)
-        latency = 2 * calls * (inside + _steps(hosts)) * cluster.latency_s
-        seconds = min(seconds, 2 * whole_bytes / (_TREE_SHARE * cluster.payload_rate) + latency)
-    return Cost(moved, seconds)
+        tree = _tree(cluster, whole_bytes, calls)
+        return min(ring, tree, key=lambda cost: cost.seconds)
+    return ring
+
+
+def _tree(cluster: Cluster, whole_bytes: float, calls: int) -> Cost:
+    """Returns the cost of NCCL's double binary tree (src/graph/trees.cc, tuning.cc): a chain inside each host and two
+    trees of the hosts, each for half of V, up and down again. Of their 2 (H-1) edges' loads a host has 2 (H-1)/H V on
+    the average, and exactly that with two hosts; that the inner hosts of more than two have up to 2 V is left out."""
+    hosts, in_host = cluster.host_count, cluster.ranks_per_host
+    moved = 2 * whole_bytes * (cluster.ranks - 1) / cluster.ranks
+    latency = (in_host - 1) * (_STEP_INSIDE_HOST if hosts > 1 else 1.0) + _steps(hosts)
+    if hosts == 1:
+        link_bytes, seconds = 0.0, 2 * whole_bytes / cluster.payload_rate
+    else:
+        link_bytes = 2 * whole_bytes * (hosts - 1) / hosts
+        seconds = link_bytes / cluster.payload_rate
+    if cluster.has_inside:
+        seconds = max(seconds, 2 * whole_bytes * (in_host - 1) / in_host / cluster.inside_rate)
+    return Cost(moved, link_bytes, seconds / _TREE_SHARE + 2 * calls * latency * cluster.latency_s)
 
 
 def reduce_scatter(cluster: Cluster, whole_bytes: float, calls: int = 1) -> Cost:
@@ -266,51 +341,80 @@ def reduce_scatter(cluster: Cluster, whole_bytes: float, calls: int = 1) -> Cost
     return _one_way(cluster, whole_bytes, calls)
 
 
-def reduce_to_each(cluster: Cluster, whole_bytes: float) -> Cost:
-    """Returns the cost of one reduce for each rank, of its part: NCCL's is a chain (tuning.cc), gloo's a reduce-scatter
-    whose results all go to the root (gloo/reduce.cc)."""
+def reduce_to_each(cluster: Cluster, whole_bytes: float, runs: int | None = None) -> Cost:
+    """Returns the cost of one reduce for each rank, of its part: NCCL's is a chain that ends at the root (tuning.cc has
+    no tree for it), gloo's a reduce-scatter whose results all go to the root (gloo/reduce.cc).
+
+    Args:
+        runs: on NCCL the stretches in which the roots ascend, the last ranks' first. In a stretch a chain begins where
+            the one before has passed, two steps behind it; from stretch to stretch it waits. None: every one waits.
+    """
     ranks, part = cluster.ranks, whole_bytes / cluster.ranks
     if ranks == 1:
         return NOTHING
     if cluster.backend == "gloo":
-        one = all_reduce(cluster, part)
-        return Cost(whole_bytes * (ranks - 1) / ranks * (1 + 1 / ranks), ranks * one.seconds)
-    seconds = part / cluster.payload_rate + ranks / (ranks - 1) * _ring_latency(cluster)
-    return Cost(part * (ranks - 1), ranks * seconds)
+        scatter = _one_way(cluster, part, 1).times(ranks)
+        outside = ranks - cluster.ranks_per_host  # ranks whose parts reach a root through its host's link
+        to_root = part / ranks / cluster.payload_rate * (outside or ranks - 1) + _ring_latency(cluster)
+        gather = Cost(part * (ranks - 1) / ranks, part * cluster.ranks_per_host * outside / ranks, ranks * to_root)
+        return scatter + gather
+    waiting = ranks if runs is None else min(ranks, runs)
+    chain_s = ranks / (ranks - 1) * _ring_latency(cluster)
+    following_s = 2 * (ranks / waiting - 1) * cluster.latency_s
+    latency = waiting * chain_s + following_s + ranks * _REDUCE_ON_HOST_S
+    ring = _ring(cluster, whole_bytes, latency)  # of N chains each link is in N - 1, and waits in one
+    return Cost(part * (ranks - 1), ring.link_bytes * (ranks - 1) / ranks, ring.seconds)
 
 
 def acco_reduce_scatter(cluster: Cluster, whole_bytes: float) -> Cost:
-    """Returns the cost of the one that ACCO uses: on gloo its own exchange (runtime/communicator.py)."""
+    """Returns the cost of the one that ACCO uses: on gloo its own exchange (runtime/messages.py)."""
     return exchange(cluster, whole_bytes) if cluster.backend == "gloo" else reduce_scatter(cluster, whole_bytes)
 
 
 def exchange(cluster: Cluster, whole_bytes: float) -> Cost:
     """Returns the cost of each rank sending every other one its part directly: with k ranks in a host its link carries
     k (N-k)/N V, where a ring has (N-1)/N V."""
-    ranks, hosts = cluster.ranks, cluster.host_count
+    ranks, in_host = cluster.ranks, cluster.ranks_per_host
     moved = whole_bytes * (ranks - 1) / ranks
-    in_host = ranks // hosts
-    on_link = in_host * (ranks - in_host) / ranks * whole_bytes if hosts > 1 else moved
-    return Cost(moved, on_link / cluster.payload_rate + (ranks - 1) * cluster.latency_s)
+    on_link = in_host * (ranks - in_host) / ranks * whole_bytes
+    slowest = on_link if cluster.host_count > 1 else moved
+    return Cost(moved, on_link, slowest / cluster.payload_rate + (ranks - 1) * cluster.latency_s)
 
 
 # ---- rounds and steps
 
 
 def round_communication(model: Model, cluster: Cluster, estimate_comm: str = "full") -> Cost:
-    """Returns what a round of ACCO moves: reduce-scatter, all-reduce of the norm, all-gather (runtime/round.py).
+    """Returns what a round of ACCO moves: reduce-scatter, all-reduce of the norm, all-gather (runtime/round.py), with
+    gloo as in runtime/messages.py, with NCCL as in runtime/collectives.py.
 
     Args:
         estimate_comm: other than ``full``: that of an ESTIMATE which sends gradients and changes of weights in blocks
-            of codes, directly, since sums of codes cannot be passed round a ring (optim/quantization.py).
+            of codes, directly, since sums of codes cannot be passed round a ring (optim/quantization.py). With two
+            levels gradients become codes between the hosts only, and the codes of the changes are passed on inside.
     """
-    norm = all_reduce(cluster, _NORM_BYTES)
     bits = ESTIMATE_COMMS[estimate_comm]
-    if bits:
-        whole_bytes = (bits / 8 + _SCALE_BYTES) * model.numel
-        return exchange(cluster, whole_bytes) + norm + all_gather(cluster, whole_bytes)
-    gradients = acco_reduce_scatter(cluster, model.comm_bytes * model.numel)
-    return gradients + norm + all_gather(cluster, model.weight_bytes * model.numel)
+    gradients, weights = model.comm_bytes * model.numel, model.weight_bytes * model.numel
+    coded = (bits / 8 + _SCALE_BYTES) * model.numel
+    sent, gathered = (coded, coded) if bits else (gradients, weights)
+    norm = all_reduce(cluster, _NORM_BYTES)
+    if not cluster.has_two_levels:
+        scatter = exchange if bits else acco_reduce_scatter
+        return scatter(cluster, sent) + norm + all_gather(cluster, gathered)
+    inside, between = cluster.inside_of_host, cluster.between_hosts
+    reduction = _two_levels(cluster, acco_reduce_scatter(inside, gradients), exchange(between, sent))
+    return reduction + norm + _two_levels(cluster, all_gather(inside, gathered), all_gather(between, gathered))
+
+
+def _two_levels(cluster: Cluster, inside: Cost, between: Cost) -> Cost:
+    """Returns the cost of both levels of one way. ``between`` is what a host sends, to which its ranks contribute
+    equally. On NCCL one level follows the other; on gloo the pieces of one travel beside those of the other, so that of
+    the faster level only a piece is seen."""
+    wire_bytes = inside.wire_bytes + between.wire_bytes / cluster.ranks_per_host
+    faster, slower = sorted((inside.seconds, between.seconds))
+    if cluster.backend == "gloo":
+        faster /= max(1, math.ceil(wire_bytes / _PIECE_BYTES))
+    return Cost(wire_bytes, between.link_bytes, faster + slower)
 
 
 def round_s(model: Model, cluster: Cluster, work: Work, this: Round = COMMIT, estimate_comm: str = "full") -> float:
@@ -327,7 +431,8 @@ class Prediction:
 
     Attributes:
         name: one of :func:`names`.
-        wire_bytes: bytes that a rank sends.
+        wire_bytes: bytes that a rank sends, inside its host or out of it.
+        link_bytes: bytes that the ranks of one host together send to other hosts; 0 with one host.
         communication_s: seconds of all collectives, hidden or not.
         exposed_s: what communication and update add to the computation: step_s - C.
         step_s: seconds of a step.
@@ -337,6 +442,7 @@ class Prediction:
 
     name: str
     wire_bytes: float
+    link_bytes: float
     communication_s: float
     exposed_s: float
     step_s: float
@@ -357,6 +463,12 @@ def memory_bytes(name: str, model: Model, ranks: int) -> float:
     return w * (shard if stage == 3 else whole) + g * (shard if stage >= 2 else whole) + 16 * shard
 
 
+def _matrices(numel: int) -> int:
+    """Returns how many matrices a transformer of so many parameters has: four in each of l layers, of together 12 h^2
+    parameters with h = 128 l (GPT-3, arXiv 2005.14165, table 2.1, from 6.7B on)."""
+    return max(1, round(4 * (numel / (12 * 128**2)) ** (1 / 3)))
+
+
 def _exposed_of_buckets(backward_s: float, reduction_s: float, buckets: int) -> float:
     """Returns what reduction adds to a backward beside it: bucket k is reduced while k + 1 fills, and nothing hides the
     last one (zero/stage_1_and_2.py: average_tensor)."""
@@ -369,7 +481,8 @@ def _stage(name: str, model: Model, cluster: Cluster, work: Work) -> tuple[Cost,
 
     Sources: deepspeed/runtime/engine.py, allreduce_gradients (stage 0 after the last backward, stage 2
     at every micro-batch);
-    zero/stage_1_and_2.py, average_tensor (all-reduce, or -reduce without use_multi_rank_bucket_allreduce);
+    zero/stage_1_and_2.py, average_tensor (all-reduce, or -reduce without use_multi_rank_bucket_allreduce: gradients
+    come last matrix first, and the parts of a matrix in the order of their ranks);
     zero/stage3.py and zero/parameter_offload.py (weights gathered for forward and backward, overlap taken as perfect).
     """
     stage, reduces_to_each = int(name[4]), name.endswith("-reduce")
@@ -391,7 +504,10 @@ def _stage(name: str, model: Model, cluster: Cluster, work: Work) -> tuple[Cost,
             exposed = max(forward, gather.seconds) + max(backward, gather.seconds + scatter.seconds)
             exposed -= work.micro_batch_s
         return inside.times(work.n) + norm, work.n * exposed + norm.seconds + update
-    reduction = reduce_to_each(cluster, gradients) if reduces_to_each else all_reduce(cluster, gradients, buckets)
+    if reduces_to_each:
+        reduction = reduce_to_each(cluster, gradients, _matrices(model.numel))
+    else:
+        reduction = all_reduce(cluster, gradients, buckets)
     exposed = reduction.seconds
     if cluster.hides_stock and not reduces_to_each:
         exposed = _exposed_of_buckets(backward, reduction.seconds, buckets)
@@ -436,7 +552,7 @@ def predict(name: str, model: Model, cluster: Cluster, work: Work) -> Prediction
     if mode is None:
         communication, exposed = _stage(name, model, cluster, work)
         step = compute + exposed
-        return Prediction(name, communication.wire_bytes, communication.seconds, exposed, step, memory, None)
+        return _prediction(name, communication, exposed, step, memory, None)
     communication, a = round_communication(model, cluster), work.n
     if mode.schedule.has_two_phases:
         communication += round_communication(model, cluster, mode.estimate_comm)
@@ -444,7 +560,13 @@ def predict(name: str, model: Model, cluster: Cluster, work: Work) -> Prediction
     step = figures_of(name, model, cluster, work).step_s(mode.schedule, work.n, a)
     m = work.micro_batch_s
     exposed = step - (a * m + (work.n - a) * m)  # added up as in the step, so that what is hidden leaves exactly 0
-    return Prediction(name, communication.wire_bytes, communication.seconds, exposed, step, memory, step)
+    return _prediction(name, communication, exposed, step, memory, step)
+
+
+def _prediction(
+    name: str, moved: Cost, exposed_s: float, step_s: float, memory: float, bound_s: float | None
+) -> Prediction:
+    return Prediction(name, moved.wire_bytes, moved.link_bytes, moved.seconds, exposed_s, step_s, memory, bound_s)
 
 
 def predict_all(model: Model, cluster: Cluster, work: Work) -> list[Prediction]:
@@ -474,9 +596,10 @@ def calibrated(model: Model, cluster: Cluster, work: Work, measured_round_s: flo
 
     slow, fast = math.log(1e-3), math.log(1e18)
     if took(fast) >= measured_round_s:
+        inside = ", or the true bandwidth inside the hosts" if cluster.has_inside else ""
         raise ValueError(
             f"plan: the measured round took {measured_round_s:g} s, but the update and the latencies alone take "
-            f"{took(fast):g} s. Give a smaller latency, or the update's true time per parameter"
+            f"{took(fast):g} s. Give a smaller latency, or the update's true time per parameter{inside}"
         )
     for _ in range(100):
         middle = (slow + fast) / 2
