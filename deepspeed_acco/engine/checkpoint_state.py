@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..runtime.driver import ResumeState
+from ..runtime.states import ResumeState
 
 KEY = "acco"
 FORMAT = 1  # a reader refuses files of a larger one

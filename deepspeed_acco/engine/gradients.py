@@ -33,7 +33,8 @@ class Gradients:
     """Owns ``p.grad`` of the parameters, and each one's view of A.
 
     Args:
-        views: (parameter, its part of A in its shape), of the trainable parameters.
+        views: (parameter, its part of A in its shape), of the trainable parameters. ``p.grad`` gets another view of the
+            same, since ``module.double()`` gives that very object another storage.
         accumulators: A, one flat tensor per parameter group.
     """
 
@@ -41,7 +42,9 @@ class Gradients:
         self._accumulators = list(accumulators)
         self._versions = self._current_versions()
         self._views = list(views)
-        self._view_of = {id(param): view for param, view in self._views}
+        self._index_of = {id(param): index for index, (param, _) in enumerate(self._views)}
+        self._given = [view.view_as(view) for _, view in self._views]
+        self._addresses = [view.data_ptr() for _, view in self._views]
         self._state = GradientState.CLEAN
 
     @property
@@ -55,11 +58,11 @@ class Gradients:
         self.collect()
         drops_old = self._state is GradientState.OPEN
         self._state = GradientState.OPEN
-        for param, view in self._views:
+        for (param, view), given in zip(self._views, self._given):
             if param.grad is None and view.dtype == param.dtype:
                 if drops_old:
                     view.zero_()
-                param.grad = view
+                param.grad = given
         self._versions = self._current_versions()
 
     def _current_versions(self) -> list[int]:
@@ -73,18 +76,20 @@ class Gradients:
 
     def collect(self) -> None:
         """Takes over every gradient that does not lie in A yet; once after every backward."""
-        for param, view in self._views:
-            if param.grad is not None and param.grad is not view:
-                self._collect_one(param, view)
+        for index in range(len(self._views)):
+            self._collect_one(index)
 
     def collect_from(self, param: Tensor) -> None:
         """Takes over one parameter's gradient, by DeepSpeed's hook, where gradients must be freed one by one."""
-        if param.grad is not None and param.grad is not self._view_of[id(param)]:
-            self._collect_one(param, self._view_of[id(param)])
+        self._collect_one(self._index_of[id(param)])
 
-    def _collect_one(self, param: Tensor, view: Tensor):
+    def _collect_one(self, index: int) -> None:
+        (param, view), given = self._views[index], self._given[index]
         grad = param.grad
-        assert grad is not None
+        if grad is None or (grad is given and grad.data_ptr() == self._addresses[index]):
+            return
+        if grad is given:
+            given = self._given[index] = view.view_as(view)
         if grad.is_sparse:
             raise ValueError(
                 "ACCO: sparse gradients are not allowed; allowed: dense. Build the embedding with sparse=False"
@@ -94,7 +99,7 @@ class Gradients:
             param.grad = None
         else:  # after zero_grad(set_to_none=True) or create_graph=True: it is the whole sum
             view.copy_(grad.detach())
-            param.grad = view
+            param.grad = given
         if self._state is GradientState.CLEAN:
             self._state = GradientState.OPEN
 
@@ -126,11 +131,12 @@ class Gradients:
                 "ACCO: the full gradient was asked for or set outside of a window's end; allowed: after the last "
                 "backward of a window and before engine.step(). Move the call there"
             )
-        return self._view_of[id(param)]
+        return self._views[self._index_of[id(param)]][1]
 
     def release(self) -> None:
         """Drops all views of A, so that it can be freed."""
         self._drop()
         self._views.clear()
-        self._view_of.clear()
+        self._index_of.clear()
+        self._given.clear()
         self._accumulators.clear()

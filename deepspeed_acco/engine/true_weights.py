@@ -11,30 +11,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..algorithm.schedules import Place, names_of
 from ..runtime.buffers import FlatBuffers
 from ..runtime.driver import RoundDriver
-
-
-def view_in_flat(param: Tensor, flat: Tensor, other: Tensor) -> Tensor:
-    """Returns the part of ``other`` that lies as ``param`` does in ``flat``, in its shape. Padding and order inside a
-    flat group are DeepSpeed's and changed between versions, so the addresses are asked."""
-    offset = (param.data_ptr() - flat.data_ptr()) // flat.element_size()
-    return other.narrow(0, offset, param.numel()).view(param.shape)
-
-
-def views_in_flats(
-    groups: list[list[Tensor]], flats: list[Tensor], others: list[Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """Returns every parameter of the groups with its :func:`view_in_flat`."""
-    return [
-        (param, view_in_flat(param, flat, other))
-        for group, flat, other in zip(groups, flats, others)
-        for param in group
-    ]
+from .bound_parameters import BoundParameters
 
 
 def hook_of(method: Callable, of: Any, module: nn.Module) -> Callable:
@@ -54,7 +37,7 @@ class TrueWeights:
     """Shows and hides the true weights of one engine, wherever somebody looks.
 
     Args:
-        groups: the trainable parameters, one list per flat group.
+        bound: the trainable parameters, and where they lie in the buffers.
         is_graph_outstanding: whether a training forward waits for its backward, so that its weights must stay.
     """
 
@@ -62,12 +45,12 @@ class TrueWeights:
         self,
         driver: RoundDriver,
         buffers: FlatBuffers,
-        groups: list[list[Tensor]],
+        bound: BoundParameters,
         is_graph_outstanding: Callable[[], bool],
     ):
         self._driver = driver
         self._buffers = buffers
-        self._group_of = {id(param): i for i, group in enumerate(groups) for param in group}
+        self._bound = bound
         self._is_graph_outstanding = is_graph_outstanding
         self._blocks = 0  # of true_weights() that are entered
 
@@ -146,10 +129,8 @@ class TrueWeights:
             )
         for name, param in module.named_parameters(recurse=False):
             key = prefix + name
-            group = self._group_of.get(id(param))
-            if key in state_dict and group is not None:
-                true = view_in_flat(param, self._buffers.live[group], self._buffers.comm_weights[group])
-                state_dict[key] = true.clone()
+            if key in state_dict and self._bound.has(param):
+                state_dict[key] = self._buffers.true_copy(*self._bound.span_of(param)).view(param.shape)
 
     # ---- what the user calls
 

@@ -26,10 +26,12 @@ from ..runtime.driver import RoundDriver
 from ..runtime.lanes import make_lane
 from ..runtime.layout import GroupLayout
 from ..runtime.round import RoundInputs
+from ..runtime.written import Fingerprint
 from . import checkpoint_check, checkpoint_state
 from .adaptive_windows import AdaptiveWindows
 from .agreement import require_agreement, what_must_agree
 from .auto_fraction import AutoFraction
+from .bound_parameters import BoundParameters
 from .checks import require_one_dtype, require_own_batches
 from .deepspeed_engine import Engine
 from .fixed_windows import FixedWindows
@@ -41,7 +43,7 @@ from .log import logger
 from .monitor import EXPOSED_WAIT_TIMER, ROUND_TIMER, LaneTimer, Monitor
 from .progress import Progress
 from .scaling import has_overflow, round_inputs
-from .true_weights import TrueWeights, views_in_flats
+from .true_weights import TrueWeights
 
 
 class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
@@ -94,7 +96,9 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         )
         masters = self.single_partition_of_fp32_groups
         self._shards = [AdamWShard.fresh(master, self.optimizer.state[master]) for master in masters]
-        self.driver = RoundDriver(self._buffers, self._shards, self._comm, self._lane)
+        self._bound = BoundParameters(self.bit16_groups, live)
+        fingerprint = Fingerprint(live, self._bound.sampled_places())
+        self.driver = RoundDriver(self._buffers, self._shards, self._comm, self._lane, fingerprint)
         self.driver.lay_out_pages()
         self._skips = self.driver.outcomes.reader()
         self._fraction = AutoFraction(self.settings, self.driver, self._comm, self._lane)
@@ -105,12 +109,9 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         )
         # A script that ends without engine.destroy(): finish the round and leave the group while threads still work.
         self._at_exit = weakref.finalize(self, RoundDriver.close, self.driver)
-        views = views_in_flats(self.bit16_groups, live, self._buffers.grads)
-        self.gradients = Gradients(views, self._buffers.grads)
+        self.gradients = Gradients(self._bound.views_in(self._buffers.grads), self._buffers.grads)
         self.gradients.attach()
-        self.looks = TrueWeights(
-            self.driver, self._buffers, self.bit16_groups, lambda: self.position.is_graph_outstanding
-        )
+        self.looks = TrueWeights(self.driver, self._buffers, self._bound, lambda: self.position.is_graph_outstanding)
         self._is_built = True
         self._link_states()
 
@@ -237,6 +238,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         n = self._engine().gradient_accumulation_steps()
         inputs = self._inputs(self.windows.renormalize(in_a, n), in_a)
         self.driver.advance(self._schedule().at_phase_b, inputs, clears=False, blocks=False)
+        self._bound.bind_again()
 
     def backward_prologue(self, *args, **kwargs) -> None:
         """Does nothing: the parent would allocate reduction buckets here (DeepSpeed <= 0.18.2)."""
@@ -259,8 +261,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
     def step(self, closure=None) -> None:
         """Ends a window: starts its COMMIT and installs what training goes on with.
 
-        ``overflow`` and ``_global_grad_norm`` are set as the engine reads them right after. The norm is that of the
-        newest finished COMMIT: of the previous window where rounds overlap, 0.0 at first.
+        The engine reads ``overflow`` and ``_global_grad_norm`` right after. The norm is the newest finished COMMIT's.
         """
         driver, engine = self.driver, self._engine()
         self.progress.count_steps(engine)
@@ -282,6 +283,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             blocks = blocks_at_end(schedule, position.phase)
             driver.advance(schedule.at_window_end, inputs, clears=True, blocks=blocks)
             self._global_grad_norm = driver.grad_norm
+        self._bound.bind_again()
         self.gradients.mark_packed()
         if not getattr(self, "compute_grad_norm", True):
             self._global_grad_norm = None
@@ -425,7 +427,8 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         self._forwards.release()
         try:
             if self._comm.is_alive and not self._lane.has_failed and not self._lane.is_own_thread:
-                self.driver.drain()
+                self.driver.finish()
+                self.driver.show_true()
                 engine = self._engine_ref()
                 if engine is not None:
                     self.windows.count(engine)

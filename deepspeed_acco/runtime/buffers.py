@@ -117,6 +117,17 @@ class FlatBuffers:
             for rank in range(layout.world_size):
                 ops.add_change(self._message(records, layout, rank), is_added, live[layout.shard_of(rank)], bits)
 
+    def true_copy(self, group: int, start: int, numel: int) -> Tensor:
+        """Returns a copy of elements of X's weights, by their places in the flat group: 1-D."""
+        layout, weights = self.layouts[group], self.comm_weights[group]
+        parts = []
+        for in_flat, in_comm in layout.runs():
+            first, last = max(start, in_flat.start), min(start + numel, in_flat.stop)
+            if first < last:
+                offset = in_comm.start - in_flat.start
+                parts.append(weights[first + offset : last + offset])
+        return torch.cat(parts)
+
     def exchange(self) -> None:
         """Swaps P and X in place, piece by piece."""
         for live, gathered in self._runs():

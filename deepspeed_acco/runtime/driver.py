@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import Tensor
@@ -24,38 +22,21 @@ from .communicator import Communicator
 from .lanes import InlineLane
 from .outcomes import OutcomeLog
 from .round import RoundInputs, RoundOutcome, RoundWork
+from .states import Look, ResumeState, RoundState
+from .written import Fingerprint
 
 _KINDS = 1_000_003  # numbers of rounds are this far apart, so that a digest of the round fits between two of them
 
 
-class RoundState(Enum):
-    """Says what there is of a round."""
-
-    IDLE = "idle"  # none: the live weights are the newest true ones
-    IN_FLIGHT = "in flight"
-    ARRIVED = "arrived"  # finished; what it gathered lies in X and is not installed
-
-
-@dataclass(frozen=True)
-class _Look:
-    """Holds what hiding the true weights again takes."""
-
-    version: int  # of the weights that training had
-    predictions: list[Tensor] | None  # this rank's shards of them, where X had to hold the true weights meanwhile
-
-
-@dataclass(frozen=True)
-class ResumeState:
-    """Holds where training stands between two rounds, beyond the true weights: this rank's shards, 1-D in the weights'
-    dtype, one per parameter group."""
-
-    live: list[Tensor]  # of the weights that training computes at; empty where they are the true ones
-    predictions: list[Tensor]  # of a finished prediction that is not installed yet; empty where there is none
-    grad_norm: float  # of the newest COMMIT
-
-
 class RoundDriver:
     """Drives one rank's round through its states, and exchanges the true weights with the live ones for a look.
+
+    Weights that somebody else writes into the live ones, an average swapped in for an evaluation, say, are what every
+    look shows until training goes on. Restored, they change nothing; not restored, training goes on at them until a
+    round's weights are installed: at the window's end, which waits for its COMMIT, where a full copy was overwritten.
+
+    Args:
+        fingerprint: of the live weights.
 
     Attributes:
         outcomes: what the finished rounds told.
@@ -64,7 +45,14 @@ class RoundDriver:
             same on all ranks, since it takes a collective.
     """
 
-    def __init__(self, buffers: FlatBuffers, shards: list[AdamWShard], comm: Communicator, lane: InlineLane):
+    def __init__(
+        self,
+        buffers: FlatBuffers,
+        shards: list[AdamWShard],
+        comm: Communicator,
+        lane: InlineLane,
+        fingerprint: Fingerprint,
+    ):
         self.outcomes = OutcomeLog()
         self.weights_version = 0
         self.measures_estimate = False
@@ -72,10 +60,12 @@ class RoundDriver:
         self._shards = shards
         self._comm = comm
         self._lane = lane
+        self._fingerprint = fingerprint
         self._work = RoundWork(buffers, shards, comm)
         self._state = RoundState.IDLE
         self._round: Round | None = None  # None: idle
-        self._look: _Look | None = None  # None: nobody looks
+        self._look: Look | None = None  # None: nobody looks
+        self._is_overwritten = False  # the only full copy of the newest true weights, by somebody else
         self._rounds_started = 0
         self._in_step = self.outcomes.reader()
         self._versions = itertools.count(1)
@@ -97,6 +87,11 @@ class RoundDriver:
             blocks: the following round is finished and installed before this returns.
         """
         self.hide_true()
+        measures = self.measures_estimate and following.writes_state and not blocks
+        if self._is_overwritten and clears:
+            blocks, self._is_overwritten = True, False
+            self.finish()
+            self._round = None
         self._install_arrived()
         self._work.pack(following, inputs.pre_scale, clears=clears)
         self._round, self._state = following, RoundState.IN_FLIGHT
@@ -104,7 +99,6 @@ class RoundDriver:
         # Ranks that are in step have the same number: of the round, of its kind and of what it computes with.
         used = repr((following.name, inputs.window, inputs.hyper, inputs.clip_grad))
         number = _KINDS * self._rounds_started + zlib.crc32(used.encode()) % _KINDS
-        measures = self.measures_estimate and following.writes_state and not blocks
         self._lane.start(
             lambda: self._work.run(following, inputs, number, measures), name=f"{following.name} {inputs.window}"
         )
@@ -156,7 +150,12 @@ class RoundDriver:
 
     def _install(self, this: Round):
         self._work.install(this)
-        self.weights_version = next(self._versions)
+        self._note_weights()
+
+    def _note_weights(self, version: int | None = None):
+        """Takes the live weights as they stand for this package's own: new ones, unless ``version`` is given."""
+        self.weights_version = next(self._versions) if version is None else version
+        self._fingerprint.take()
 
     # ---- looking at the true weights
 
@@ -173,11 +172,12 @@ class RoundDriver:
     def show_true(self) -> None:
         """Makes the live weights the newest true ones until :meth:`hide_true`; the trajectory stays as it is.
 
-        Only a prediction has no full copy of them: there this is a collective, and every rank must look.
+        Only a prediction has no full copy of them: there this is a collective, and every rank must look. Where somebody
+        else wrote the live weights, they stay.
         """
         self._lane.raise_failure()
         place = self.true_weights_place
-        if self._look is not None or place is Place.LIVE:
+        if self._look is not None or place is Place.LIVE or self.are_written:
             return
         self.finish()
         predictions = None
@@ -185,16 +185,26 @@ class RoundDriver:
             predictions = [shard.clone() for shard in self._buffers.comm_shards]
             self._gather_masters()
         self._buffers.exchange()
-        self._look = _Look(self.weights_version, predictions)
-        self.weights_version = next(self._versions)
+        self._look = Look(self.weights_version, predictions)
+        self._note_weights()
+
+    @property
+    def are_written(self) -> bool:
+        """Tells whether somebody else has written the live weights, and not restored them; waits for the device."""
+        return self._fingerprint.differs()
 
     def hide_true(self) -> None:
-        """Gives training exactly the weights and the pending round that it had before :meth:`show_true`."""
+        """Gives training exactly the weights and the pending round that it had before :meth:`show_true`; or, where
+        somebody else wrote into the weights that were shown, leaves them."""
         look, self._look = self._look, None
         if look is None:
             return
-        self._buffers.exchange()
-        self.weights_version = look.version
+        if not self.are_written:
+            self._buffers.exchange()
+            self._note_weights(look.version)
+        elif look.predictions is None:
+            # What lies in the communication buffer is older: nothing is installed before the next COMMIT.
+            self._round, self._state, self._is_overwritten = None, RoundState.IDLE, True
         if look.predictions is not None:
             self._gather_for_look(look.predictions)
 
@@ -224,16 +234,16 @@ class RoundDriver:
     def adopt_weights(self) -> None:
         """Takes the live weights, which were overwritten from outside, as the true ones; nothing is pending."""
         self.finish()
-        self._round, self._state, self._look = None, RoundState.IDLE, None
+        self._round, self._state, self._look, self._is_overwritten = None, RoundState.IDLE, None, False
         self.outcomes.forget()
-        self.weights_version = next(self._versions)
+        self._note_weights()
 
     def resume_state(self) -> ResumeState:
         """Returns what must be kept, besides master weights and AdamW state, so that training goes on bit for bit. An
         ESTIMATE is not: the window that it belongs to is not over."""
         self.finish()
         norm, place = float(self.grad_norm), self.true_weights_place
-        if place is Place.LIVE:
+        if place is Place.LIVE or self.are_written:  # what training stood on is nowhere
             return ResumeState([], [], norm)
         live, pending = self._buffers.live_shards, self._buffers.comm_shards
         if self._look is not None:  # exchanged
@@ -251,7 +261,7 @@ class RoundDriver:
             return
         self._gather(state.live)
         self._buffers.exchange()
-        self.weights_version = next(self._versions)
+        self._note_weights()
         self._round, self._state = COMMIT, RoundState.ARRIVED
         if state.predictions:
             self._gather(state.predictions)

@@ -12,10 +12,14 @@ from torch import Tensor
 
 from ..algorithm.schedules import Round
 from ..optim.adamw import AdamWHyper, AdamWShard, sums_of_error_and_step
+from ..optim.flat import pieces
 from ..optim.ops import adamw_commit, adamw_estimate, adamw_estimate_change, sum_of_squares
 from .buffers import FlatBuffers
 from .clock import HostValue
 from .communicator import Communicator
+from .encoding import Encoding
+
+_ROUNDED_NUMEL = 2**20  # master weights that are rounded at a time
 
 
 @dataclass(frozen=True)
@@ -136,12 +140,20 @@ class RoundWork:
         return RoundOutcome(this, norm.float(), HostValue(is_finite), HostValue(is_same_round), error, counts, sent)
 
     def _estimate_records(self, inputs: RoundInputs, scale: Tensor, is_finite: Tensor):
-        """Writes the change of this rank's weights to its place in X. The live weights are the true ones now, and
-        nobody writes them before this round is installed."""
-        buffers = self._buffers
-        for operands in zip(self._shards, buffers.reduced, inputs.hyper, buffers.live_shards, buffers.own_records()):
-            shard, grad, hyper, live, records = operands
-            adamw_estimate_change(shard, grad, hyper, scale, is_finite, live, records, buffers.estimate_bits)
+        """Writes the change of this rank's weights to its place in X. The live weights, to which it will be added, are
+        the rounded true ones now. They are not read here: whoever evaluates an average may have it there meanwhile."""
+        buffers, bits = self._buffers, self._buffers.estimate_bits
+        for shard, grad, hyper, live, records in zip(
+            self._shards, buffers.reduced, inputs.hyper, buffers.live_shards, buffers.own_records()
+        ):
+            for start, numel in pieces(
+                live.numel(), _ROUNDED_NUMEL if live.dtype != shard.master.dtype else live.numel()
+            ):
+                at = slice(start, start + numel)
+                part = AdamWShard(shard.master[at], shard.exp_avg[at], shard.exp_avg_sq[at], shard.step)
+                stands_at = part.master.to(live.dtype)
+                message = Encoding(live.dtype, bits).piece_of(records, start, numel)
+                adamw_estimate_change(part, grad[at], hyper, scale, is_finite, stands_at, message, bits)
 
     def _own_report(self, like: Tensor, contribution: Contribution) -> Tensor:
         """Returns what this rank adds to the round's small all-reduce (:class:`ReportedCounts` before the sum). It is

@@ -89,11 +89,15 @@ def _watch(config, windows):
     return seen
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_look_shows_the_true_weights(ranks, schedule):
+@pytest.mark.parametrize(
+    ("schedule", "world_size", "ranks_per_host"),
+    [*((schedule, 2, 1) for schedule in SCHEDULES), ("acco", 4, 2), pytest.param("wp", 4, 2, marks=pytest.mark.full)],
+)
+def test_every_look_shows_the_true_weights(ranks, schedule, world_size, ranks_per_host):
     windows = 5
-    seen = ranks(2).run(_watch, config=training.ds_config(4, schedule=schedule), windows=windows)[0]
-    trajectory = oracle.trajectory(schedule=schedule, world_size=2, windows=windows, n=4, a=2)
+    config = training.ds_config(4, schedule=schedule, ranks_per_host=ranks_per_host)
+    seen = ranks(world_size).run(_watch, config=config, windows=windows)[0]
+    trajectory = oracle.trajectory(schedule=schedule, world_size=world_size, windows=windows, n=4, a=2)
     for moment in seen:
         window, micro_batch = moment.pop("window"), moment.pop("micro_batch")
         phase_a, phase_b, true, following = trajectory[window]
@@ -142,7 +146,7 @@ def test_one_rank_alone_in_wp_gets_an_error_that_says_so(ranks):
 
 
 def _change_between_forward_and_backward():
-    """Two forwards, one backward, a forward that closes phase A, then the backward of the second graph."""
+    """Two forwards, one backward, a step and a forward that closes phase A, then the backward of the second graph."""
     engine = training.start_engine(training.ds_config(2))
     for window in range(2):
         for micro_batch in range(2):
@@ -151,6 +155,7 @@ def _change_between_forward_and_backward():
     first = engine(*training.batch(0, 2, 0))
     second = engine(*training.batch(0, 2, 1))
     engine.backward(first)
+    engine.step()
     engine(*training.batch(0, 2, 2))  # phase A is over: the true weights are installed here
     try:
         engine.backward(second)
