@@ -30,6 +30,7 @@ class Engine(Protocol):
 
     # What was counted so far; adaptive windows and skipped steps set them.
     global_samples: int
+    global_steps: int
     skipped_steps: int
     micro_steps: int
 

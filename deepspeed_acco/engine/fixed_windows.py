@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ..algorithm.schedules import Phase, Schedule
 from ..algorithm.window import Limits, Position
@@ -48,9 +49,15 @@ class FixedWindows:
     def after_backward(self, engine: Engine, schedule: Schedule, position: Position) -> None:
         """Leaves the window's end to the engine's own count."""
 
-    def own_bookkeeping(self, engine: Engine) -> AbstractContextManager[None]:
-        """Returns a context around the engine's step, which counts as it always does."""
-        return nullcontext()
+    @contextmanager
+    def own_bookkeeping(self, engine: Engine) -> Iterator[None]:
+        """Returns a context around the engine's step, which counts as it always does; a scheduler that was taken away
+        inside (skipped_steps.py) comes back."""
+        scheduler = engine.lr_scheduler
+        try:
+            yield
+        finally:
+            engine.lr_scheduler = scheduler
 
     def count(self, engine: Engine) -> None:
         """Enters nothing: the engine has counted."""

@@ -43,6 +43,7 @@ from .log import logger
 from .monitor import EXPOSED_WAIT_TIMER, ROUND_TIMER, LaneTimer, Monitor
 from .progress import Progress
 from .scaling import has_overflow, round_inputs
+from .skipped_steps import SkippedSteps
 from .true_weights import TrueWeights
 
 
@@ -100,7 +101,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         fingerprint = Fingerprint(live, self._bound.sampled_places())
         self.driver = RoundDriver(self._buffers, self._shards, self._comm, self._lane, fingerprint)
         self.driver.lay_out_pages()
-        self._skips = self.driver.outcomes.reader()
+        self._skips = SkippedSteps(self.driver.outcomes)
         self._fraction = AutoFraction(self.settings, self.driver, self._comm, self._lane)
         self.windows = (
             AdaptiveWindows(self.settings, self.driver, self._comm, self._lane, self._fraction)
@@ -275,12 +276,12 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             self._buffers.grads, self.communication_data_type, self.dp_process_group
         )
         self._update_scale(self.overflow)
+        blocks = blocks_at_end(schedule, position.phase)
         if self.overflow:
             driver.drain()
             self._buffers.clear_gradients()
             self._global_grad_norm = float("inf")
         else:
-            blocks = blocks_at_end(schedule, position.phase)
             driver.advance(schedule.at_window_end, inputs, clears=True, blocks=blocks)
             self._global_grad_norm = driver.grad_norm
         self._bound.bind_again()
@@ -289,7 +290,8 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             self._global_grad_norm = None
         self.last_micro_batches = micro_batches
         self.progress.after_window(engine)
-        engine.skipped_steps += self._skips.take_skipped()
+        if self._skips.at_step(engine, blocks and not self.overflow):
+            self.overflow, self._global_grad_norm = True, float("inf")
         self.timers.log([EXPOSED_WAIT_TIMER, ROUND_TIMER])
 
     def begin_phase_b_without_data(self) -> None:
@@ -321,8 +323,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         """Prepares for the engine's saving or loading: no round in flight, the module shows the true weights."""
         self.driver.show_true()
         self.finish_counting()
-        self._skips.wait()
-        self._engine().skipped_steps += self._skips.take_skipped()
+        self._skips.wait(self._engine())
 
     def checkpoint_event_epilogue(self) -> None:
         """Waits between the files and ``latest``, which names them, until all ranks have written theirs. The true
@@ -361,6 +362,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             if state is not None:
                 self.progress.restart(state["window"])
                 self._fraction.from_state(state.get("estimate_fraction"))
+                self._skips.scheduler_ahead = state.get("scheduler_ahead", 0)
             self.windows.from_state(state)
         if resume is not None:
             self.driver.restore(resume)
@@ -379,7 +381,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         state = super().state_dict()
         state["base_optimizer_state"] = checkpoint_state.without_tensor_steps(state["base_optimizer_state"])
         own = checkpoint_state.to_state(self.driver.resume_state(), self.settings.schedule, self.position.window)
-        own["estimate_fraction"] = self._fraction.to_state()
+        own |= {"estimate_fraction": self._fraction.to_state(), "scheduler_ahead": self._skips.scheduler_ahead}
         state[checkpoint_state.KEY] = own | self.windows.to_state()
         return state
 
@@ -435,16 +437,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         finally:
             self.driver.close()
             self.gradients.release()
-            for large in (
-                "driver",
-                "looks",
-                "windows",
-                "_monitor",
-                "_fraction",
-                "_buffers",
-                "_shards",
-                "_skips",
-                "_comm",
-            ):
-                delattr(self, large)
+            large = "driver looks windows _monitor _fraction _buffers _shards _skips _bound _comm"
+            for name in large.split():
+                delattr(self, name)
             super().destroy()

@@ -1,6 +1,7 @@
 """16-bit runs against a reference whose forward uses the same rounded weights, close enough to tell schedules apart."""
 
 import itertools
+import logging
 
 import pytest
 import torch
@@ -75,8 +76,14 @@ def _steps_with_bad_gradient(config, bad_window, bad_micro_batch, windows):
     """Trains; one micro-batch of rank 1 has an infinite input."""
     import torch.distributed as dist
 
-    engine = training.start_engine(config)
-    record = {"skipped": [], "lr": [], "norms": [], "weights": []}
+    def halved(optimizer):
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    engine = training.start_engine(config, lr_scheduler=halved)
+    record = {"skipped": [], "lr": [], "norms": [], "weights": [], "told": [], "applied": []}
+    told = logging.Handler(logging.WARNING)
+    told.emit = lambda line: record["told"].append(line.getMessage())
+    logging.getLogger("deepspeed_acco").addHandler(told)
     for window in range(windows):
         for micro_batch in range(engine.gradient_accumulation_steps()):
             x, y = training.batch(dist.get_rank(), window, micro_batch, next(engine.module.parameters()).dtype)
@@ -85,9 +92,12 @@ def _steps_with_bad_gradient(config, bad_window, bad_micro_batch, windows):
             engine.backward(engine(x, y))
             engine.step()
         record["skipped"].append(engine.skipped_steps)
+        record["lr"].append(engine.get_lr()[0] / training.HYPER["lr"])
+        record["applied"].append(engine.was_step_applied())
         record["norms"].append(float(engine.get_global_grad_norm()))
         record["weights"].append(training.true_master_weights(engine))
     engine.destroy()
+    logging.getLogger("deepspeed_acco").removeHandler(told)
     return record
 
 
@@ -119,6 +129,14 @@ def test_gradient_that_is_not_finite(ranks, precision, schedule, bad_micro_batch
         assert not all(a.equal(b) for a, b in zip(weights[3], weights[2])), "window 3 must train again"
         is_immediate = schedule == "sync" or precision == "fp16static"
         assert record["skipped"] == ([0, 0, 1, 1, 1, 1] if is_immediate else [0, 0, 0, 1, 1, 1])
+        assert record["applied"] == [window != 2 or not is_immediate for window in range(6)]
+        # The scheduler waits, at once or where the skip is known: afterwards it has moved for the steps that were made.
+        moved = [1, 2, 2, 3, 4, 5] if is_immediate else [1, 2, 3, 3, 4, 5]
+        assert record["lr"] == [0.5**times for times in moved]
+    if precision != "fp16static":  # DeepSpeed's scaler tells
+        lines = [line for line in records[0]["told"] if "skipped" in line]
+        assert len(lines) == 1 and "step 3 was skipped: the gradient was not finite" in lines[0]
+        assert not any("skipped" in line for line in records[1]["told"])
     for mine, theirs in zip(records[0]["weights"][-1], records[1]["weights"][-1]):
         assert mine.equal(theirs)
 
