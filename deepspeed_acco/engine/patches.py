@@ -23,7 +23,7 @@ from ..algorithm.schedules import SCHEDULES
 from ..algorithm.window import phase_a_micro_batches
 from ..optim import native
 from ..optimizer import ACCO
-from . import recorder
+from . import owners, recorder
 from .checkpoint_check import LoadOptions
 from .checks import check_engine, check_json, check_window
 from .deepspeed_engine import Engine
@@ -98,6 +98,7 @@ def register() -> None:
 def _wrap_configure_optimizer(original):
     @functools.wraps(original)
     def configure_optimizer(engine, client_optimizer, model_parameters):
+        owners.end_former_training(engine.module)
         if isinstance(client_optimizer, ACCO):
             check_engine(engine, client_optimizer)
         elif client_optimizer is None and engine.optimizer_name() == ACCO.__name__:

@@ -27,7 +27,7 @@ from ..runtime.lanes import make_lane
 from ..runtime.layout import GroupLayout
 from ..runtime.round import RoundInputs
 from ..runtime.written import Fingerprint
-from . import checkpoint_check, checkpoint_state
+from . import checkpoint_check, checkpoint_state, owners
 from .adaptive_windows import AdaptiveWindows
 from .agreement import require_agreement, what_must_agree
 from .auto_fraction import AutoFraction
@@ -148,6 +148,11 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             engine.module, self.looks, self.progress, self._prepare_training_forward, engine.global_rank == 0
         )
         require_agreement(self._comm, what_must_agree(engine, self))
+        owners.add(self)
+
+    def trains_any(self, parameters: list[torch.Tensor]) -> bool:
+        """Tells whether any of these is one of its trainable parameters."""
+        return self._is_built and any(map(self._bound.has, parameters))
 
     def _engine(self) -> Engine:
         engine = self._engine_ref()
@@ -425,6 +430,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         if not self._is_built:
             return
         self._is_built = False
+        owners.remove(self)
         self._at_exit.detach()
         self._forwards.release()
         try:

@@ -300,3 +300,46 @@ def test_training_in_eval_mode_or_through_parts_is_training(ranks, params, way):
     assert other == plain
     assert plain[2] == 5
     assert ("B" in plain[1]) == (params.get("schedule", "acco") == "acco"), "rounds must have run behind two phases"
+
+
+# ---- a second engine on the same module
+
+
+def _trained_twice(config, following, destroys):
+    """Trains a module, gives it its first weights back and trains it with another engine, as for the next fold."""
+    import deepspeed
+    import torch.distributed as dist
+
+    def engine_of(settings):
+        return deepspeed.initialize(model=module, model_parameters=training.param_groups(module, 1), config=settings)[0]
+
+    module = training.make_network()
+    start = {name: value.clone() for name, value in module.state_dict().items()}
+    former = None
+    if destroys is not None:
+        former = engine_of(config)
+        training.run_windows(former, 3)
+        if destroys:
+            former.destroy()
+        module.load_state_dict(start)
+    engine = engine_of(following)
+    losses = training.run_windows(engine, 4)["losses"]
+    end = {name: value.tolist() for name, value in engine.module.state_dict().items()}
+    engine.destroy()
+    if former is not None:
+        former.destroy()
+    dist.barrier()
+    return losses, end
+
+
+@pytest.mark.parametrize("following", ["ACCO", "AdamW"])
+@pytest.mark.parametrize("schedule", ["acco", "wp"])
+def test_an_engine_that_was_not_destroyed_does_nothing_to_the_next(ranks, schedule, following):
+    config = training.ds_config(N, schedule=schedule)
+    next_config = config if following == "ACCO" else _stock(N)
+    fresh, *others = (
+        ranks(2).run(_trained_twice, config=config, following=next_config, destroys=destroys)
+        for destroys in (None, True, False)
+    )
+    for other in others:
+        assert other == fresh
