@@ -183,7 +183,9 @@ class Settings:
         "auto: rounds run on a side stream on CUDA and in a worker thread on CPU; inline: blocking, for debugging",
     )
     comm_timeout_s: float | None = _key(
-        None, _Number(is_low_open=True), "timeout of ACCO's process group in seconds; null: DeepSpeed's default"
+        None,
+        _Number(is_low_open=True, below=1e9),
+        "timeout of ACCO's process group in seconds; null: DeepSpeed's default",
     )
     max_window: int | None = _key(
         None,

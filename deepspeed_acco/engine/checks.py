@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import torch
@@ -11,8 +12,13 @@ import torch
 from ..algorithm.schedules import SCHEDULES
 from ..algorithm.window import require_room
 from ..optimizer import ACCO
-from ..settings import Settings, max_window_micro_batches
+from ..settings import ACCO_KEYS, ADAMW_KEYS, Settings, max_window_micro_batches, refuse_unknown
 from .deepspeed_engine import Engine
+
+_OPTIMIZER_SECTION = ("type", "params", "legacy_fusion")  # what DeepSpeed reads (runtime/config.py)
+_ACCUMULATION = ("fp32", "fp16", "bf16")
+_DTYPE_NAMES = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}
+_LARGEST_FLOAT = 3e38  # the norm is clipped in fp32
 
 
 def refuse_if(is_given, key, value, allowed, fix) -> None:
@@ -22,7 +28,31 @@ def refuse_if(is_given, key, value, allowed, fix) -> None:
 
 
 def check_json(raw) -> None:
-    """Raises ValueError for what DeepSpeed refuses by an error of its own, or acts on, before it has an optimizer."""
+    """Raises ValueError for what DeepSpeed refuses by an error of its own, ignores, or acts on, before it has an
+    optimizer."""
+    section = raw.get("optimizer")
+    optimizer = section if isinstance(section, dict) and section.get("type") == ACCO.__name__ else {}
+    for key, value in optimizer.items():
+        if key not in _OPTIMIZER_SECTION:
+            fix = f"Write it one level deeper: {{{json.dumps(key)}: {json.dumps(value, default=str)}}} under params"
+            is_ours = key in ADAMW_KEYS + ACCO_KEYS
+            refuse_if(True, f"optimizer.{key}", value, ", ".join(_OPTIMIZER_SECTION), fix if is_ours else "Remove it")
+    params = optimizer.get("params") or {}
+    refuse_if(not isinstance(params, dict), "optimizer.params", params, "an object of keys and values", "Write {...}")
+    refuse_unknown(key for key in params if key not in ADAMW_KEYS + ACCO_KEYS)
+    for key, is_allowed, allowed in (
+        ("gradient_clipping", lambda value: 0 <= value <= _LARGEST_FLOAT, "a number >= 0; 0 does not clip"),
+        ("gradient_predivide_factor", lambda value: 0 < value <= _LARGEST_FLOAT, "a number > 0"),
+    ):
+        value = raw.get(key, 1.0)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_auto = value == "auto"  # filled by HF Trainer and Accelerate before DeepSpeed sees it
+        refuse_if(not is_auto and not (is_number and is_allowed(value)), key, value, allowed, "Choose a value in range")
+    data_types = raw.get("data_types")
+    dtype = data_types.get("grad_accum_dtype") if isinstance(data_types, dict) else None
+    name = str(dtype).removeprefix("torch.")
+    is_known = dtype is None or _DTYPE_NAMES.get(name, name) in _ACCUMULATION
+    refuse_if(not is_known, "data_types.grad_accum_dtype", dtype, ", ".join(_ACCUMULATION), "Set one of these")
     amp = raw.get("amp")
     refuse_if(
         isinstance(amp, dict) and amp.get("enabled"), "amp.enabled", True, "false", "Remove amp; use bf16 or fp16"

@@ -58,6 +58,10 @@ _NO_EFFECT = {
     "allgather_bucket_size": "ACCO has no buckets",
     "use_multi_rank_bucket_allreduce": "ACCO has no buckets",
     "round_robin_gradients": "only the order of the shards follows it",
+    "zero_hpz_partition_size": "ZeRO++ is of stage 3",
+    "zero_quantized_weights": "ZeRO++ is of stage 3; see optimizer.params.estimate_comm",
+    "zero_quantized_nontrainable_weights": "ZeRO++ is of stage 3",
+    "zero_quantized_gradients": "ZeRO++ is of stage 3; see optimizer.params.estimate_comm",
 }
 
 

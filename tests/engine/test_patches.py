@@ -97,6 +97,40 @@ def test_refused_as_a_value_error(ranks, what, kind):
     assert "allowed" in message
 
 
+@pytest.mark.parametrize(
+    ("section", "changes", "expected"),
+    [
+        (
+            {"schedule": "dpu"},
+            {},
+            ["optimizer.schedule = 'dpu'", "one level deeper", '{"schedule": "dpu"} under params'],
+        ),
+        ({"lr": 1e-3}, {}, ["optimizer.lr = 0.001", "one level deeper"]),
+        ({"name": "mine"}, {}, ["optimizer.name = 'mine'", "Remove it"]),
+        ({"params": {"self": 1}}, {}, ["unknown key optimizer.params.self"]),
+        ({"params": {"params": []}}, {}, ["unknown key optimizer.params.params"]),
+        ({"params": [1]}, {}, ["optimizer.params = [1]", "an object"]),
+        ({"params": {"comm_timeout_s": 1e15}}, {}, ["comm_timeout_s = 1000000000000000.0", "< 1e+09"]),
+        ({}, {"gradient_clipping": -1}, ["gradient_clipping = -1", "a number >= 0"]),
+        ({}, {"gradient_clipping": 1e39}, ["gradient_clipping = 1e+39"]),
+        ({}, {"gradient_clipping": "much"}, ["gradient_clipping = 'much'"]),
+        ({}, {"gradient_predivide_factor": 0}, ["gradient_predivide_factor = 0", "a number > 0"]),
+        (
+            {},
+            {"data_types": {"grad_accum_dtype": "int8"}},
+            ["data_types.grad_accum_dtype = 'int8'", "fp32, fp16, bf16"],
+        ),
+    ],
+)
+def test_keys_that_deepspeed_ignores_or_breaks_at_are_refused(ranks, section, changes, expected):
+    config = training.ds_config(4) | changes
+    config["optimizer"] = {**config["optimizer"], **section}
+    name, message = ranks(1).run(_try, config=config, kind="json")[0]
+    assert name == "ValueError", message
+    for part in [*expected, "allowed"]:
+        assert part in message, message
+
+
 @pytest.mark.parametrize("kind", ["json", "instance", "callable"])
 @pytest.mark.parametrize(
     "change",
@@ -115,6 +149,7 @@ def test_refused_as_a_value_error(ranks, what, kind):
             }
         },
         {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+        {"data_types": {"grad_accum_dtype": "float32"}, "gradient_clipping": 1e30},
     ],
 )
 def test_accepted(ranks, change, kind):
