@@ -9,6 +9,7 @@ with its shard of master weights and AdamW state.
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,7 @@ def require_loadable(load_dir: str, findings: list[Finding]) -> None:
         if finding.problem:
             problems.setdefault(finding.problem, []).append(rank)
     if not problems and len(set(findings)) > 1:
-        seen = "; ".join(f"rank {rank}: {finding.tag}" for rank, finding in enumerate(findings))
+        seen = "; ".join(f"rank {rank}: {finding.tag}, {finding.stands_on}" for rank, finding in enumerate(findings))
         problems = {f"the ranks see different checkpoints ({seen}). Give every rank the same folder and tag": []}
     if problems:
         told = "; ".join(
@@ -108,22 +109,26 @@ def _check_files(engine, load_dir, tag, options: LoadOptions) -> str:
             f"{model_path} has no state of a learning-rate scheduler and this run has one. Load it with "
             "load_lr_scheduler_states=False, or remove the scheduler"
         )
+    steps = saved.get("global_steps")
     del saved
     if is_universal:
         _check_universal(engine, os.path.join(load_dir, tag, "zero"))
         return "true weights"
     if with_optimizer:
-        return _check_shard(engine, load_dir, tag)
+        return _check_shard(engine, load_dir, tag, steps)
     return "true weights"
 
 
 def _read(engine, path) -> Mapping[str, Any]:
     try:
+        _require_intact(path)
         content = engine.checkpoint_engine.load(path, map_location="cpu")
     except FileNotFoundError as cause:
         raise CheckpointRefused(
             f"{path} is missing: this is no complete checkpoint. Give the folder and tag of one{_others(path)}"
         ) from cause
+    except CheckpointRefused:
+        raise
     except Exception as cause:  # whatever unpickling meets in bytes that are not what was written
         raise CheckpointRefused(
             f"{path} cannot be read ({type(cause).__name__}: {cause}): it is truncated or no DeepSpeed checkpoint. "
@@ -132,6 +137,18 @@ def _read(engine, path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointRefused(f"{path} holds a {type(content).__name__}: it is no DeepSpeed checkpoint")
     return content
+
+
+def _require_intact(path) -> None:
+    """Compares the file's content with the checksums that ``torch.save`` wrote beside it and ``torch.load`` ignores."""
+    if not zipfile.is_zipfile(path):
+        return  # what it is instead is seen by reading it
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged is not None:
+        raise CheckpointRefused(
+            f"{path} is damaged: the checksum of {damaged} is not that of its bytes. Load another one{_others(path)}"
+        )
 
 
 def _others(path) -> str:
@@ -179,7 +196,7 @@ def _some(names) -> str:
     return f"{listed} and {len(names) - 3} more" if len(names) > 3 else listed
 
 
-def _check_shard(engine, load_dir, tag) -> str:
+def _check_shard(engine, load_dir, tag, steps) -> str:
     optimizer = engine.optimizer
     path = engine._get_zero_ckpt_name(load_dir, tag)
     if not os.path.isfile(path):
@@ -200,6 +217,7 @@ def _check_shard(engine, load_dir, tag) -> str:
             f"{path} was saved with zero_optimization.elastic_checkpoint = true; allowed: false. Load it with AdamW, "
             "save it again with false, or pass load_optimizer_states=False"
         )
+    _check_origin(state.get(KEY), engine, steps, path)
     masters = optimizer.single_partition_of_fp32_groups
     if len(saved_masters) != len(masters):
         raise CheckpointRefused(
@@ -256,6 +274,23 @@ def _check_groups(groups, path) -> None:
                 )
 
 
+def _check_origin(state, engine, steps, path) -> None:
+    """Requires the shard of this rank, of the step of the file with the module; older files do not say."""
+    if not isinstance(state, Mapping):
+        return
+    rank, own = state.get("rank"), engine.optimizer.origin["rank"]
+    if rank is not None and rank != own:
+        raise CheckpointRefused(
+            f"{path} is the shard of data-parallel rank {rank}, and rank {own} would load it. Take the files as they "
+            "were saved"
+        )
+    if state.get("global_steps", steps) != steps:
+        raise CheckpointRefused(
+            f"{path} was saved at step {state['global_steps']}, and the file with the module beside it at step "
+            f"{steps}. Take all files of one checkpoint"
+        )
+
+
 def _check_key(state, optimizer, path) -> str:
     if state is None:
         return "true weights"
@@ -270,9 +305,10 @@ def _check_key(state, optimizer, path) -> str:
     if fraction is not None and not (isinstance(fraction, float) and 0 < fraction < 1):
         raise CheckpointRefused(f'{path}: estimate_fraction = {fraction!r} in "{KEY}" is no number between 0 and 1')
     resume, reason = from_state(state, optimizer.settings.schedule, optimizer.shard_numels())
+    saved_by = f"run {state.get('run', 'unknown')}, estimate_fraction {fraction}"
     if resume is None:
-        return f"{reason}, {fraction}"
-    return f"{len(resume.live)} {len(resume.predictions)} {state['window']} {fraction}"
+        return f"{reason}, {saved_by}"
+    return f"{len(resume.live)} {len(resume.predictions)} {state['window']}, {saved_by}"
 
 
 def _check_universal(engine, folder) -> None:

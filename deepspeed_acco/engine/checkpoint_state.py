@@ -8,11 +8,13 @@ Everything else is as DeepSpeed writes it, so that its tools and its own AdamW r
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from ..runtime.communicator import Communicator
 from ..runtime.states import ResumeState
 
 KEY = "acco"
@@ -33,6 +35,11 @@ def to_state(resume: ResumeState, schedule: str, window: int) -> dict[str, Any]:
         "weights": resume.live,
         "predictions": resume.predictions,
     }
+
+
+def origin(comm: Communicator) -> dict[str, Any]:
+    """Returns what tells this run's and this rank's files from others; every rank must call it."""
+    return {"run": comm.gather_objects(uuid.uuid4().hex)[0], "rank": comm.rank}
 
 
 def from_state(

@@ -12,6 +12,7 @@ from ..runtime.outcomes import OutcomeLog
 
 EXPOSED_WAIT_TIMER = "acco_exposed_wait"
 ROUND_TIMER = "acco_round"
+LANE_TIMERS = [EXPOSED_WAIT_TIMER, ROUND_TIMER]
 PREFIX = "Train/ACCO/"
 
 
@@ -99,3 +100,8 @@ class LaneTimer:
         """Returns the milliseconds per round since the last reset; 0 without one."""
         spent = self._lane.times().since(self._seen)
         return getattr(spent, self._field) * 1e3 / spent.rounds if spent.rounds else 0.0
+
+
+def lane_timers(lane: InlineLane) -> dict[str, LaneTimer]:
+    """Makes the timers of a lane, by the names that ``wall_clock_breakdown`` prints."""
+    return {EXPOSED_WAIT_TIMER: LaneTimer(lane, "exposed_s"), ROUND_TIMER: LaneTimer(lane, "round_s")}

@@ -56,6 +56,5 @@ class Progress:
         self._steps_seen = None
 
 
-def _is_managed(engine) -> bool:
-    managed = getattr(engine, "managed_gradient_accumulation", None)  # since DeepSpeed 0.19
-    return managed is None or managed()
+def _is_managed(engine: Engine) -> bool:
+    return getattr(engine._config, "managed_gradient_accumulation", True)  # since DeepSpeed 0.19

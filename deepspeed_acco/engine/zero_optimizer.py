@@ -40,7 +40,7 @@ from .full_values import link_full_values
 from .gradients import Gradients, GradientState
 from .hosts import agree_on_levels
 from .log import logger
-from .monitor import EXPOSED_WAIT_TIMER, ROUND_TIMER, LaneTimer, Monitor
+from .monitor import LANE_TIMERS, Monitor, lane_timers
 from .progress import Progress
 from .scaling import has_overflow, round_inputs
 from .skipped_steps import SkippedSteps
@@ -59,6 +59,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         progress: where training stands in its window.
         lane_name: ``stream``, ``thread`` or ``inline``.
         levels: which data-parallel ranks share a host.
+        origin: names run and rank in checkpoints.
         last_micro_batches: how many micro-batches this rank had in the window that ended last; 0 before the first.
     """
 
@@ -138,17 +139,13 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         self.divisor = data_parallel if getattr(self, "gradient_average", True) else 1.0
         self._monitor = Monitor(engine.monitor, self.driver.outcomes, self._lane)
         self.driver.measures_estimate = engine.monitor.enabled
-        self.timers.get_timers().update(  # of no effect without wall_clock_breakdown
-            {
-                EXPOSED_WAIT_TIMER: LaneTimer(self._lane, "exposed_s"),
-                ROUND_TIMER: LaneTimer(self._lane, "round_s"),
-            }
-        )
+        self.timers.get_timers().update(lane_timers(self._lane))  # of no effect without wall_clock_breakdown
         self._forwards = Forwards(
             engine.module, self.looks, self.progress, self._prepare_training_forward, engine.global_rank == 0
         )
         require_agreement(self._comm, what_must_agree(engine, self))
         owners.add(self)
+        self.origin = checkpoint_state.origin(self._comm)
 
     def trains_any(self, parameters: list[torch.Tensor]) -> bool:
         """Tells whether any of these is one of its trainable parameters."""
@@ -291,13 +288,13 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             self._global_grad_norm = driver.grad_norm
         self._bound.bind_again()
         self.gradients.mark_packed()
+        if self._skips.at_step(engine, blocks and not self.overflow):
+            self.overflow, self._global_grad_norm = True, float("inf")
         if not getattr(self, "compute_grad_norm", True):
             self._global_grad_norm = None
         self.last_micro_batches = micro_batches
         self.progress.after_window(engine)
-        if self._skips.at_step(engine, blocks and not self.overflow):
-            self.overflow, self._global_grad_norm = True, float("inf")
-        self.timers.log([EXPOSED_WAIT_TIMER, ROUND_TIMER])
+        self.timers.log(LANE_TIMERS)
 
     def begin_phase_b_without_data(self) -> None:
         """Sends the estimate of the micro-batches that this rank has of the window, be it none."""
@@ -387,6 +384,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         state["base_optimizer_state"] = checkpoint_state.without_tensor_steps(state["base_optimizer_state"])
         own = checkpoint_state.to_state(self.driver.resume_state(), self.settings.schedule, self.position.window)
         own |= {"estimate_fraction": self._fraction.to_state(), "scheduler_ahead": self._skips.scheduler_ahead}
+        own |= self.origin | {"global_steps": self._engine().global_steps}
         state[checkpoint_state.KEY] = own | self.windows.to_state()
         return state
 
@@ -443,7 +441,6 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         finally:
             self.driver.close()
             self.gradients.release()
-            large = "driver looks windows _monitor _fraction _buffers _shards _skips _bound _comm"
-            for name in large.split():
-                delattr(self, name)
+            for large in "driver looks windows _monitor _fraction _buffers _shards _skips _bound _comm".split():
+                delattr(self, large)
             super().destroy()

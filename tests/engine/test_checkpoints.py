@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+import zipfile
 
 import pytest
 import torch
@@ -399,6 +400,21 @@ def _truncate(path):
     os.truncate(path, os.path.getsize(path) * 2 // 3)
 
 
+def _flip(path, part):
+    """Flips one bit in the middle of the largest tensor of the file, where no reader of the structure sees it."""
+    with zipfile.ZipFile(path) as file:
+        largest = max((entry for entry in file.infolist() if "/data/" in entry.filename), key=lambda e: e.file_size)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"PK\x03\x04", largest.header_offset)
+    name, extra = (int.from_bytes(content[at + place : at + place + 2], "little") for place in (26, 28))
+    content[at + 30 + name + extra + int(largest.file_size * part)] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def _acco_of(content):
+    return content["optimizer_state_dict"]["acco"]
+
+
 def _groups_of(content):
     return content["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
 
@@ -407,6 +423,20 @@ SPOILED = {
     "model truncated": (lambda at: _truncate(at / MODEL), f"{MODEL} cannot be read"),
     "shard truncated": (lambda at: _truncate(at / SHARD), f"{SHARD} cannot be read"),
     "shard empty": (lambda at: os.truncate(at / SHARD, 0), f"{SHARD} cannot be read"),
+    "a bit of the model": (lambda at: _flip(at / MODEL, 0.5), f"{MODEL} is damaged: the checksum of"),
+    "a bit of the shard": (lambda at: _flip(at / SHARD, 0.0), f"{SHARD} is damaged: the checksum of"),
+    "another rank's shard": (
+        lambda at: shutil.copy(at / SHARD.replace("rank_1", "rank_0"), at / SHARD),
+        "is the shard of data-parallel rank 0, and rank 1 would load it",
+    ),
+    "another step's shard": (
+        lambda at: _edit(at / SHARD, lambda c: _acco_of(c).update(global_steps=7)),
+        "was saved at step 7, and the file with the module beside it at step 2",
+    ),
+    "another run's shard": (
+        lambda at: _edit(at / SHARD, lambda c: _acco_of(c).update(run="another")),
+        "the ranks see different checkpoints",
+    ),
     "shard missing": (lambda at: os.remove(at / SHARD), f"{SHARD} is missing"),
     "model missing": (lambda at: os.remove(at / MODEL), f"{MODEL} is missing"),
     "bf16 shards": (lambda at: os.rename(at / SHARD, at / f"bf16_{SHARD}"), "was saved with bf16"),

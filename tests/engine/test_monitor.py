@@ -234,7 +234,7 @@ def test_a_monitor_on_one_rank_is_an_error(tmp_path):
     try:
         configs = [{"config": _monitored(tmp_path, plain)}, {"config": plain}]
         for message in pool.run(_start_message, per_rank=configs):
-            assert "differ from rank" in message and "monitor=" in message
+            assert "the data-parallel ranks differ" in message and "monitor: True on ranks 0; False" in message
     finally:
         pool.close()
 

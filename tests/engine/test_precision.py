@@ -72,14 +72,14 @@ def test_communication_data_type(ranks, wire):
         assert mine < 0.4 * oracle.distance(records[0]["weights"], exact["weights"])
 
 
-def _steps_with_bad_gradient(config, bad_window, bad_micro_batch, windows):
+def _steps_with_bad_gradient(config, bad_window, bad_micro_batch, windows, lr_decay=1.0):
     """Trains; one micro-batch of rank 1 has an infinite input."""
     import torch.distributed as dist
 
-    def halved(optimizer):
-        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    def decays(optimizer):
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, lr_decay)
 
-    engine = training.start_engine(config, lr_scheduler=halved)
+    engine = training.start_engine(config, lr_scheduler=decays)
     record = {"skipped": [], "lr": [], "norms": [], "weights": [], "told": [], "applied": []}
     told = logging.Handler(logging.WARNING)
     told.emit = lambda line: record["told"].append(line.getMessage())
@@ -120,7 +120,7 @@ def test_gradient_that_is_not_finite(ranks, precision, schedule, bad_micro_batch
     """The COMMIT is skipped on all ranks, counted, and training goes on from finite weights."""
     config = training.ds_config(4, 2.0, precision=precision, schedule=schedule)
     records = ranks(2).run(
-        _steps_with_bad_gradient, config=config, bad_window=2, bad_micro_batch=bad_micro_batch, windows=6
+        _steps_with_bad_gradient, config=config, bad_window=2, bad_micro_batch=bad_micro_batch, windows=6, lr_decay=0.5
     )
     for record in records:
         weights = record["weights"]

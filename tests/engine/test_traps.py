@@ -135,6 +135,7 @@ def _module_that_returns_a_parameter():
     first = engine(*training.batch(0, 5, 0))
     second = engine(*training.batch(0, 5, 1))
     engine.backward(first.loss)
+    engine.step()
     engine(*training.batch(0, 5, 2))
     try:
         engine.backward(second.loss)
