@@ -1,9 +1,11 @@
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 
-from tests.support.launcher import operators_folder
+from tests.support.launcher import ROOT, operators_folder, rank_environment
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", operators_folder())  # one for this process and its ranks: built once
@@ -13,6 +15,21 @@ from deepspeed_acco.optim.native import kernels_reason  # noqa: E402
 from tests.support.ranks import RankPool  # noqa: E402
 
 _POOLS: dict[int, RankPool] = {}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _operators_are_built(request):
+    """Starts to build the operators where there are none yet, beside the tests that need none, which come first."""
+    is_needed = any(map(_needs_operators, request.session.items))
+    if not is_needed or os.path.exists(os.environ["TORCH_EXTENSIONS_DIR"]):
+        yield
+        return
+    command = [sys.executable, "-m", "tests.support.operators"]
+    # A build that an interrupt ends leaves a lock behind: in a session of its own it hears of none. What fails here
+    # fails again, and says why, in the test that needs it.
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    with subprocess.Popen(command, cwd=ROOT, env=rank_environment(), **quiet):
+        yield
 
 
 @pytest.fixture
@@ -36,9 +53,14 @@ def native():
     return ops
 
 
+def _needs_operators(item) -> bool:
+    return any(item.get_closest_marker(marker) for marker in ("distributed", "native"))
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(config, items):
-    """Marks a test by its fixtures, and leaves out ``full`` and ``gpu`` unless they are asked for."""
+    """Marks a test by its fixtures, leaves out ``full`` and ``gpu`` unless they are asked for, and puts those first
+    that need no operators."""
     asked = config.option.markexpr
     unasked = [marker for marker in ("full", "gpu") if not re.search(rf"\b{marker}\b", asked)]
     chosen, left_out = [], []
@@ -49,7 +71,7 @@ def pytest_collection_modifyitems(config, items):
         (left_out if any(item.get_closest_marker(marker) for marker in unasked) else chosen).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-    items[:] = chosen
+    items[:] = sorted(chosen, key=_needs_operators)
 
 
 def pytest_sessionfinish(session, exitstatus):
