@@ -17,11 +17,19 @@ from tests.support.ranks import RankPool  # noqa: E402
 _POOLS: dict[int, RankPool] = {}
 
 
+def _is_made(folder: str) -> bool:
+    """Makes a folder and tells whether it was not there: of several workers one makes it."""
+    try:
+        os.makedirs(folder)
+    except FileExistsError:
+        return False
+    return True
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _operators_are_built(request):
     """Starts to build the operators where there are none yet, beside the tests that need none, which come first."""
-    is_needed = any(map(_needs_operators, request.session.items))
-    if not is_needed or os.path.exists(os.environ["TORCH_EXTENSIONS_DIR"]):
+    if not any(map(_needs_operators, request.session.items)) or not _is_made(os.environ["TORCH_EXTENSIONS_DIR"]):
         yield
         return
     command = [sys.executable, "-m", "tests.support.operators"]
