@@ -1,43 +1,21 @@
 import os
 import re
 import subprocess
-import sys
 
 import pytest
 
-from tests.support.launcher import ROOT, operators_folder, rank_environment
+from tests.support.launcher import operators_folder
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", operators_folder())  # one for this process and its ranks: built once
 
 from deepspeed_acco.optim import ops  # noqa: E402
 from deepspeed_acco.optim.native import kernels_reason  # noqa: E402
+from tests.support.operators import start_build  # noqa: E402
 from tests.support.ranks import RankPool  # noqa: E402
 
 _POOLS: dict[int, RankPool] = {}
-
-
-def _is_made(folder: str) -> bool:
-    """Makes a folder and tells whether it was not there: of several workers one makes it."""
-    try:
-        os.makedirs(folder)
-    except FileExistsError:
-        return False
-    return True
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _operators_are_built(request):
-    """Starts to build the operators where there are none yet, beside the tests that need none, which come first."""
-    if not any(map(_needs_operators, request.session.items)) or not _is_made(os.environ["TORCH_EXTENSIONS_DIR"]):
-        yield
-        return
-    command = [sys.executable, "-m", "tests.support.operators"]
-    # A build that an interrupt ends leaves a lock behind: in a session of its own it hears of none. What fails here
-    # fails again, and says why, in the test that needs it.
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    with subprocess.Popen(command, cwd=ROOT, env=rank_environment(), **quiet):
-        yield
+_BUILDS: list[subprocess.Popen] = []
 
 
 @pytest.fixture
@@ -80,6 +58,21 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         config.hook.pytest_deselected(items=left_out)
     items[:] = sorted(chosen, key=_needs_operators)
+
+
+def pytest_collection_finish(session):
+    """Starts to build the operators where that was not done yet, beside the tests that need none."""
+    if not session.config.option.collectonly and any(map(_needs_operators, session.items)):
+        _BUILDS[:] = filter(None, [start_build()])
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before the test's time begins to count
+def pytest_runtest_protocol(item):
+    """Lets a test that needs the operators wait for them."""
+    if _needs_operators(item):
+        for build in _BUILDS:
+            build.wait()
+    return (yield)
 
 
 def pytest_sessionfinish(session, exitstatus):
