@@ -1,5 +1,6 @@
 import os
 import re
+import subprocess
 
 import pytest
 
@@ -10,9 +11,11 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", operators_folder())  # one for thi
 
 from deepspeed_acco.optim import ops  # noqa: E402
 from deepspeed_acco.optim.native import kernels_reason  # noqa: E402
+from tests.support.operators import start_build  # noqa: E402
 from tests.support.ranks import RankPool  # noqa: E402
 
 _POOLS: dict[int, RankPool] = {}
+_BUILDS: list[subprocess.Popen] = []
 
 
 @pytest.fixture
@@ -36,9 +39,14 @@ def native():
     return ops
 
 
+def _needs_operators(item) -> bool:
+    return any(item.get_closest_marker(marker) for marker in ("distributed", "native"))
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(config, items):
-    """Marks a test by its fixtures, and leaves out ``full`` and ``gpu`` unless they are asked for."""
+    """Marks a test by its fixtures, leaves out ``full`` and ``gpu`` unless they are asked for, and puts those first
+    that need no operators."""
     asked = config.option.markexpr
     unasked = [marker for marker in ("full", "gpu") if not re.search(rf"\b{marker}\b", asked)]
     chosen, left_out = [], []
@@ -49,7 +57,22 @@ def pytest_collection_modifyitems(config, items):
         (left_out if any(item.get_closest_marker(marker) for marker in unasked) else chosen).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-    items[:] = chosen
+    items[:] = sorted(chosen, key=_needs_operators)
+
+
+def pytest_collection_finish(session):
+    """Starts to build the operators where that was not done yet, beside the tests that need none."""
+    if not session.config.option.collectonly and any(map(_needs_operators, session.items)):
+        _BUILDS[:] = filter(None, [start_build()])
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before the test's time begins to count
+def pytest_runtest_protocol(item):
+    """Lets a test that needs the operators wait for them."""
+    if _needs_operators(item):
+        for build in _BUILDS:
+            build.wait()
+    return (yield)
 
 
 def pytest_sessionfinish(session, exitstatus):

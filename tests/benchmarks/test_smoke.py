@@ -54,6 +54,7 @@ def test_stability(tmp_path):
     assert all(0 < limit <= limits["sync"] for limit in limits.values()) and len(limits) == 7
 
 
+@pytest.mark.native
 def test_estimate_error(tmp_path):
     results = benchmark("estimate_error", tmp_path, "--numel", 1000, "--turns", 1)
     assert [row["weights"] for row in results["rows"]] == ["float32", "bfloat16"]

@@ -14,7 +14,7 @@ from tests.support.launcher import launch
 from tests.support.ranks import RankError, RankPool
 
 pytestmark = pytest.mark.timeout(240)
-TIMEOUT_S = 6
+TIMEOUT_S = 3
 
 
 def _train_until(config, moment, victim, action, windows=4):
@@ -121,7 +121,7 @@ def test_a_rank_that_is_gone(action, schedule, place):
             action=action,
         )
         for message, waited in pool.collect(ranks=[0, 2], limit_s=90):
-            assert "another rank has ended, or did not answer within comm_timeout_s = 6 s" in message
+            assert f"another rank has ended, or did not answer within comm_timeout_s = {TIMEOUT_S} s" in message
             assert waited < TIMEOUT_S + 5
     finally:
         for process in pool.processes:
@@ -155,7 +155,7 @@ def test_a_rank_that_is_gone_at_a_level(action, place):
         config = training.ds_config(4, ranks_per_host=2, comm_timeout_s=TIMEOUT_S)
         pool.start(_train_until, config=config, moment=(2, place), victim=1, action=action)
         for message, waited in pool.collect(ranks=[0, 2, 3], limit_s=90):
-            assert "another rank has ended, or did not answer within comm_timeout_s = 6 s" in message
+            assert f"another rank has ended, or did not answer within comm_timeout_s = {TIMEOUT_S} s" in message
             assert waited < TIMEOUT_S + 5
     finally:
         for process in pool.processes:
@@ -228,8 +228,9 @@ print("reached the end", flush=True)
 """
 
 
-LEAVING = [("exit mid", "acco"), ("group mid", "dpu")]
+LEAVING = [("exit mid", "acco")]
 LEAVING_OTHERWISE = [
+    ("group mid", "dpu"),
     ("exit", "wp"),
     ("destroy mid", "acco"),
     ("exit", "acco"),

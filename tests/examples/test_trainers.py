@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The examples of the HF Trainer and of Accelerate: the commands of the docs with a smaller model.
 
-Every run is made once and serves all tests; the first of each example goes through DeepSpeed's launcher as a user
+Every run is made once and serves all tests; the first of the HF Trainer goes through DeepSpeed's launcher as a user
 starts it, the others do not, and must have the same bits. Both trainers see an epoch that ends with a window of fewer
 micro-batches: 3 of 4 under the HF Trainer, 1 of 3 under Accelerate.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.launcher import ROOT, launch
+from tests.support.launcher import ROOT, launch, with_torch_adam
 from tests.support.ranks import run_script
 
 CONFIGS = ROOT / "ds_configs"
@@ -71,9 +71,11 @@ class Runs:
         return self._run("accelerate_loop.py", config, name, "--out", *ACCELERATE_ARGUMENTS, *arguments)
 
     def config(self, name: str) -> Path:
-        """One of ds_configs/, or acco_auto.json with the schedule X of X_auto, or without optimizer and scheduler."""
-        if (CONFIGS / f"{name}.json").is_file():
+        """acco_auto.json, also with the schedule X of X_auto or without optimizer and scheduler; zero1_auto.json."""
+        if name == "acco_auto":
             return CONFIGS / f"{name}.json"
+        if name == "zero1_auto":
+            return with_torch_adam(CONFIGS / f"{name}.json", self.folder)
         made = json.loads((CONFIGS / "acco_auto.json").read_text())
         if name == "client":
             del made["optimizer"], made["scheduler"]
@@ -91,7 +93,7 @@ class Runs:
             command[-1] = self.config(config)
             folder = self.folder / key
             arguments = (*SMALL, "--data", self.text, *arguments, out_option, folder)
-            start = launch if key == f"{script}-acco_auto" else run_script
+            start = launch if key == "hf_trainer.py-acco_auto" or name == "launched" else run_script
             done = start(*command, *arguments, ranks=RANKS)
             assert done.returncode == 0, done.stdout + done.stderr
             assert "Traceback" not in done.stderr, done.stderr
@@ -214,6 +216,14 @@ def test_accelerate_learns_as_with_adamw(runs):
     assert loop_log(acco, "lr") == loop_log(adamw, "lr")
     assert loop_log(acco, "loss")[0] == pytest.approx(loop_log(adamw, "loss")[0], rel=1e-5)
     assert_as_good(loop_log(acco, "val_loss"), loop_log(adamw, "val_loss"), at_first=loop_log(adamw, "loss")[0])
+
+
+@pytest.mark.full  # the HF Trainer's first run is always launched
+def test_accelerate_through_the_launcher(runs):
+    forked, launched = runs.accelerate("acco_auto"), runs.accelerate("acco_auto", name="launched")
+    for key in ("loss", "grad_norm", "lr", "val_loss"):
+        assert loop_log(forked, key) == loop_log(launched, key)
+    assert_same_weights(weights(forked), weights(launched))
 
 
 def test_accelerate_evaluates_and_saves_the_true_weights(runs):

@@ -31,9 +31,10 @@ def test_indices_beyond_32_bits():
     ("name", "architecture"),
     [
         ("adamw", "sm_80"),
-        ("quantize", "sm_90"),
-        pytest.param("adamw", "sm_90", marks=pytest.mark.full),
-        pytest.param("quantize", "sm_80", marks=pytest.mark.full),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (("quantize", "sm_90"), ("adamw", "sm_90"), ("quantize", "sm_80"))
+        ),
     ],
 )
 def test_cuda_kernels_compile(tmp_path, name, architecture):
@@ -45,6 +46,7 @@ def test_cuda_kernels_compile(tmp_path, name, architecture):
 
 
 @needs_nvcc
+@pytest.mark.full
 def test_cuda_ops_are_valid_cpp(tmp_path):
     """The torch side; the CPU build of torch lacks one generated header of macros, for which an empty one stands in.
     Both files as one, since reading torch's headers takes most of the time."""

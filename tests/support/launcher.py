@@ -5,6 +5,7 @@
 The package is imported where it is needed: ranks import this module before they have their environment.
 """
 
+import json
 import os
 import subprocess
 import tempfile
@@ -30,6 +31,16 @@ def rank_environment() -> dict[str, str]:
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     defaults = {"TORCH_EXTENSIONS_DIR": operators_folder(), "OMP_NUM_THREADS": "1"}
     return {**defaults, **os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": search}
+
+
+def with_torch_adam(config: Path, folder: Path) -> Path:
+    """Returns a copy of a DeepSpeed JSON that takes torch.optim.AdamW: DeepSpeed's own is compiled for more than a
+    minute."""
+    made = json.loads(config.read_text())
+    made["optimizer"]["params"]["torch_adam"] = True
+    path = folder / config.name
+    path.write_text(json.dumps(made))
+    return path
 
 
 class Launched:

@@ -28,6 +28,11 @@ assert not code, code
 """
 TELL = "\nprint(sorted({name.split('.')[0] for name in sys.modules}))"
 
+
+def _is_not_built(*_, **__):
+    raise RuntimeError("no compiler for it")
+
+
 INT4_ROWS = ("estimate to int4", "pack", "pack to int4", "sum of 2 in int4", "sum of 4 in int4", "add int4")
 
 
@@ -39,7 +44,11 @@ def test_env(native, capsys):
     assert "kernels on cpu:" in printed and "native" in printed
 
 
-def test_kernels(native, capsys, tmp_path):
+@pytest.mark.parametrize("deepspeeds_own", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_kernels(native, capsys, tmp_path, monkeypatch, deepspeeds_own):
+    """With DeepSpeed's own Adam, which is compiled for a minute, and where it cannot be built."""
+    if not deepspeeds_own:
+        monkeypatch.setattr("deepspeed.ops.adam.DeepSpeedCPUAdam", _is_not_built)
     file = tmp_path / "kernels.json"
     arguments = ["kernels", "--numel", "3001", "--device", "cpu", "--threads", "1", "--turns", "2", "--json", str(file)]
     assert cli.main(arguments) == 0
@@ -67,6 +76,8 @@ def test_kernels(native, capsys, tmp_path):
         "torch AdamW, foreach",
         "estimate by clone + step + restore",
     }
+    remark = "DeepSpeed's own Adam is not measured: RuntimeError: no compiler for it"
+    assert ("DeepSpeedCPUAdam" in names, remark in report["remarks"]) == (deepspeeds_own, not deepspeeds_own)
     budgets = {row["name"]: row["bytes_per_param"] for row in report["rows"] if row["grad_dtype"] == "bfloat16"}
     assert budgets["commit, native"] == 28 and budgets["estimate, native"] == 16
     # 12 bytes of state, 2 of gradient and 2 of the weights that stand; half a byte of levels and a scale per block

@@ -241,6 +241,7 @@ def test_a_comparison_and_one_that_fails(operators, tmp_path, capfd):
 
 
 @pytest.mark.distributed
+@pytest.mark.full
 def test_a_plan_from_a_short_run(operators, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["plan", "--calibrate", _write_config(tmp_path, "mine", schedule="acco"), "--emulate-compute", "40"]
