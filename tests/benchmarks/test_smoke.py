@@ -22,10 +22,11 @@ TINY = ("--preset", "tiny", "--seq_len", "8")
 needs_hosts = pytest.mark.skipif(shaped_hosts.why_not() is not None, reason=str(shaped_hosts.why_not()))
 
 
-def run(command) -> str:
-    """Returns what it printed; from another folder than the checkout."""
+def run(command, **variables) -> str:
+    """Returns what it printed; from another folder than the checkout, where a benchmark finds its package itself."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": operators_folder()}
     environment.pop("PYTHONPATH", None)
+    environment |= variables
     command = [sys.executable, *map(str, command)]
     done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -143,7 +144,8 @@ def test_committed_results_are_drawn_again_without_a_measurement(name, tmp_path)
 
 
 def compare(tmp_path, *arguments) -> dict:
-    run(["-m", "deepspeed_acco.tools.cli", "compare", "--out", tmp_path / "out", *arguments])
+    command = ["-m", "deepspeed_acco.tools.cli", "compare", "--out", tmp_path / "out", *arguments]
+    run(command, PYTHONPATH=str(ROOT))
     return json.loads((tmp_path / "out" / "results.json").read_text())
 
 
