@@ -3,6 +3,7 @@
 """Step time against R/C, measured on two shaped hosts beside what ``ds_acco plan`` predicts, with a picture.
 
     python benchmarks/sweep.py --out benchmarks/results/sweep.json
+    python benchmarks/sweep.py --ranks-per-host 4 --out benchmarks/results/sweep_2x4.json
     python benchmarks/sweep.py --out benchmarks/results/sweep.json --draw
 
 The network and the model stay, the emulated computation varies: a comparison for each point (``ds_acco compare``: root
@@ -21,24 +22,27 @@ from deepspeed_acco.algorithm.step_time import WARM_UP_STEPS
 from deepspeed_acco.tools.palette import colors_of
 from deepspeed_acco.tools.plan import model as plan
 from deepspeed_acco.tools.plan.advice import stops_paying
+from deepspeed_acco.tools.words import counted
 
 CONFIGS = ("acco", "acco_int4", "wp", "dpu", "zero0", "zero1")
+HOSTS = 2
 
 
 def plan_name(config: str) -> str:
     return config.replace("_", "-")
 
 
-def cluster_of(model: plan.Model, work: plan.Work, round_s: float) -> plan.Cluster:
-    """Returns two hosts whose network makes the measured round."""
-    return plan.calibrated(model, plan.Cluster(2, 1e9, backend="gloo"), work, round_s)
+def cluster_of(arguments, model: plan.Model, work: plan.Work, round_s: float) -> plan.Cluster:
+    """Returns the hosts, with a network that makes the measured round."""
+    anywhere = plan.Cluster(HOSTS * arguments.ranks_per_host, 1e9, backend="gloo", hosts=HOSTS)
+    return plan.calibrated(model, anywhere, work, round_s)
 
 
 def planned_fraction(arguments, micro_batch_ms: float) -> float:
     """Returns the phase A of acco_int4, as a part of the window, from the guess of R."""
     model = plan.Model(arguments.numel)
     work = plan.Work(micro_batch_ms / 1e3, arguments.n, update_s_per_parameter=1e-9)
-    cluster = cluster_of(model, work, arguments.round_ms / 1e3)
+    cluster = cluster_of(arguments, model, work, arguments.round_ms / 1e3)
     return plan.split_of("acco-int4", model, cluster, work) / arguments.n
 
 
@@ -51,9 +55,10 @@ def measure(arguments, micro_batch_ms: float) -> dict:
         params = config["optimizer"]["params"]
         if "estimate_comm" in params:
             params["estimate_fraction"] = fraction
-    hosts = ("--hosts", 2, "--rate", arguments.rate, "--emulate-compute", f"{micro_batch_ms:.3f}")
+    hosts = ("--hosts", HOSTS, "--ranks-per-host", arguments.ranks_per_host, "--rate", arguments.rate)
+    model = ("--emulate-compute", f"{micro_batch_ms:.3f}", "--numel", arguments.numel)
     lengths = ("--steps", arguments.windows + WARM_UP_STEPS, "--passes", arguments.passes)
-    results = compare(configs, *hosts, *lengths, "--numel", arguments.numel)
+    results = compare(configs, *hosts, *model, *lengths)
     steps = {config["name"]: config["step_s"]["median"] for config in results["configs"]}
     return {**results["reference"], "estimate_fraction_of_int": fraction, "steps": steps}
 
@@ -67,7 +72,7 @@ def points(arguments, measured: list[dict]) -> tuple[float, dict, list[dict]]:
     rows, crossings = [], {}
     for point in measured:
         work = plan.Work(point["micro_batch_s"], arguments.n, update_s_per_parameter=1e-9)
-        cluster = cluster_of(model, work, round_s)
+        cluster = cluster_of(arguments, model, work, round_s)
         fraction = point["estimate_fraction_of_int"]
         for name in ("acco", "acco_int4", "wp"):
             if name in arguments.configs and stages:
@@ -120,7 +125,8 @@ def draw(results: dict):
             axes.axvline(crossing, color=colors[name], linestyle=":", label=label)
     axes.set_xlabel("R / C: a round with nothing beside it, over the computation of a step")
     axes.set_ylabel("seconds of a step / C")
-    axes.set_title(f"Two hosts at {results['rate']}: measured (marks) and predicted (lines)", fontsize=11)
+    hosts = f"{HOSTS} hosts x {counted(results.get('ranks_per_host', 1), 'rank')}"  # earlier results: one
+    axes.set_title(f"{hosts} at {results['rate']}: measured (marks) and predicted (lines)", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure
@@ -130,6 +136,7 @@ def parse_arguments():
     parser = make_parser(__doc__, has_picture=True)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.1, 0.3, 0.45, 0.6, 0.8, 1.0, 1.2, 2.0, 4.0])
     parser.add_argument("--rate", default="300mbit", help="of each host's link, as tc spells it")
+    parser.add_argument("--ranks-per-host", type=int, default=1, help="they share its link (default: %(default)s)")
     parser.add_argument("--numel", type=int, default=5_000_000, help="parameters")
     parser.add_argument("--n", type=int, default=10, help="micro-batches of a step")
     parser.add_argument("--round_ms", type=float, default=330.0, help="a guess of R; what counts is measured")
@@ -153,7 +160,7 @@ def measure_all(arguments) -> dict:
     round_s, crossings, rows = points(arguments, measured)
     return {
         **origin(),
-        **{key: getattr(arguments, key) for key in ("rate", "numel", "n", "configs")},
+        **{key: getattr(arguments, key) for key in ("rate", "ranks_per_host", "numel", "n", "configs")},
         "steps_per_point": arguments.windows * arguments.passes,
         "round_alone_s": round(round_s, 4),
         "predicted_crossings": crossings,

@@ -27,6 +27,8 @@ from ..runtime.clock import Instant, LaneTimes
 from .deepspeed_engine import Engine
 from .recorder_format import RECORD_FOLDER, RankHeader, RankStep
 
+INTERFACES, RDMA_DEVICES = Path("/sys/class/net"), Path("/sys/class/infiniband")  # as the kernel shows them
+
 _recorders: list[Recorder] = []  # at most one: of the first engine that steps
 
 
@@ -64,6 +66,8 @@ class Recorder:
         self._file = open(folder / f"rank{engine.global_rank}.jsonl", "w", buffering=1, encoding="utf-8")
         self._seen = _lane_times(engine) or LaneTimes()
         self._seen_bytes = _wire_bytes(engine) or (0, 0)
+        self._counter = _interface_counter(engine.device)
+        self._seen_on_interface = 0 if self._counter is None else _count(self._counter)
         self._steps = 0
         self._last_end: Instant | None = None
         self._looked: list[bool] = []  # one entry for each look since the last step
@@ -102,6 +106,7 @@ class Recorder:
             step=self._steps,
             **self._rounds(engine),
             **self._wire(engine),
+            interface_bytes=self._on_interface(),
             samples=_samples(engine),
             peak_bytes=_peak_bytes(device),
             looked=bool(self._looked),
@@ -140,6 +145,13 @@ class Recorder:
         sent, received = (after - earlier for after, earlier in zip(now, before))
         return {"sent_bytes": sent, "received_bytes": received}
 
+    def _on_interface(self) -> int | None:
+        """Returns the bytes that the host sent since the previous line; None where this rank does not count them."""
+        if self._counter is None:
+            return None
+        before, self._seen_on_interface = self._seen_on_interface, _count(self._counter)
+        return self._seen_on_interface - before
+
     def _write_first_pending(self) -> None:
         line, last_end, begin, end = self._pending.pop(0)
         step_s = None if last_end is None else end.seconds_since(last_end)
@@ -165,6 +177,24 @@ def _wire_bytes(engine) -> tuple[int, int] | None:
     """Returns (sent, received) since the start; None with an optimizer that does not count."""
     counted = getattr(engine.optimizer, "wire_bytes", None)
     return None if counted is None else tuple(counted)
+
+
+def _interface_counter(device: torch.device) -> Path | None:
+    """Returns the file in which the kernel counts what this host sends on the interface of the collectives; None on
+    all ranks but the host's first, and where it cannot be told which interface that is.
+
+    On CUDA that takes NCCL_SOCKET_IFNAME with one whole name, which may stand behind "=", and no RDMA device: NCCL then
+    sends past the kernel. Else GLOO_SOCKET_IFNAME.
+    """
+    if os.environ.get("LOCAL_RANK") != "0" or (device.type == "cuda" and RDMA_DEVICES.exists()):
+        return None
+    named = os.environ.get("NCCL_SOCKET_IFNAME" if device.type == "cuda" else "GLOO_SOCKET_IFNAME", "")
+    counter = INTERFACES / named.removeprefix("=") / "statistics" / "tx_bytes"
+    return counter if counter.is_file() else None
+
+
+def _count(counter: Path) -> int:
+    return int(counter.read_text())
 
 
 def _samples(engine) -> int | None:

@@ -61,6 +61,8 @@ class RankStep:
         rounds: their number.
         estimate_s: of an ESTIMATE among them, the mean.
         sent_bytes, received_bytes: the payload of this rank in them, where the optimizer counts it.
+        interface_bytes: what the host sent since the line before, by the kernel's count of the interface that the
+            collectives use, with all headers. Its first rank (of LOCAL_RANK 0) tells it, where that interface is named.
         samples: what this rank computed in an adaptive window; None where windows are fixed.
         peak_bytes: on CUDA of allocated memory, else of resident memory, since the warm-up.
         looked: whether an evaluation or a checkpoint fell into it.
@@ -77,6 +79,7 @@ class RankStep:
     estimate_s: float | None = None
     sent_bytes: float | None = None
     received_bytes: float | None = None
+    interface_bytes: float | None = None
     samples: int | None = None
     peak_bytes: float | None = None
     looked: bool = False

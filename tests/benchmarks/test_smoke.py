@@ -16,16 +16,19 @@ from tests.support.launcher import ROOT, operators_folder
 
 BENCHMARKS = ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
+LIMIT_S = 570  # for up to six runs, each of them as long as DeepSpeed takes to start
+pytestmark = pytest.mark.timeout(LIMIT_S + 30)
 TINY = ("--preset", "tiny", "--seq_len", "8")
 needs_hosts = pytest.mark.skipif(shaped_hosts.why_not() is not None, reason=str(shaped_hosts.why_not()))
 
 
-def run(command) -> str:
-    """Returns what it printed; from another folder than the checkout."""
+def run(command, **variables) -> str:
+    """Returns what it printed; from another folder than the checkout, where a benchmark finds its package itself."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": operators_folder()}
     environment.pop("PYTHONPATH", None)
+    environment |= variables
     command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -117,10 +120,12 @@ def test_paired_kernels_of_two_hosts(tmp_path):
 @needs_hosts
 @pytest.mark.full
 def test_sweep(tmp_path):
-    tiny = ("--numel", 200_000, "--windows", 1, "--n", 4, "--rate", "20mbit", "--round_ms", 160)
-    results = benchmark("sweep", tmp_path, "--ratios", 0.5, 2, "--configs", "acco_int4", "zero0", *tiny)
+    tiny = ("--numel", 200_000, "--windows", 1, "--n", 4, "--rate", "20mbit", "--round_ms", 400)
+    several = ("--ranks-per-host", 2, "--configs", "acco_int4", "zero0")
+    results = benchmark("sweep", tmp_path, "--ratios", 0.5, 2, *several, *tiny)
+    assert results["ranks_per_host"] == 2
     slow, fast = results["points"]
-    assert slow["compute_s"] == pytest.approx(0.32, rel=0.3) and fast["compute_s"] == pytest.approx(0.08, rel=0.5)
+    assert slow["compute_s"] == pytest.approx(0.8, rel=0.3) and fast["compute_s"] == pytest.approx(0.2, rel=0.6)
     assert slow["round_over_compute"] < fast["round_over_compute"]
     assert slow["acco_int4"].keys() == {"step_s", "predicted_s", "error"}
     assert results["predicted_crossings"].keys() == {"acco_int4"}
@@ -140,19 +145,24 @@ def test_committed_results_are_drawn_again_without_a_measurement(name, tmp_path)
 
 
 def compare(tmp_path, *arguments) -> dict:
-    run(["-m", "deepspeed_acco.tools.cli", "compare", *arguments, "--out", tmp_path / "out"])
+    command = ["-m", "deepspeed_acco.tools.cli", "compare", "--out", tmp_path / "out", *arguments]
+    run(command, PYTHONPATH=str(ROOT))
     return json.loads((tmp_path / "out" / "results.json").read_text())
 
 
-def test_the_committed_configs_train_the_same():
-    """So that any of them may be compared with any other."""
-    configs = {path.stem: json.loads(path.read_text()) for path in (BENCHMARKS / "configs").glob("*.json")}
+@pytest.mark.parametrize(("folder", "n"), [("configs", 8), ("configs/n10", 10)])
+def test_the_committed_configs_train_the_same(folder, n):
+    """So that any of a folder may be compared with any other."""
+    configs = {path.stem: json.loads(path.read_text()) for path in (BENCHMARKS / folder).glob("*.json")}
     differing = ("optimizer", "zero_optimization")
     common = {name: {k: v for k, v in config.items() if k not in differing} for name, config in configs.items()}
     assert len(common) >= 8 and all(config == common["acco"] for config in common.values())
+    assert common["acco"]["gradient_accumulation_steps"] == n
     assert {config["optimizer"]["params"]["lr"] for config in configs.values()} == {1e-4}
     stages = {name: config["zero_optimization"]["stage"] for name, config in configs.items() if "zero" in name}
     assert all(int(name.removeprefix("zero")[0]) == stage for name, stage in stages.items())
+    schedules = {name: config["optimizer"]["params"].get("schedule", "zero") for name, config in configs.items()}
+    assert all(name.startswith(schedule) for name, schedule in schedules.items())
 
 
 @pytest.mark.full
@@ -176,11 +186,15 @@ def test_two_hosts(tmp_path):
     configs = [BENCHMARKS / "configs" / f"{name}.json" for name in ("acco", "zero1")]
     results = compare(
         tmp_path,
-        *(*configs, "--hosts", 2, "--rate", "20mbit", "--emulate-compute", 50, "--numel", 200_000),
+        *(*configs, "--hosts", 2, "--rate", "100mbit", "--emulate-compute", 50, "--numel", 1_000_000),
         *("--steps", 5, "--passes", 1),
     )
     acco, zero1 = results["configs"]
-    assert results["reference"]["round_s"] == pytest.approx(0.17, rel=0.5)  # 2 halves of 400 kB at 2.4 MB/s
-    assert acco["bound_s"] == pytest.approx(0.4, rel=0.25) and acco["of_bound"] == pytest.approx(1, abs=0.3)
-    assert acco["sent_bytes"] == pytest.approx(2 * 400_000, rel=0.05)  # two rounds, in each of them two halves
-    assert zero1["step_s"]["median"] > acco["step_s"]["median"] and zero1["sent_bytes"] is None
+    compute_s, round_s = (results["reference"][key] for key in ("compute_s", "round_s"))
+    # At least: how much longer is the machine's other work. The link lets 256 kB of two halves of 2 MB pass at once.
+    assert compute_s > 8 * 0.05 and round_s > (2_000_000 - 256_000) / 12.5e6
+    assert acco["bound_s"] == pytest.approx(2 * max(compute_s / 2, round_s)) and acco["step_s"]["median"] > 8 * 0.05
+    assert acco["sent_bytes"] == pytest.approx(2 * 2_000_000, rel=0.05)  # two rounds, in each of them two halves
+    assert zero1["step_s"]["median"] > 8 * 0.05 and zero1["sent_bytes"] is None
+    assert acco["interface_bytes"] == pytest.approx(1.03 * acco["sent_bytes"], rel=0.04)  # with headers
+    assert zero1["interface_bytes"] == pytest.approx(1.03 * 1.5 * 2_000_000, rel=0.06)  # an all-reduce, a gather

@@ -3,7 +3,9 @@
 """What the recorder's times are times of, by a clock of the test's own."""
 
 import json
+import types
 
+import pytest
 import torch
 
 from deepspeed_acco.engine import recorder
@@ -86,3 +88,57 @@ def test_samples_bytes_and_estimates_of_each_step(monkeypatch, tmp_path):
     assert [line["received_bytes"] for line in steps] == [1, 1, 1]
     assert [line["estimate_s"] for line in steps] == [None, 1.0, 3.0]
     assert [(line["round_s"], line["rounds"]) for line in steps] == [(5.0, 1), (6.0, 2), (11.0, 3)]
+
+
+def _counter(tmp_path, name):
+    """The kernel's count of that interface, made up."""
+    path = tmp_path / "net" / name / "statistics" / "tx_bytes"
+    path.parent.mkdir(parents=True)
+    path.write_text("5000\n")
+    return path
+
+
+def _told(monkeypatch, tmp_path, device, rdma, **environment):
+    """What the recorder tells of two steps, in which eth0 sends 100 and 2000 bytes and eth1 ten times as many."""
+    counters = [_counter(tmp_path, name) for name in ("eth0", "eth1")]
+    monkeypatch.setattr(recorder, "INTERFACES", tmp_path / "net")
+    monkeypatch.setattr(recorder, "RDMA_DEVICES", tmp_path if rdma else tmp_path / "none")
+    monkeypatch.setattr(recorder, "header_of", lambda engine: HEADER)
+    now = types.SimpleNamespace(is_known=lambda: True, seconds_since=lambda earlier: 0.0)
+    monkeypatch.setattr(recorder, "Instant", lambda device: now)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    for name in ("LOCAL_RANK", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    engine = Engine()
+    engine.device = torch.device(device)
+    record = recorder.Recorder(engine, tmp_path / "record")
+    record.attach(engine)
+    for sent in (100, 2000):
+        with record.step(engine):
+            for counter, times in zip(counters, (1, 10)):
+                counter.write_text(f"{int(counter.read_text()) + times * sent}\n")
+    record.close()
+    _, *steps = (json.loads(line) for line in (tmp_path / "record" / "rank3.jsonl").read_text().splitlines())
+    return [line["interface_bytes"] for line in steps]
+
+
+@pytest.mark.parametrize(
+    ("device", "rdma", "environment", "told"),
+    [
+        ("cpu", True, {"LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth1"}, [100, 2000]),
+        ("cuda", False, {"LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth1"}, [1000, 20000]),
+        ("cuda", False, {"LOCAL_RANK": "0", "NCCL_SOCKET_IFNAME": "=eth0"}, [100, 2000]),
+        ("cuda", True, {"LOCAL_RANK": "0", "NCCL_SOCKET_IFNAME": "eth0"}, [None, None]),  # it is not asked to send
+        ("cuda", False, {"LOCAL_RANK": "0", "NCCL_SOCKET_IFNAME": "eth"}, [None, None]),  # either of the two
+        ("cuda", False, {"LOCAL_RANK": "0", "NCCL_SOCKET_IFNAME": "^eth0"}, [None, None]),  # any other
+        ("cpu", False, {"LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "eth0,eth1"}, [None, None]),
+        ("cpu", False, {"LOCAL_RANK": "0"}, [None, None]),
+        ("cpu", False, {"LOCAL_RANK": "1", "GLOO_SOCKET_IFNAME": "eth0"}, [None, None]),
+        ("cpu", False, {"GLOO_SOCKET_IFNAME": "eth0"}, [None, None]),
+    ],
+)
+def test_bytes_at_the_interface_of_the_collectives(monkeypatch, tmp_path, device, rdma, environment, told):
+    assert _told(monkeypatch, tmp_path, device, rdma, **environment) == told

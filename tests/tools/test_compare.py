@@ -162,7 +162,20 @@ def test_what_an_adaptive_run_computed():
     assert run.sent_bytes == pytest.approx(150)  # means over the ranks: 100, 150, 200
     fixed = measure.summarize_run(1, "", [RankFile(header("acco"), [step(i, 4.0, 2.0, 1, 0) for i in range(5)])], [])
     assert fixed.batch is None and fixed.samples.tolist() == [64, 64, 64]
-    assert fixed.estimate_s is None and fixed.sent_bytes is None
+    assert fixed.estimate_s is None and fixed.sent_bytes is None and fixed.interface_bytes is None
+
+
+def test_what_a_host_sent():
+    """Its first rank tells it; the other two hosts' steps are 100 and 400, 300 and 200, 500 and 600."""
+    of_hosts = ((9, 9, 100, 300, 500), (9, 9, 400, 200, 600))
+    told = [line for of_host in of_hosts for line in (of_host, (None,) * 5)]
+    ranks = [
+        RankFile(
+            header("acco", rank), [step(i, 4.0, 2.0, 1, 0, interface_bytes=sent) for i, sent in enumerate(line, 1)]
+        )
+        for rank, line in enumerate(told)
+    ]
+    assert measure.summarize_run(1, "", ranks, []).interface_bytes == 250  # of 250, 250, 550
 
 
 def test_too_few_steps_are_explained():
@@ -239,6 +252,7 @@ def test_the_results_of_known_times(tmp_path):
     assert manager.saved_share == pytest.approx(1 - 2.02 / 2.5, abs=1e-3)
     assert manager.saved_hours_per_1000_accelerator_hours == pytest.approx(192, abs=1)
     text = " ".join(found.verdict)
+    assert "sent by a host" not in text
     for words in (
         "2.021 s a step against 2.501 s, 1.238 times as fast",
         "R = 0.250 C",
@@ -282,7 +296,10 @@ def test_files_of_an_earlier_version_are_read():
         path = ROOT / "benchmarks" / "results" / f"compare_real_{name}.json"
         before, found = json.loads(path.read_text()), read_results(path)
         assert _known(written(found)) == _known(before)
-        assert list(written(found)) == list(before) and list(written(found)["configs"][0]) == list(before["configs"][0])
+        assert list(written(found)) == list(before)
+        newer = {"interface_bytes"}
+        keys = [key for key in written(found)["configs"][0] if key not in newer]
+        assert keys == [key for key in before["configs"][0] if key not in newer]
         assert verdict(found)[0].startswith(before["verdict"][0].split(":")[0])
 
 
@@ -323,16 +340,20 @@ def test_an_adaptive_configuration_is_compared_per_sample():
 
 def test_the_bound_with_a_quantized_estimate():
     """R = 2 s where C = 2 s; the ESTIMATE takes 0.25 s: max(1, 2) + max(1, 0.25) s, not 4 s."""
-    lines = {"estimate_s": 0.25, "sent_bytes": 3_000_000}
+    lines = {"estimate_s": 0.25, "sent_bytes": 3_000_000, "interface_bytes": 6_250_000}
     for estimate_comm, expected in (("int4", 3.0), ("full", 4.0), (None, 4.0)):
         finished = {
             "mine": [made_run("acco", 1, 1.5, lines=lines, estimate_comm=estimate_comm)],
-            "zero1": [made_run(None, 1)],
+            "zero1": [made_run(None, 1, lines={"interface_bytes": 2_000_000})],
+            "zero3": [made_run(None, 1)],
             "reference": [with_round(made_run("sync", 1), 2.0)],
         }
         found = made_results(finished, emulated_ms=1.0)
         assert found.configs[0].bound_s == pytest.approx(expected, abs=5e-3)
         assert (found.configs[0].sent_bytes, found.configs[1].sent_bytes) == (3_000_000, None)
+        assert [config.interface_bytes for config in found.configs] == [6_250_000, 2_000_000, None]
+        said = "MB sent by a host in a step, with all headers: 6.2 with mine and 2.0 with zero1."
+        assert found.verdict[-2] == said, "before the number of passes"
         assert ("ESTIMATE (int4) takes 0.250 s" in " ".join(found.verdict)) == (estimate_comm == "int4")
 
 
@@ -559,6 +580,29 @@ def test_another_command_for_the_same_folder_names_the_difference(fake, tmp_path
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     assert cli.main(command(tmp_path / "full", mine)) == 2 and "holds no comparison" in capsys.readouterr().err
     assert len(fake.seen) == count
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "network"),
+    [
+        ([], 2, "2 hosts x 1 rank, 200mbit"),
+        (["--ranks-per-host", "4"], 8, "2 hosts x 4 ranks, 200mbit"),
+        (["--num_accelerators", "4"], 8, "2 hosts x 4 ranks, 200mbit"),
+    ],
+)
+def test_ranks_of_shaped_hosts(monkeypatch, tmp_path, options, ranks, network):
+    seen = []
+
+    def prepare(out, asked):
+        seen.append(asked)
+        raise ValueError("that is enough")
+
+    monkeypatch.setattr(hosts, "why_not", lambda: None)
+    monkeypatch.setattr(runs, "prepare", prepare)
+    assert cli.main(["compare", *map(str, BOTH), "--hosts", "2", "--rate", "200mbit", *options]) == 2
+    (asked,) = seen
+    assert (asked.world_size, asked.network) == (ranks, network)
+    assert asked.slots == (int(options[1]) if options else None) and comparison.host_count(asked) == 2
 
 
 def test_a_listed_sync_is_the_reference(fake, tmp_path):

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepspeed_acco.tools import cli
+from deepspeed_acco.tools import cli, rank_files
+from deepspeed_acco.tools.compare import measure
+from deepspeed_acco.tools.launch import launcher
 from deepspeed_acco.tools.launch import shaped_hosts as hosts
 from tests.support import training
 from tests.support.launcher import ROOT, launch, operators_folder
@@ -392,7 +394,11 @@ def test_two_shaped_hosts_with_emulated_compute(operators, tmp_path):
     arguments += ["--numel", "5000000", "--passes", "1", "--steps", "6", "--out", str(out)]
     assert cli.main(arguments) == 0
     results = json.loads((out / "results.json").read_text())
-    assert results["network"] == "2 hosts, 200mbit" and results["emulated_ms"] == 250 and results["world_size"] == 2
+    assert (
+        results["network"] == "2 hosts x 1 rank, 200mbit"
+        and results["emulated_ms"] == 250
+        and results["world_size"] == 2
+    )
     assert results["reference"]["compute_s"] == pytest.approx(1.0, rel=0.2)
     assert results["reference"]["round_s"] == pytest.approx(0.4, rel=0.4)
     assert results["ratios"][0]["verdict"] == "faster"
@@ -403,6 +409,40 @@ def test_two_shaped_hosts_with_emulated_compute(operators, tmp_path):
     assert "was emulated" in " ".join(results["verdict"])
     left = subprocess.run("ip netns list; ip link", shell=True, capture_output=True, text=True).stdout
     assert f"accohost{os.getpid()}" not in left and f"accobr{os.getpid()}" not in left
+
+
+def _leaves_a_host(name: str, host_count: int, in_host: int, whole_bytes: int) -> float:
+    """Returns the bytes that each of the hosts sends to others in a step, of a model and gradients of so many each."""
+    if name == "zero0":  # an all-reduce on a ring of all ranks; from each host one rank sends to the next host
+        ranks = host_count * in_host
+        return 2 * (ranks - 1) / ranks * whole_bytes
+    # Two rounds. In each, what other hosts own leaves as sums over the host, and what it owns goes to all others once.
+    return 2 * 2 * (host_count - 1) / host_count * whole_bytes
+
+
+@pytest.mark.distributed
+@pytest.mark.full
+@pytest.mark.skipif(hosts.why_not() is not None, reason=str(hosts.why_not()))
+@pytest.mark.parametrize("in_host", [1, 2])
+@pytest.mark.parametrize("name", ["acco", "zero0"])
+def test_bytes_at_a_hosts_interface(operators, tmp_path, name, in_host):
+    numel = 500_000
+    config = json.loads((ROOT / "benchmarks" / "configs" / f"{name}.json").read_text())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**config, "gradient_accumulation_steps": 2}))
+    arguments = ["--deepspeed_config", str(path), "--steps", "8", "--micro_batch_ms", "20", "--numel", str(numel)]
+    with hosts.ShapedHosts(2, "200mbit") as shaped:
+        place = launcher.Ranks(world_size=2 * in_host, slots=in_host, hosts=shaped, is_cpu=True)
+        emulated = ["--module", "deepspeed_acco.tools.launch.emulated_accelerator"]
+        assert launcher.run(emulated, arguments, tmp_path, place) == 0, (tmp_path / launcher.LOG).read_text()
+    ranks = rank_files.read_ranks(tmp_path, 2 * in_host)
+    is_told = [rank.steps[-1].interface_bytes is not None for rank in ranks]
+    assert is_told == [rank % in_host == 0 for rank in range(2 * in_host)], "by the first rank of each host"
+    expected = _leaves_a_host(name, 2, in_host, 2 * numel)
+    sent = measure.summarize_run(1, "", ranks, []).interface_bytes
+    print(f"\n{name}, 2 hosts x {in_host}: {sent:,.0f} bytes a host and step, {sent / expected:.3f} of {expected:,.0f}")
+    # Headers are at most 66 of 1514 bytes, and fewer where the kernel counts large packets before it cuts them.
+    assert 0.99 * expected < sent < 1.07 * expected
 
 
 @pytest.mark.distributed

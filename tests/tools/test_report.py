@@ -212,7 +212,7 @@ def test_the_page_of_a_comparison(tmp_path):
         "max(A, R) + max(B, R)",
     ):
         assert words in page.text.replace(" ,", ","), words
-    assert "sent," not in page.text and "Batch size" not in page.text
+    assert "sent," not in page.text and "sent by a host" not in page.text and "Batch size" not in page.text
     assert "<code>ds_acco compare &#39;a&lt;b&gt;.json&#39;" in text
     assert "nan" not in page.text.lower() and "None" not in page.text and "in its own units" not in page.text
 
@@ -263,6 +263,8 @@ def test_adaptive_steps_are_shown_per_nominal_batch(tmp_path, figures):
     acco = results["configs"][0]
     acco |= {"accumulation": "adaptive", "samples_per_step": 32.0, "estimate_comm": "int4", "sent_bytes": 123_456_789.0}
     acco["samples_per_s"] = {"median": 21.25, "low": 20.0, "high": 22.0}
+    for place, sent in ((0, 250_000_000.0), (2, 62_500_000.0)):
+        results["configs"][place]["interface_bytes"] = sent
     acco["runs"] = [acco["runs"][0] | {"batch": [16, 32, 48]}, acco["runs"][0] | {"batch": [16, 40]}]
     results["configs"][2] |= {"samples_per_step": 16.0, "samples_per_s": {"median": 8.0, "low": 8.0, "high": 8.0}}
     page = _Page(report.write(_written(tmp_path, results)).read_text())
@@ -282,8 +284,9 @@ def test_adaptive_steps_are_shown_per_nominal_batch(tmp_path, figures):
         "1.500 1.438 to 1.562 1.250 1.200 1.250 0.125 0.125 21.2 32",  # the table keeps the times of its own steps
         "0.750 0.000 8.0 16",
         "ACCO · acco · adaptive · int4",
-        "sent, MB step and rank",
-        "3.00 123.5 2.2500",
+        "sent, MB step and rank MB sent by a host step, with headers",
+        "3.00 123.5 250.0 2.2500",
+        "1.00 – 62.5 –",
         "so all times are per nominal batch.",
         "For the same number of samples.",
         "Time per sample of the configuration",
@@ -540,6 +543,7 @@ def test_the_page_of_an_adaptive_run(tmp_path, figures):
         header, *steps = (json.loads(line) for line in path.read_text().splitlines())
         for line, own in zip(steps, samples):
             line |= {"samples": own, "sent_bytes": 2_500_000 + line["step"], "received_bytes": 1_500_000}
+            line["interface_bytes"] = 5_000_000 if rank == 0 else None
         _write_jsonl(path, header | {"accumulation": "adaptive"}, *steps)
     page = _Page(report.write_run(tmp_path).read_text())
     rounds, _, batch, _ = figures
@@ -550,6 +554,7 @@ def test_the_page_of_an_adaptive_run(tmp_path, figures):
         "Batch size over steps",
         "samples per step, all ranks 24",
         "sent by rank 0, MB per step 2.5",
+        "sent by rank 0's host, MB per step 5.0",
     ):
         assert words in page.text, words
     (tmp_path / "rank1.jsonl").unlink()

@@ -31,7 +31,7 @@ def add_command(commands) -> None:
         "The same command goes on where it was interrupted. ARGUMENTS may hold {out}, the run's own folder, and "
         "{config}, the JSON, which else is given by --deepspeed_config.",
         example="ds_acco compare ds_configs/acco.json ds_configs/zero1.json --num_accelerators 2\n"
-        "ds_acco compare ds_configs/acco.json --hosts 2 --rate 300mbit --passes 6 --out runs/two_hosts",
+        "ds_acco compare ds_configs/acco.json --hosts 2 --ranks-per-host 4 --rate 300mbit --passes 6 --out runs/slow",
     )
     parser.add_argument("configs", nargs="+", metavar="CONFIG", type=Path, help="DeepSpeed JSONs; the stem is the name")
     what, where = parser.add_argument_group("what is run"), parser.add_argument_group("where")

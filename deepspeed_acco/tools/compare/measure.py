@@ -67,6 +67,7 @@ class MeasuredRun:
         samples_per_s_alone: what the ranks compute together where nothing communicates, by ``outside`` of the step.
         batch: samples of every step of the run, all ranks together; None with fixed windows, which have one size.
         sent_bytes: what a rank sends in a median step, the mean over the ranks; None where it was not counted.
+        interface_bytes: likewise what a host sends, the mean over the hosts.
         peak_bytes: of each rank, after the warm-up.
         curve: the validations, as the script wrote them.
     """
@@ -85,6 +86,7 @@ class MeasuredRun:
     samples_per_s_alone: float
     batch: list[int] | None
     sent_bytes: float | None
+    interface_bytes: float | None
     peak_bytes: list[float | None]
     curve: list[Point]
 
@@ -134,6 +136,7 @@ def summarize_run(number: int, folder: str, ranks: Sequence[RankFile], curve: li
         samples_per_s_alone=float((own_samples / numpy.maximum(outside, 1e-9)).sum()),
         batch=batch,
         sent_bytes=_median_of_known(table("sent_bytes").mean(axis=0)),
+        interface_bytes=_median_over_hosts(table("interface_bytes")),
         peak_bytes=[_peak(rank) for rank in ranks],
         curve=curve,
     )
@@ -155,6 +158,12 @@ def _peak(rank: RankFile) -> float | None:
 def _median_of_known(values: numpy.ndarray) -> float | None:
     known = values[~numpy.isnan(values)]
     return float(numpy.median(known)) if len(known) else None
+
+
+def _median_over_hosts(table: numpy.ndarray) -> float | None:
+    """Returns the median over the columns of the mean of the rows that are known, one of each host; None without."""
+    of_hosts = table[~numpy.isnan(table).any(axis=1)]
+    return float(numpy.median(of_hosts.mean(axis=0))) if len(of_hosts) else None
 
 
 def _least_median(table: numpy.ndarray) -> float | None:
@@ -345,6 +354,7 @@ def _configuration(
         return config
     estimates = [run.estimate_s for run in runs if run.estimate_s is not None]
     sent = [run.sent_bytes for run in runs if run.sent_bytes is not None]
+    on_interface = [run.interface_bytes for run in runs if run.interface_bytes is not None]
     config = replace(
         config,
         step_s=median_of_passes([run.step_s for run in runs]),
@@ -352,6 +362,7 @@ def _configuration(
         samples_per_s=median_of_passes([run.samples / run.step_s for run in runs]),
         estimate_s=statistics.median(estimates) if estimates else None,
         sent_bytes=statistics.median(sent) if sent else None,
+        interface_bytes=statistics.median(on_interface) if on_interface else None,
         hidden_share=_hidden_share(runs),
         peak_bytes=_highest_peaks(runs),
         final_val_loss=_final_val_loss(runs),

@@ -16,6 +16,7 @@ from ...algorithm.schedules import BLOCKING, DEFAULT, SCHEDULES
 from ...settings import ADAMW_KEYS
 from .. import units
 from ..launch import shaped_hosts as hosts
+from ..words import counted
 
 REFERENCE = "reference"  # the runs of schedule sync that C and R come from
 REFERENCE_KEYS = ("lane", "comm_timeout_s")  # ACCO's keys that it takes over
@@ -49,7 +50,13 @@ def add_run_arguments(
         type=units.count,
         help=f"optimizer steps of the example (default: {example_steps}) or the emulated model ({emulated_steps})",
     )
-    where.add_argument("--num_accelerators", type=units.count, help="ranks, of each host (default: as the launcher)")
+    where.add_argument(
+        *("--ranks-per-host", "--num_accelerators"),
+        dest="num_accelerators",
+        type=units.count,
+        metavar="N",
+        help="ranks of each host (default: 1 on a shaped one, else one for each accelerator)",
+    )
     where.add_argument(
         "--rate", type=units.link_rate, help="of each shaped host's link, as tc spells it, for example 300mbit"
     )
@@ -155,7 +162,8 @@ def _ranks(options: argparse.Namespace) -> tuple[int, str]:
     """Returns the number of ranks, and in words what joins them."""
     slots = options.num_accelerators
     if options.hosts is not None:
-        return options.hosts * (slots or 1), f"{options.hosts} hosts, {options.rate}"
+        in_host = slots or 1
+        return options.hosts * in_host, f"{options.hosts} hosts x {counted(in_host, 'rank')}, {options.rate}"
     if options.hostfile is not None:
         counts = _slots_of(options.hostfile.read_text())
         if not counts or not all(count.isdecimal() for count in counts):

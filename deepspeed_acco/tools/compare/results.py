@@ -148,6 +148,7 @@ class Configuration:
         samples_per_step: of all ranks, in a median step.
         estimate_s: its own ESTIMATE.
         sent_bytes: of a rank in a median step; None where it was not counted.
+        interface_bytes: that a host sends in a median step, headers and all; None where no interface was named.
         bound_s: the shortest step that its schedule can have; None without one, or without a reference.
         of_bound: step / bound.
         hidden_share: part of the rounds' time that cost training nothing.
@@ -169,6 +170,7 @@ class Configuration:
     samples_per_s: Interval | None = None
     estimate_s: float | None = None
     sent_bytes: float | None = None
+    interface_bytes: float | None = None
     bound_s: float | None = None
     of_bound: float | None = None
     split: Split | None = None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...algorithm.schedules import SCHEDULES, Schedule
-from ..words import Unit, listed, loss, memory_unit, number, percent, time_unit
+from ..words import Unit, listed, loss, memory_unit, number, percent, time_unit, wire_unit
 from .results import Configuration, Interval, Ratio, Results
 
 PASSES_FOR_95 = 6  # the median of fewer lies outside all of them more often than in 5 % of the cases: 2 * 0.5^passes
@@ -37,6 +37,7 @@ def verdict(results: Results) -> list[str]:
     sentences += [sentence for pair in pairs for sentence in pair.details()]
     sentences += _quality(results)
     sentences += _memory(acco, best, results)
+    sentences += _on_the_wire(results)
     passes = max((len(config.runs) for config, _ in results.measured), default=0)
     if 0 < passes < PASSES_FOR_95:
         sentences.append(
@@ -238,3 +239,10 @@ def _memory(acco: Sequence[Configuration], best: Configuration | None, results: 
         for config in acco
         if config.peaks
     ]
+
+
+def _on_the_wire(results: Results) -> list[str]:
+    known = [(config.name, config.interface_bytes) for config, _ in results.measured]
+    unit = wire_unit(sent for _, sent in known)
+    said = [f"{unit.number(sent)} with {name}" for name, sent in known if sent is not None]
+    return [f"{unit.name} sent by a host in a step, with all headers: {listed(said)}"] if said else []

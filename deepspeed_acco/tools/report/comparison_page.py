@@ -354,15 +354,18 @@ def _times_table(results: Results) -> list[Piece]:
 def _costs_table(results: Results) -> list[Piece]:
     memory = _memory_unit(results)
     sent = [config.sent_bytes for config in results.running if config.sent_bytes is not None]
-    wire = wire_unit(sent)
+    of_hosts = [config.interface_bytes for config in results.running if config.interface_bytes is not None]
+    wire = wire_unit([*sent, *of_hosts])
     head: list[Text] = ["", "hidden", "idle", f"memory, {memory.name}"]
     head += [Cell(f"sent, {wire.name}", ["step and rank"])] if sent else []
+    head += [Cell(f"{wire.name} sent by a host", ["step, with headers"])] if of_hosts else []
     head.append(Cell("final validation loss", ["one seed"]))
     rows: list[list[Text]] = []
     for config in results.running:
         row: list[Text] = [_row_name(results, config), percent(config.hidden_share), percent(config.idle_share)]
         row.append(memory.number(max(config.peaks, default=None)))
         row += [wire.number(config.sent_bytes)] if sent else []
+        row += [wire.number(config.interface_bytes)] if of_hosts else []
         rows.append([*row, with_interval(config.final_val_loss, loss)])
     return [Table(head, rows)] if rows else []
 

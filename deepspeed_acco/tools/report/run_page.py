@@ -321,7 +321,8 @@ def _figures(run: RunFiles, series: dict[str, Series]) -> list[tuple[str, Sequen
     timed = timed_steps(run)[0] if run.ranks else []
     sent = [step.sent_bytes for step in steps if step.sent_bytes is not None]
     received = [step.received_bytes for step in steps if step.received_bytes is not None]
-    time, wire = time_unit(step_s for _, step_s in timed), wire_unit([*sent, *received])
+    of_host = [step.interface_bytes for step in steps if step.interface_bytes is not None]
+    time, wire = time_unit(step_s for _, step_s in timed), wire_unit([*sent, *received, *of_host])
 
     def of(name: str) -> list[float]:
         return series[name][1] if name in series else []
@@ -335,6 +336,7 @@ def _figures(run: RunFiles, series: dict[str, Series]) -> list[tuple[str, Sequen
         ("error of the estimate", of("estimate_error"), 3),
         (f"sent by rank 0, {wire.name} per step", [wire.factor * size for size in sent], wire.digits),
         (f"received by rank 0, {wire.name} per step", [wire.factor * size for size in received], wire.digits),
+        (f"sent by rank 0's host, {wire.name} per step", [wire.factor * size for size in of_host], wire.digits),
         ("samples per step, all ranks", batch_sizes(run), 0),
     ]
 
