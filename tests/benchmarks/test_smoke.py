@@ -132,6 +132,20 @@ def test_sweep(tmp_path):
     assert (tmp_path / "results.png").stat().st_size > 10_000
 
 
+@needs_hosts
+@pytest.mark.full
+def test_ranks_per_host(tmp_path):
+    tiny = ("--numel", 200_000, "--windows", 1, "--n", 2, "--rate", "20mbit", "--micro_batch_ms", 200)
+    results = benchmark("ranks_per_host", tmp_path, "--ranks-per-host", 2, "--configs", "acco", "flat", "zero0", *tiny)
+    (row,) = results["rows"]
+    assert row["ranks_per_host"] == 2 and row["acco"]["step_s"] > 0.4
+    # Two rounds, each with half of the gradients and half of the weights in 16 bits; without levels twice as much.
+    assert row["acco"]["interface_bytes"] == pytest.approx(4 * 200_000, rel=0.2)
+    assert row["flat"]["interface_bytes"] > 1.5 * row["acco"]["interface_bytes"]
+    assert row["fastest_stage_over"].keys() == {"acco", "flat"}
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize("name", ["adaptive_quality", "convergence", "sweep_75mbit"])
 def test_committed_results_are_drawn_again_without_a_measurement(name, tmp_path):
     out = tmp_path / f"{name}.json"

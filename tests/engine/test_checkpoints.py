@@ -239,19 +239,19 @@ def test_zero_to_fp32_gives_the_true_weights(ranks, tmp_path):
         assert weights[name].equal(master), name
 
 
-WORLD_SIZES = [(1, 2), (2, 1), (2, 4), (4, 2), (4, 4)]
-WORLD_SIZES += [pytest.param(*sizes, marks=pytest.mark.full) for sizes in ((1, 1), (1, 4), (2, 2), (4, 1))]
+WORLD_SIZES = [(1, 2, 1), (2, 1, 1), (2, 4, 1), (4, 2, 1), (4, 2, 2), (4, 4, 1)]  # before, after, ranks_per_host
+WORLD_SIZES += [pytest.param(*sizes, 1, marks=pytest.mark.full) for sizes in ((1, 1), (1, 4), (2, 2), (4, 1))]
 
 
-@pytest.mark.parametrize(("before", "after"), WORLD_SIZES)
-def test_another_number_of_ranks(ranks, before, after, tmp_path):
+@pytest.mark.parametrize(("before", "after", "ranks_per_host"), WORLD_SIZES)
+def test_another_number_of_ranks(ranks, before, after, ranks_per_host, tmp_path):
     """By way of ds_to_universal. All ranks see the same data, so that the number of ranks changes nothing else."""
-    config = training.ds_config(4, schedule="sync")
+    config = training.ds_config(4, schedule="sync", ranks_per_host=ranks_per_host)
     folder = str(tmp_path)
     saved = ranks(before).run(_save, config=config, folder=folder, groups=1, windows=3)[0]
     _convert(folder)
     for schedule in ("sync", "acco"):
-        config = training.ds_config(4, schedule=schedule)
+        config = training.ds_config(4, schedule=schedule, ranks_per_host=ranks_per_host)
         config["checkpoint"] = {"load_universal": True}
         run = dict(config=config, folder=folder, groups=1, windows=3, first_window=3)
         results = ranks(after).run(_load_and_go_on, **run)
