@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from ..algorithm.schedules import SCHEDULES
 from ..algorithm.window import phase_a_micro_batches
 from ..optim import native
+from ..optim.build_locks import describe_locks
 from ..optimizer import ACCO
 from . import owners, recorder
 from .checkpoint_check import LoadOptions
@@ -82,6 +83,9 @@ def register() -> None:
     if getattr(torch.optim, "ACCO", None) is ACCO:
         return
     require_tested_deepspeed()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for text in describe_locks():  # before DeepSpeed's own operators are built, behind such a lock
+            logger().warning(f"ACCO: {text}")
     engine_class = ds_engine.DeepSpeedEngine
     wrapped = {
         "_configure_optimizer": _wrap_configure_optimizer(engine_class._configure_optimizer),

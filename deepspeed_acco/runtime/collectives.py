@@ -84,7 +84,7 @@ class Collectives:
         self.sent_bytes += leaving.nbytes // hosts * (hosts - 1)
         encoding.add_up([encoding.message_in(part, total.numel()) for part in arriving.chunk(hosts)], total)
 
-    def all_gather(self, whole: list[Tensor]) -> None:
+    def all_gather(self, whole: list[Tensor], is_look: bool = False) -> None:
         """Gathers, as :meth:`Communicator.all_gather`: between hosts, then inside."""
         for tensor in whole:
             column = tensor.chunk(self._levels.ranks_per_host)[self._at_row]

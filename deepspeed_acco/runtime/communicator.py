@@ -98,10 +98,15 @@ class Communicator:
         """
         self._rounds.reduce_scatter_sum(arenas, totals, encoding)
 
-    def all_gather(self, whole: list[Tensor]) -> None:
+    def all_gather(self, whole: list[Tensor], is_look: bool = False) -> None:
         """Fills every tensor (1-D, one per group, as many equal parts as ranks, by the places of the levels) with what
-        each rank has in its own part."""
-        self._rounds.all_gather(whole)
+        each rank has in its own part.
+
+        Args:
+            is_look: not of a round. On gloo it never meets messages of a round, so that a look that some rank leaves
+                out ends by the timeout.
+        """
+        self._rounds.all_gather(whole, is_look)
 
     def all_reduce_sum(self, value: Tensor) -> None:
         """Sums a small tensor over the ranks, in place."""

@@ -227,7 +227,7 @@ class RoundDriver:
     def _gather(self, shards: list[Tensor]):
         for target, shard in zip(self._buffers.comm_shards, shards):
             target.copy_(shard)
-        self._comm.all_gather(self._buffers.comm_weights)
+        self._comm.all_gather(self._buffers.comm_weights, is_look=True)
 
     # ---- checkpoints
 

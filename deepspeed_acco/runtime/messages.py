@@ -78,12 +78,12 @@ class Messages:
         self._staging = torch.empty(0, dtype=torch.uint8)
         self._partial = torch.empty(0, dtype=torch.float32)
 
-    def _receive(self, tensor: Tensor, rank: int):
-        return dist.irecv(tensor, self._global_ranks[rank], self._group)
+    def _receive(self, tensor: Tensor, rank: int, tag: int = 0):
+        return dist.irecv(tensor, self._global_ranks[rank], self._group, tag)
 
-    def _send(self, tensor: Tensor, rank: int):
+    def _send(self, tensor: Tensor, rank: int, tag: int = 0):
         self.sent_bytes += tensor.nbytes
-        return dist.isend(tensor, self._global_ranks[rank], self._group)
+        return dist.isend(tensor, self._global_ranks[rank], self._group, tag)
 
     # ---- reducing
 
@@ -180,9 +180,10 @@ class Messages:
 
     # ---- gathering
 
-    def all_gather(self, whole: list[Tensor]) -> None:
+    def all_gather(self, whole: list[Tensor], is_look: bool = False) -> None:
         """Gathers, as :meth:`Communicator.all_gather`. What arrives from the host before is sent on at once, to the
         next host and inside this one."""
+        tag = int(is_look)  # gloo ends the process where a message meets a receive of another size
         at = self._column.index(self._rank)
         before, following = self._column[at - 1], self._column[(at + 1) % len(self._column)]
         neighbors = [peer for peer in self._row if peer != self._rank]
@@ -190,17 +191,17 @@ class Messages:
             requests, from_before = [], []
             for tensor in whole:
                 _, *hops = self._hops(tensor, self._rank)
-                from_before.append(iter([self._receive(part, before) for hop in hops for part in hop]))
+                from_before.append(iter([self._receive(part, before, tag) for hop in hops for part in hop]))
                 for peer in neighbors:
-                    requests += [self._receive(part, peer) for hop in self._hops(tensor, peer) for part in hop]
+                    requests += [self._receive(part, peer, tag) for hop in self._hops(tensor, peer) for part in hop]
             for tensor, arriving in zip(whole, from_before):
                 for hop, parts in enumerate(self._hops(tensor, self._rank), 1):
                     for part in parts:
                         if hop > 1:
                             next(arriving).wait()
                         if hop < len(self._column):
-                            requests.append(self._send(part, following))
-                        requests += [self._send(part, peer) for peer in neighbors]
+                            requests.append(self._send(part, following, tag))
+                        requests += [self._send(part, peer, tag) for peer in neighbors]
             for request in requests:
                 request.wait()
 

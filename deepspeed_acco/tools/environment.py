@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch.utils.cpp_extension import CUDA_HOME, is_ninja_available
 
-from ..optim import build, native
+from ..optim import build, build_locks, native
 
 
 def describe() -> list[tuple[str, str]]:
@@ -29,6 +29,7 @@ def describe() -> list[tuple[str, str]]:
         ("CUDA architectures", ", ".join(_architectures()) or "no device is visible"),
         ("kernels' sources", str(build.csrc())),
     ]
+    pairs += [("build lock", text) for text in build_locks.describe_locks()]
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         name, reason = native.kernels_name(device), native.kernels_reason(device)
         pairs.append((f"kernels on {device}", f"{name}: {reason}" if reason else name))

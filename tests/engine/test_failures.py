@@ -40,19 +40,19 @@ def _train_until(config, moment, victim, action, windows=4):
             doomed[:] = [this.writes_state == wanted and engine.global_steps >= window_of_death]
             return run(this, *arguments)
 
-        def deadly_gather(gather, _, *arguments):
+        def deadly_gather(gather, _, *arguments, **options):
             if doomed == [True]:
                 act()
-            return gather(*arguments)
+            return gather(*arguments, **options)
 
         faults.from_now_on(RoundWork, "run", watched_run)
         faults.from_now_on(Communicator, "all_gather", deadly_gather)
     if is_victim and place in PLACES_OF_LEVELS:
 
-        def deadly(original, _, *arguments):
+        def deadly(original, _, *arguments, **options):
             if engine.global_steps >= window_of_death:
                 act()
-            return original(*arguments)
+            return original(*arguments, **options)
 
         faults.from_now_on(*PLACES_OF_LEVELS[place], deadly)
     last_sign = time.monotonic()

@@ -247,9 +247,9 @@ def _train_with_slow_rounds(config, round_s, rest_s, windows):
 
     engine = training.start_engine(config)
 
-    def slow(original, _, whole):
+    def slow(original, _, whole, **options):
         time.sleep(round_s)
-        original(whole)
+        original(whole, **options)
 
     with faults.around(Communicator, "all_gather", slow):
         record = _loop(engine, windows, rest_s=rest_s)

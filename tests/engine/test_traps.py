@@ -161,9 +161,9 @@ def _collected_inside_a_round():
     engine = training.start_engine(training.ds_config(2))
     collected = []
 
-    def collecting(gather, _, *args):
+    def collecting(gather, _, *args, **options):
         gc.collect()
-        gather(*args)
+        gather(*args, **options)
         collected.append(True)
 
     with faults.around(Communicator, "all_gather", collecting):

@@ -240,9 +240,9 @@ def _messages_sent(hosts, numel):
     comm, sends, counts = _communicator(hosts=hosts), [], []
     whole = torch.zeros(numel * dist.get_world_size(), dtype=torch.bfloat16)
 
-    def send(tensor, to, group):
+    def send(tensor, to, group, tag):
         sends.append(to)
-        return original(tensor, to, group)
+        return original(tensor, to, group, tag)
 
     original = dist.isend
     with mock.patch.object(dist, "isend", send):

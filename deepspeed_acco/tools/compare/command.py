@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...optim.build_locks import describe_locks
 from .. import units
 from ..subcommand import INTERRUPTED, add_parser, require_extra
 from .options import EMULATED_STEPS, EXAMPLE_STEPS, add_run_arguments, comparison_of, extra_reference
@@ -80,6 +81,8 @@ def run(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as cause:
         print(f"ds_acco compare: {cause}", file=sys.stderr)
         return 1
+    for text in describe_locks():
+        print(f"ds_acco compare: {text}", file=sys.stderr)
     try:
         with interruptible():
             runs = comparing.run_all(comparison, options.out, options.hostfile)
