@@ -33,16 +33,23 @@ def _communicator(timeout_s=60, hosts=None):
     return comm
 
 
-def _collectives(comm):
-    """What runs on NCCL, on gloo: few large collectives, with a group for each level."""
+@contextmanager
+def _mover(moves_by, comm):
+    """``comm`` itself, or what runs on NCCL, on gloo: few large collectives, with a group for each level."""
     import torch.distributed as dist
 
     from deepspeed_acco.runtime.collectives import Collectives
 
-    levels, rank = comm.levels, dist.get_rank()
-    row = dist.new_group(levels.row(rank), backend="gloo", use_local_synchronization=True)
-    column = dist.new_group(levels.column(rank), backend="gloo", use_local_synchronization=True)
-    return Collectives(row, column, rank, levels)
+    if moves_by == "messages":
+        yield comm
+        return
+    levels, rank = comm.levels, comm.rank
+    rows, columns = ({of(each) for each in range(comm.world_size)} for of in (levels.row, levels.column))
+    groups = {ranks: dist.new_group(list(ranks), backend="gloo") for ranks in sorted(rows | columns)}
+    yield Collectives(groups[levels.row(rank)], groups[levels.column(rank)], rank, levels)
+    for group in groups.values():
+        if group is not dist.GroupMember.NON_GROUP_MEMBER:
+            dist.destroy_process_group(group)  # else its threads wake 100 times a second for ever
 
 
 @contextmanager
@@ -73,10 +80,9 @@ def _reduce_scatter_and_gather(numels, dtype_name, staging_bytes, hosts, moves_b
     from deepspeed_acco.runtime.encoding import Encoding
 
     comm = _communicator(hosts=hosts)
-    moves = comm if moves_by == "messages" else _collectives(comm)
     rank, world, levels = dist.get_rank(), dist.get_world_size(), comm.levels
     dtype = getattr(torch, dtype_name)
-    with small_staging(staging_bytes, gather_piece_bytes=staging_bytes):
+    with small_staging(staging_bytes, gather_piece_bytes=staging_bytes), _mover(moves_by, comm) as moves:
         for _ in range(2):
             arenas, expected, totals = [], [], []
             for numel in numels:
@@ -148,7 +154,6 @@ def _quantized_sum(numels, bits, staging_bytes, hosts, moves_by):
     from deepspeed_acco.runtime.encoding import Encoding
 
     comm = _communicator(hosts=hosts)
-    moves = comm if moves_by == "messages" else _collectives(comm)
     rank, world, levels = dist.get_rank(), dist.get_world_size(), comm.levels
     encoding = Encoding(torch.bfloat16, bits)
     arenas, expected, totals = [], [], []
@@ -175,7 +180,7 @@ def _quantized_sum(numels, bits, staging_bytes, hosts, moves_by):
         expected.append(torch.empty(numel))
         dequantize_sum([message_of(values) for values in of_hosts], expected[-1], bits)
         totals.append(torch.full((numel,), -1.0))
-    with small_staging(staging_bytes):
+    with small_staging(staging_bytes), _mover(moves_by, comm) as moves:
         moves.reduce_scatter_sum(arenas, totals, encoding)
     assert all(got.equal(want) for got, want in zip(totals, expected))
     comm.destroy()
@@ -220,6 +225,7 @@ def _sums_of_two_groups(members):
     gathered[50 * levels.place(comm.rank) :][:50] = total
     comm.all_gather([gathered])
     comm.destroy()
+    dist.destroy_process_group(groups[mine])
     expected = [torch.full((50,), 60.0 + 4 * (of + mine)) for of in range(4)]
     assert gathered.equal(_by_place(expected, levels))
     return str(levels)
@@ -339,6 +345,7 @@ def _bytes_moved(numel):
         moved[name] = loopback_bytes() - begin
         dist.barrier()
     comm.destroy()
+    dist.destroy_process_group(gloo)
     return moved
 
 
