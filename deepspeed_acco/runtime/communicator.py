@@ -49,16 +49,19 @@ class Communicator:
 
     def _new_group(self, ranks: list[int]):
         is_nccl = self.device.type == "cuda"
-        group = dist.new_group(
-            ranks,
-            timeout=timedelta(seconds=self.timeout_s),
-            backend="nccl" if is_nccl else "gloo",
-            pg_options=dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if is_nccl else None,
-            # A group over some of the ranks is made by its members alone: with tensor parallelism each data-parallel
-            # group belongs to another engine call.
-            use_local_synchronization=len(ranks) != dist.get_world_size(),
-        )
-        self._groups.append(group)
+        key = (tuple(ranks), self.timeout_s, is_nccl)
+        group = _take_left(key)
+        if group is None:
+            group = dist.new_group(
+                ranks,
+                timeout=timedelta(seconds=self.timeout_s),
+                backend="nccl" if is_nccl else "gloo",
+                pg_options=dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if is_nccl else None,
+                # A group over some of the ranks is made by its members alone: with tensor parallelism each
+                # data-parallel group belongs to another engine call.
+                use_local_synchronization=len(ranks) != dist.get_world_size(),
+            )
+        self._groups.append((key, group))
         return group
 
     def use_levels(self, levels: Levels) -> None:
@@ -128,13 +131,35 @@ class Communicator:
             dist.all_reduce(arrived, group=self._group)
             arrived.item()
 
-    def destroy(self) -> None:
-        """Leaves the groups; harmless when called twice or after ``dist.destroy_process_group()``."""
+    def destroy(self, is_broken: bool = False) -> None:
+        """Leaves the groups; harmless when called twice or after ``dist.destroy_process_group()``.
+
+        Args:
+            is_broken: a collective has failed, so that nobody may use the groups again.
+        """
         groups, self._groups, self._group = self._groups, [], None
-        for group in reversed(groups if dist.is_initialized() else []):
+        for key, group in reversed(groups if dist.is_initialized() else []):
+            if len(key[0]) != dist.get_world_size() and not is_broken:
+                _left.setdefault(key, []).append(group)
+                continue
             with suppress(ValueError, RuntimeError), warnings.catch_warnings():  # destroyed with all the others
                 warnings.simplefilter("ignore")
                 dist.destroy_process_group(group)
+
+
+# Groups over some of the ranks that communicators have left, for the next one over the same. torch names such a group
+# by its ranks; made again after it was destroyed, it would meet the old one's addresses in the store and wait for ever.
+_left: dict[tuple, list] = {}
+
+
+def _take_left(key: tuple):
+    """Returns a group that was left, None where there is none that the world still has."""
+    while _left.get(key):
+        group = _left[key].pop()
+        with suppress(ValueError):  # destroyed with all the others
+            if dist.get_rank(group) >= 0:
+                return group
+    return None
 
 
 def max_over_ranks(value: Tensor, group) -> None:

@@ -278,4 +278,4 @@ class RoundDriver:
         """Ends lane and process group; a round in flight is finished first, its failure is not raised."""
         self._lane.close()
         if not self._lane.is_own_thread:
-            self._comm.destroy()
+            self._comm.destroy(is_broken=self._lane.has_failed)
