@@ -6,6 +6,7 @@ otherwise train wrong without a word, or hang in the middle of training."""
 from __future__ import annotations
 
 import hashlib
+import itertools
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -28,16 +29,17 @@ def require_agreement(comm: Communicator, values: Mapping[str, Any]) -> None:
     """
     digests = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in values.items()}
     of_ranks = comm.gather_objects(digests)
-    names = [name for name in digests if any(theirs.get(name) != of_ranks[0].get(name) for theirs in of_ranks)]
-    if not names:
+    # Of all ranks, so that all go on alike: one may have a parameter group more.
+    names = dict.fromkeys(itertools.chain(*of_ranks))
+    different = [name for name in names if any(theirs.get(name) != of_ranks[0].get(name) for theirs in of_ranks)]
+    if not different:
         return
-    # All ranks have come here, since all have the same digests of all.
-    texts = comm.gather_objects({name: _shortened(values[name]) for name in names})
+    texts = comm.gather_objects({name: _shortened(values[name]) for name in different if name in values})
     lines = []
-    for name in names:
+    for name in different:
         ranks_with: dict[str, list[int]] = {}
         for rank, theirs in enumerate(texts):
-            ranks_with.setdefault(theirs.get(name, "nothing"), []).append(rank)
+            ranks_with.setdefault(theirs.get(name, "none"), []).append(rank)
         told = "; ".join(f"{text} on ranks {', '.join(map(str, ranks))}" for text, ranks in ranks_with.items())
         lines.append(f"{name}: {told}")
     raise RuntimeError(

@@ -51,6 +51,7 @@ DIFFERENCES = {  # name in the error: what one rank has otherwise
     "scheduler": dict(changes={"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3}}}),
     "versions": dict(version="2"),
     "parameters of group 0": dict(rename=True),
+    "parameter group 1": dict(groups=2),
 }
 
 
