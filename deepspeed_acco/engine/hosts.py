@@ -35,7 +35,8 @@ def agree_on_levels(comm: Communicator, ranks_per_host: int | str) -> Levels:
         RuntimeError: where the ranks were given different ones.
     """
     require_agreement(comm, {"optimizer.params.ranks_per_host": ranks_per_host})
-    levels, reason = levels_of(comm.gather_objects(host_of_this_rank()))
+    hosts = comm.gather_objects(host_of_this_rank())
+    levels, reason = levels_of(hosts)
     if isinstance(ranks_per_host, int):
         if comm.world_size % ranks_per_host:
             raise ValueError(
@@ -43,7 +44,15 @@ def agree_on_levels(comm: Communicator, ranks_per_host: int | str) -> Levels:
                 'data-parallel ranks; allowed: a number that divides them, or "auto". With hosts of different size '
                 "set 1"
             )
-        return Levels.consecutive(comm.world_size, ranks_per_host)
+        given = Levels.consecutive(comm.world_size, ranks_per_host)
+        apart = [ranks for ranks in given.hosts if len({hosts[rank] for rank in ranks}) > 1]
+        if apart and comm.rank == 0:
+            logger().warning(
+                f"ACCO: optimizer.params.ranks_per_host = {ranks_per_host} takes data-parallel ranks {apart[0]} for "
+                "one host, and the launcher started them on several: rounds then send more between hosts. Set it to "
+                '"auto"'
+            )
+        return given
     if comm.rank == 0:
         if reason is not None:
             logger().warning(

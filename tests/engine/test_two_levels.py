@@ -1,6 +1,7 @@
 """Rounds over two levels, inside a host and between hosts, on real gloo ranks: against the float64 reference, the same
 bits on every lane and rank, looks, adaptive windows, checkpoints, ranks that die, and which ranks share a host."""
 
+import logging
 import os
 from unittest import mock
 
@@ -81,6 +82,24 @@ def test_what_the_key_means(ranks, ranks_per_host, cross_ranks, expected):
     config = training.ds_config(2, ranks_per_host=ranks_per_host)
     answers = ranks(4).run(_levels, config=config, per_rank=[{"cross_rank": host} for host in cross_ranks])
     assert [answer for answer in answers if expected not in answer] == []
+
+
+def _warned(config, cross_rank):
+    lines = []
+    told = logging.Handler(logging.WARNING)
+    told.emit = lambda line: lines.append(line.getMessage())
+    logging.getLogger("deepspeed_acco").addHandler(told)
+    _levels(config, cross_rank)
+    logging.getLogger("deepspeed_acco").removeHandler(told)
+    return [line for line in lines if "launcher started them on several" in line]
+
+
+@pytest.mark.parametrize(("cross_ranks", "warnings"), [("0011", 0), ("0111", 1)])
+def test_a_number_that_contradicts_the_launcher_is_told(ranks, cross_ranks, warnings):
+    per_rank = [{"cross_rank": host} for host in cross_ranks]
+    first, *others = ranks(4).run(_warned, config=training.ds_config(2, ranks_per_host=2), per_rank=per_rank)
+    assert len(first) == warnings and not any(others)
+    assert all("takes data-parallel ranks (0, 1) for one host" in line for line in first)
 
 
 # ---- against the reference
