@@ -25,7 +25,7 @@ from .round import RoundInputs, RoundOutcome, RoundWork
 from .states import Look, ResumeState, RoundState
 from .written import Fingerprint
 
-_KINDS = 1_000_003  # numbers of rounds are this far apart, so that a digest of the round fits between two of them
+_KINDS = 65_537  # numbers of rounds are so far apart; a digest fits between, and sums over ranks stay exact in float64
 
 
 class RoundDriver:

@@ -83,6 +83,20 @@ def _train_until(config, moment, victim, action, windows=4):
     return "no error", 0.0
 
 
+def check_survivors(world_size, config, place, action):
+    """Rank 1 is gone in window 2; all others must say so in time."""
+    pool = RankPool(world_size)
+    try:
+        pool.start(_train_until, config=config, moment=(2, place), victim=1, action=action)
+        for message, waited in pool.collect(ranks=[rank for rank in range(world_size) if rank != 1], limit_s=90):
+            assert f"another rank has ended, or did not answer within comm_timeout_s = {TIMEOUT_S} s" in message
+            assert waited < TIMEOUT_S + 5
+    finally:
+        for process in pool.processes:
+            process.kill()
+        pool.close()
+
+
 CRUCIAL = [
     ("kill", "acco", "after forward 0"),
     ("kill", "acco", "after backward 1"),
@@ -111,22 +125,7 @@ OTHERS = [
     ("action", "schedule", "place"), CRUCIAL + [pytest.param(*case, marks=pytest.mark.full) for case in OTHERS]
 )
 def test_a_rank_that_is_gone(action, schedule, place):
-    pool = RankPool(3)
-    try:
-        pool.start(
-            _train_until,
-            config=training.ds_config(4, schedule=schedule, comm_timeout_s=TIMEOUT_S),
-            moment=(2, place),
-            victim=1,
-            action=action,
-        )
-        for message, waited in pool.collect(ranks=[0, 2], limit_s=90):
-            assert f"another rank has ended, or did not answer within comm_timeout_s = {TIMEOUT_S} s" in message
-            assert waited < TIMEOUT_S + 5
-    finally:
-        for process in pool.processes:
-            process.kill()
-        pool.close()
+    check_survivors(3, training.ds_config(4, schedule=schedule, comm_timeout_s=TIMEOUT_S), place, action)
 
 
 PLACES_OF_LEVELS = {
@@ -150,17 +149,7 @@ PLACES_OF_LEVELS = {
 )
 def test_a_rank_that_is_gone_at_a_level(action, place):
     """One of two hosts with two ranks each loses a rank; no survivor exchanges with it on both levels."""
-    pool = RankPool(4)
-    try:
-        config = training.ds_config(4, ranks_per_host=2, comm_timeout_s=TIMEOUT_S)
-        pool.start(_train_until, config=config, moment=(2, place), victim=1, action=action)
-        for message, waited in pool.collect(ranks=[0, 2, 3], limit_s=90):
-            assert f"another rank has ended, or did not answer within comm_timeout_s = {TIMEOUT_S} s" in message
-            assert waited < TIMEOUT_S + 5
-    finally:
-        for process in pool.processes:
-            process.kill()
-        pool.close()
+    check_survivors(4, training.ds_config(4, ranks_per_host=2, comm_timeout_s=TIMEOUT_S), place, action)
 
 
 def _failing_round(config):

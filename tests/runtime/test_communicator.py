@@ -122,6 +122,11 @@ HOSTS = {
 }
 
 
+def _run_both_ways(ranks, function, hosts, **arguments):
+    for moves_by in ("messages", "collectives"):
+        ranks(sum(map(len, hosts))).run(function, hosts=hosts, moves_by=moves_by, **arguments)
+
+
 @pytest.mark.parametrize("hosts", HOSTS)
 @pytest.mark.parametrize(
     ("numels", "staging_bytes", "dtype"),
@@ -133,16 +138,8 @@ HOSTS = {
     ],
 )
 def test_values(ranks, hosts, numels, staging_bytes, dtype):
-    world_size = sum(map(len, HOSTS[hosts]))
-    for moves_by in ("messages", "collectives"):
-        ranks(world_size).run(
-            _reduce_scatter_and_gather,
-            numels=numels,
-            dtype_name=dtype,
-            staging_bytes=staging_bytes,
-            hosts=HOSTS[hosts],
-            moves_by=moves_by,
-        )
+    arguments = dict(numels=numels, dtype_name=dtype, staging_bytes=staging_bytes)
+    _run_both_ways(ranks, _reduce_scatter_and_gather, HOSTS[hosts], **arguments)
 
 
 def _quantized_sum(numels, bits, staging_bytes, hosts, moves_by):
@@ -191,16 +188,8 @@ def _quantized_sum(numels, bits, staging_bytes, hosts, moves_by):
     ("numels", "bits", "staging_bytes"), [([3], 8, 2**20), ([5000, 256, 4097], 4, 2500), ([6000], 8, 2**20)]
 )
 def test_quantized_sums(ranks, hosts, numels, bits, staging_bytes):
-    world_size = sum(map(len, HOSTS[hosts]))
-    for moves_by in ("messages", "collectives"):
-        ranks(world_size).run(
-            _quantized_sum,
-            numels=numels,
-            bits=bits,
-            staging_bytes=staging_bytes,
-            hosts=HOSTS[hosts],
-            moves_by=moves_by,
-        )
+    arguments = dict(numels=numels, bits=bits, staging_bytes=staging_bytes)
+    _run_both_ways(ranks, _quantized_sum, HOSTS[hosts], **arguments)
 
 
 def _sums_of_two_groups(members):
