@@ -280,7 +280,7 @@ def test_bytes_of_a_step(ranks, world_size, capsys):
 
 
 def test_adaptive_windows_in_the_reference(ranks):
-    config = training.ds_config(4, 2.0, accumulation="adaptive", estimate_comm="int4")
+    config = adaptive.ds_config(4, 2.0, estimate_comm="int4")
     speeds = [{"slowness": [1]}, {"slowness": [4, 1, 2]}]
     records = ranks(2).run(adaptive.train, per_rank=speeds, config=config, windows=12)
     size = sum(param.numel() for param in training.param_groups(training.make_network(), 1))

@@ -194,7 +194,7 @@ def test_lanes_and_looks_give_the_same_bits(ranks, schedule, estimate_comm, prec
 
 
 def test_adaptive_windows(ranks):
-    config = training.ds_config(2, 2.0, accumulation="adaptive", ranks_per_host=2)
+    config = adaptive.ds_config(2, 2.0, ranks_per_host=2)
     speeds = [{"slowness": slowness} for slowness in adaptive.SPEEDS[4]]
     records = ranks(4).run(adaptive.train, per_rank=speeds, config=config, windows=12)
     adaptive.check(records, adaptive.replay(records[0], "acco", 4, 2, 1, clip=2.0, ranks_per_host=2))
