@@ -185,7 +185,8 @@ class Settings:
     comm_timeout_s: float | None = _key(
         None,
         _Number(is_low_open=True, below=1e9),
-        "timeout of ACCO's process group in seconds; null: DeepSpeed's default",
+        "seconds that rounds, and DeepSpeed's collectives in steps and checkpoints, wait for a rank; null: DeepSpeed's "
+        "default",
     )
     max_window: int | None = _key(
         None,

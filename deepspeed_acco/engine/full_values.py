@@ -49,7 +49,8 @@ def _full_gradient(optimizer, param: Tensor) -> Tensor:
     view = _own_sum(optimizer, param)
     optimizer.driver.finish()  # one collective at a time on the device
     mean = view.float() / optimizer.divisor
-    sum_over_ranks(mean, optimizer.dp_process_group)
+    with optimizer.driver.bounded("the sum of a full gradient", optimizer.dp_process_group):
+        sum_over_ranks(mean, optimizer.dp_process_group)
     return mean
 
 

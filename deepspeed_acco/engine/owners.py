@@ -24,6 +24,11 @@ def remove(optimizer) -> None:
     _owners.discard(optimizer)
 
 
+def any_round_in_flight() -> bool:
+    """Tells whether a round of some training has not finished; never waits."""
+    return any(not optimizer.driver.is_round_finished() for optimizer in _owners)
+
+
 def end_former_training(module: torch.nn.Module) -> None:
     """Destroys the ACCO optimizers that still train parameters of the module, as ``engine.destroy()`` would; every rank
     comes here, since it makes the next engine."""

@@ -24,7 +24,7 @@ from ..algorithm.window import phase_a_micro_batches
 from ..optim import native
 from ..optim.build_locks import describe_locks
 from ..optimizer import ACCO
-from . import owners, recorder
+from . import leaving, owners, recorder
 from .checkpoint_check import LoadOptions
 from .checks import check_engine, check_json, check_window
 from .deepspeed_engine import Engine
@@ -48,6 +48,7 @@ TOUCH_POINTS = (
     "deepspeed.runtime.engine.DeepSpeedEngine.set_train_batch_size",  # the same ValueError for n = 1 in mid-training
     "deepspeed.runtime.engine.DeepSpeedZeroOptimizer",  # rebound only while the call above runs
     "deepspeed.runtime.engine.DeepSpeedEngine.load_checkpoint",  # all files are checked before one is loaded
+    "sys.excepthook",  # a process that an exception has ended ends, whatever a round waits for
     "engine.tput_timer.config.synchronized",  # it would wait for the device at every forward and step
 )
 
@@ -101,6 +102,7 @@ def register() -> None:
     ds_config.DeepSpeedConfig.__init__ = _wrap_config(ds_config.DeepSpeedConfig.__init__)
     ds_zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(ACCO)
     setattr(torch.optim, ACCO.__name__, ACCO)
+    leaving.install()
 
 
 def _wrap_configure_optimizer(original):

@@ -30,16 +30,18 @@ def round_inputs(optimizer, renormalize: float, window: int, contribution: Contr
     return RoundInputs(hyper, pre_scale, grad_scale, optimizer.clip_grad, window, contribution)
 
 
-def has_overflow(accumulated: list[Tensor], sent_as: torch.dtype, group) -> bool:
-    """Tells whether any rank's own gradients are not finite: fp16's loss scaler must know before the step counts.
+def has_overflow(optimizer, accumulated: list[Tensor]) -> bool:
+    """Tells whether any rank's own gradients are not finite: fp16's loss scaler must know before the step counts. Every
+    rank asks, on DeepSpeed's group.
 
     Args:
-        accumulated: A, one flat tensor per parameter group.
-        sent_as: what they are sent in: what is accumulated in fp32 must also survive the cast.
-        group: DeepSpeed's data-parallel group; every rank asks.
+        optimizer: DeepSpeed's, ours.
+        accumulated: A, one flat tensor per parameter group. What is accumulated in fp32 must also survive the cast.
     """
+    limit, group = torch.finfo(optimizer.communication_data_type).max, optimizer.dp_process_group
     # The largest absolute value is NaN or inf where any element is; no temporary of the gradients' size is made.
     largest = torch.stack([torch.linalg.vector_norm(grads, float("inf")) for grads in accumulated])
-    overflow = (~(largest <= torch.finfo(sent_as).max)).any().to(torch.uint8)
-    max_over_ranks(overflow, group)
-    return bool(overflow)
+    overflow = (~(largest <= limit)).any().to(torch.uint8)
+    with optimizer.driver.bounded("the overflow check of fp16", group):
+        max_over_ranks(overflow, group)
+        return bool(overflow)

@@ -274,9 +274,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         inputs = self._inputs(1.0, micro_batches)
         n, logs = engine.gradient_accumulation_steps(), engine.global_rank == 0
         self._fraction.at_window_end(position.window, n, micro_batches, logs=logs)
-        self.overflow = self.dtype == torch.float16 and has_overflow(
-            self._buffers.grads, self.communication_data_type, self.dp_process_group
-        )
+        self.overflow = self.dtype == torch.float16 and has_overflow(self, self._buffers.grads)
         self._update_scale(self.overflow)
         blocks = blocks_at_end(schedule, position.phase)
         if self.overflow:
@@ -330,6 +328,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
     def checkpoint_event_epilogue(self) -> None:
         """Waits between the files and ``latest``, which names them, until all ranks have written theirs. The true
         weights stay shown until training goes on."""
+        self._comm.whereabouts.note("behind its files of a checkpoint")
         self._comm.barrier()
 
     def require_loadable(self, load_dir: str, tag: str | None, options: checkpoint_check.LoadOptions) -> None:

@@ -9,7 +9,8 @@ thread at a time issues the same collectives in the same order.
 from __future__ import annotations
 
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -21,6 +22,8 @@ from .encoding import Encoding
 from .failures import Guard
 from .levels import Levels
 from .messages import Messages
+from .waits import at_most
+from .whereabouts import Whereabouts
 
 
 class Communicator:
@@ -33,6 +36,7 @@ class Communicator:
 
     Attributes:
         levels: which ranks share a host; one level until :meth:`use_levels`.
+        whereabouts: where the ranks were last seen.
     """
 
     def __init__(self, parallel_group, device: torch.device, timeout_s: float):
@@ -40,10 +44,13 @@ class Communicator:
         self.timeout_s = timeout_s
         self._global_ranks = dist.get_process_group_ranks(parallel_group or dist.group.WORLD)
         self._groups: list = []
+        # Some rank may have built kernels before, which takes longer than a collective of the rounds may wait.
+        dist.barrier(parallel_group)
         self._group = self._new_group(self._global_ranks)
         self.rank = dist.get_rank(self._group)
         self.world_size = dist.get_world_size(self._group)
-        self._guard = Guard(self.rank, self.world_size, timeout_s)
+        self.whereabouts = Whereabouts(self._group, self.rank, self.world_size)
+        self._guard = Guard(self.rank, self.world_size, timeout_s, self.whereabouts)
         self._sent_bytes = 0  # beside what the rounds move
         self.use_levels(Levels.flat(self.world_size))
 
@@ -130,6 +137,20 @@ class Communicator:
         with self._guard("barrier"):
             dist.all_reduce(arrived, group=self._group)
             arrived.item()
+
+    @contextmanager
+    def bounded(self, work: str, *groups) -> Iterator[None]:
+        """Bounds by this communicator's timeout what collectives inside the block wait on DeepSpeed's own groups, and
+        on that of all ranks, by the main thread; every rank does the same there.
+
+        Args:
+            work: names it in the error.
+
+        Raises:
+            CommFailed: another rank has ended, or did not come in time.
+        """
+        with self._guard.around(work), at_most(self.timeout_s, {dist.group.WORLD, *filter(None, groups)}):
+            yield
 
     def destroy(self, is_broken: bool = False) -> None:
         """Leaves the groups; harmless when called twice or after ``dist.destroy_process_group()``.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -97,6 +98,7 @@ class RoundDriver:
         self._round, self._state = following, RoundState.IN_FLIGHT
         self._rounds_started += 1
         # Ranks that are in step have the same number: of the round, of its kind and of what it computes with.
+        self._comm.whereabouts.note(f"at {following.name} of window {inputs.window}")
         used = repr((following.name, inputs.window, inputs.hyper, inputs.clip_grad))
         number = _KINDS * self._rounds_started + zlib.crc32(used.encode()) % _KINDS
         self._lane.start(
@@ -177,6 +179,8 @@ class RoundDriver:
         """
         self._lane.raise_failure()
         place = self.true_weights_place
+        if self._look is None:
+            self._comm.whereabouts.note("behind a look at the true weights (evaluation, saving or state_dict)")
         if self._look is not None or place is Place.LIVE or self.are_written:
             return
         self.finish()
@@ -228,6 +232,11 @@ class RoundDriver:
         for target, shard in zip(self._buffers.comm_shards, shards):
             target.copy_(shard)
         self._comm.all_gather(self._buffers.comm_weights, is_look=True)
+
+    def bounded(self, work: str, *groups) -> AbstractContextManager[None]:
+        """Bounds what ``work`` may wait for other ranks, as :meth:`Communicator.bounded`; no round is in flight or the
+        groups are DeepSpeed's."""
+        return self._comm.bounded(work, *groups)
 
     # ---- checkpoints
 

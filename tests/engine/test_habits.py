@@ -283,6 +283,58 @@ def test_training_in_eval_mode_or_through_parts_is_training(ranks, params, way):
     assert ("B" in plain[1]) == (params.get("schedule", "acco") == "acco"), "rounds must have run behind two phases"
 
 
+# ---- sync and ZeRO-1
+
+
+def _train_with(config, habit):
+    """Six windows with a habit in each; returns the losses, the module's weights at the end and the skipped steps."""
+    import torch.distributed as dist
+
+    engine, losses = training.start_engine(config), []
+    for window in range(6):
+        for micro_batch in range(N):
+            x, y = training.batch(dist.get_rank(), window, micro_batch)
+            if habit == "eval mode":
+                engine.eval()
+            passes = 2 if habit == "two passes" else 1
+            for number in range(passes):
+                if habit == "parts":
+                    module = engine.module
+                    h = torch.tanh(module.first(x))
+                    h = torch.tanh(module.again(torch.tanh(module.middle(h))) + module.frozen.sum())
+                    loss = (module.last(h) - y).square().mean()
+                else:
+                    loss = engine(x, y)
+                if number == 0:
+                    losses.append(loss.item())
+                is_spoiled = habit == "NaN" and (window, micro_batch) == (2, 1)
+                engine.backward(loss * float("nan") if is_spoiled else loss / passes)
+            if habit in globals() and (window, micro_batch) == (2, 1):
+                globals()[habit](engine, micro_batch)
+            engine.step()
+            if habit == "saliency":
+                probe = training.batch(77, window, micro_batch)[0].requires_grad_()
+                engine.eval()
+                torch.autograd.grad(engine(probe, y), probe)
+                engine.train()
+    losses.append(_evaluated(engine))
+    return losses, _vector(_trainable(engine)), engine.skipped_steps
+
+
+@pytest.mark.parametrize(
+    "habit", ["_attack_and_restore", "_there_and_back", "two passes", "eval mode", "parts", "saliency", "NaN"]
+)
+def test_sync_is_as_zero_1(ranks, habit):
+    """Where DeepSpeed's own reduces once for every backward at the end of a window, and so some gradients twice, sync
+    is as ZeRO-1 without the habit: neither changes the sum of the gradients."""
+    ours = ranks(2).run(_train_with, config=training.ds_config(N, schedule="sync"), habit=habit)[0]
+    is_doubled_there = habit in ("two passes", "saliency")
+    stock = ranks(2).run(_train_with, config=_stock(N), habit=None if is_doubled_there else habit)[0]
+    assert ours[0] == pytest.approx(stock[0], rel=1e-5)
+    assert (ours[1] - stock[1]).norm() < 1e-5 * stock[1].norm()
+    assert ours[2] == stock[2] == (habit == "NaN")
+
+
 # ---- a second engine on the same module
 
 

@@ -8,6 +8,7 @@ The server only imports, so that no thread of torch, no group and no kernel is t
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import itertools
 import multiprocessing.connection
@@ -29,6 +30,7 @@ AFTER_ERROR_S = 30  # for each of the others, once a rank has raised or died
 IMPORTED_ONCE = [
     *("torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.utils.cpp_extension"),
     *("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed_acco"),
+    "tests.support.frozen",
 ]
 _pool_numbers = itertools.count()
 
@@ -44,8 +46,17 @@ def _set_environment(rank, world_size, port, environment):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
-def _rank_main(rank, world_size, rendezvous, port, pipe, environment):
+def _enter_namespace(name):
+    with open(f"/var/run/netns/{name}") as namespace:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0):
+            raise OSError(ctypes.get_errno(), f"the network namespace {name} cannot be entered")
+    os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
+
+
+def _rank_main(rank, world_size, rendezvous, port, pipe, environment, namespace):
     _set_environment(rank, world_size, port, environment)
+    if namespace is not None:
+        _enter_namespace(namespace)
     import torch
     import torch.distributed as dist
 
@@ -77,9 +88,10 @@ class RankPool:
 
     Args:
         start_method: multiprocessing's name; ``spawn`` gives each rank a new interpreter.
+        namespaces: of each rank, the network that it is in.
     """
 
-    def __init__(self, world_size: int, start_method: str = "forkserver"):
+    def __init__(self, world_size: int, start_method: str = "forkserver", namespaces: list[str] | None = None):
         self.world_size = world_size
         self._folder = tempfile.TemporaryDirectory()
         # No rank listens there: DeepSpeed names its shared memory by it.
@@ -89,7 +101,8 @@ class RankPool:
         self._pipes, self.processes = [], []
         for rank in range(world_size):
             mine, theirs = context.Pipe()
-            arguments = (rank, world_size, rendezvous, self._port, theirs, rank_environment())
+            namespace = namespaces[rank] if namespaces else None
+            arguments = (rank, world_size, rendezvous, self._port, theirs, rank_environment(), namespace)
             process = context.Process(target=_rank_main, args=arguments, daemon=True)
             process.start()
             self._pipes.append(mine)
@@ -169,7 +182,14 @@ def _script_main(rank, world_size, port, environment, outputs, script, arguments
             os.dup2(file.fileno(), stream.fileno())
     sys.argv = [script, f"--local_rank={rank}", *arguments]
     sys.path.insert(0, os.path.dirname(script))
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except Exception as error:
+        sys.excepthook(type(error), error, error.__traceback__)  # as the interpreter, and not multiprocessing
+        sys.exit(1)
+    except KeyboardInterrupt as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        sys.exit(130)
 
 
 def run_script(script, *arguments, ranks: int = 2) -> subprocess.CompletedProcess:
