@@ -166,14 +166,14 @@ def _wrap_load_checkpoint(original):
 
     @functools.wraps(original)
     def load_checkpoint(engine, *args, **kwargs):
-        if isinstance(engine.optimizer, AccoZeroOptimizer):
-            given = signature.bind(engine, *args, **kwargs)
-            given.apply_defaults()
-            options = {field.name: given.arguments[field.name] for field in dataclasses.fields(LoadOptions)}
-            engine.optimizer.require_loadable(
-                given.arguments["load_dir"], given.arguments["tag"], LoadOptions(**options)
-            )
-        return original(engine, *args, **kwargs)
+        if not isinstance(engine.optimizer, AccoZeroOptimizer):
+            return original(engine, *args, **kwargs)
+        given = signature.bind(engine, *args, **kwargs)
+        given.apply_defaults()
+        options = {field.name: given.arguments[field.name] for field in dataclasses.fields(LoadOptions)}
+        engine.optimizer.require_loadable(given.arguments["load_dir"], given.arguments["tag"], LoadOptions(**options))
+        with engine.optimizer.driver.bounded("load_checkpoint"):
+            return original(engine, *args, **kwargs)
 
     return load_checkpoint
 

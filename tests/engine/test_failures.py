@@ -67,6 +67,34 @@ def test_the_rank_that_does_not_come_is_named(place, seen):
     assert f"Last seen: {seen}" in ends[0]["error"]
 
 
+def _start_slowly(config, seconds):
+    import torch.distributed as dist
+
+    from deepspeed_acco.optim import native
+
+    prepare = native.prepare
+
+    def build(device):
+        time.sleep(seconds)
+        prepare(device)
+
+    if dist.get_rank() == 1:
+        native.prepare = build
+    try:
+        engine = training.start_engine(config)
+        losses = training.run_windows(engine, 2)["losses"]
+        engine.destroy()
+    finally:
+        native.prepare = prepare
+    return losses
+
+
+def test_a_rank_that_builds_kernels_may_take_longer_than_a_round(ranks):
+    config = training.ds_config(2, comm_timeout_s=1)
+    slow, plain = (ranks(2).run(_start_slowly, config=config, seconds=seconds) for seconds in (3, 0))
+    assert slow == plain
+
+
 SCRIPT_THAT_RAISES = """
 import os, signal, sys, time, torch, deepspeed
 sys.path.insert(0, {root!r})
