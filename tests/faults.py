@@ -285,8 +285,8 @@ def _train(engine, trigger: _Trigger, folder, steps: list[float], windows: list,
     train_until(LOOKING_WINDOW)
     engine.eval()
     with torch.no_grad():
-        trigger.at("eval")
         engine(*training.batch(77, 0, 0, dtype))
+        trigger.at("eval")
     engine.train()
     succeeded()
     train_until(LOOKING_WINDOW + 1)

@@ -431,17 +431,17 @@ def _numbers_in(value):
 
 
 def _shown_of(content: dict):
-    """The numbers of a file that a table may show: as they are, in percent, in millions, of 1e-9, and what is derived
-    of a row on the two hosts: seconds beyond C, and bytes over those of one round. Of a comparison: R/C."""
+    """The numbers of a file that a table may show: as they are, in percent, in millions, of 1e-9; and what is derived
+    of a comparison: R/C, seconds of a step beyond C, samples a second over those of what only computes."""
     for number in _numbers_in(content):
         yield from (number, 100 * number, number / 1e6, 1e9 * number)
-    if "reference" in content:
-        yield content["reference"]["round_s"] / content["reference"]["compute_s"]
-    for row in content.get("rows", []):
-        if "compute_s" in content and "step_s" in row:
-            yield row["step_s"] - content["compute_s"]
-        if "round_sent_mb" in content and "sent_mb_per_step" in row:
-            yield row["sent_mb_per_step"] / content["round_sent_mb"]
+    if "reference" not in content:
+        return
+    alone = content["reference"]
+    yield alone["round_s"] / alone["compute_s"]
+    for config in content["configs"]:
+        yield config["step_s"]["median"] - alone["compute_s"]
+        yield config["samples_per_s"]["median"] / alone["samples_per_s_alone"]
 
 
 def test_commands_and_dates_of_the_results_are_those_of_their_files():

@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import sys
+import threading
 import time
 
 from . import owners
@@ -24,18 +25,25 @@ def install() -> None:
 
 
 def _after_exception(previous, kind, error, traceback) -> None:
-    """Shows the exception as before; then ends the process as that exception would, where a round is not finished in
-    time. What the launcher sees is the same, and it ends the other ranks."""
+    """Shows the exception as before, and watches what follows. torch calls this inside a hook of its own, which shows
+    the text only afterwards; so nothing may end here."""
     previous(kind, error, traceback)
+    code = 130 if issubclass(kind, KeyboardInterrupt) else 1
+    threading.Thread(target=_end_unless_finished, args=(kind.__name__, code), daemon=True).start()
+
+
+def _end_unless_finished(name: str, code: int) -> None:
+    """Ends the process as the exception would, where a round is not finished in time. What the launcher sees is the
+    same, and it ends the other ranks."""
     deadline = time.monotonic() + GRACE_S
     while owners.any_round_in_flight():
         if time.monotonic() > deadline:
             logger().error(
-                f"ACCO: a round still waits for another rank {GRACE_S:g} s after the {kind.__name__} above; this "
-                "process ends without it"
+                f"ACCO: a round still waits for another rank {GRACE_S:g} s after the {name} above; this process ends "
+                "without it"
             )
             logging.shutdown()
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
+            os._exit(code)
         time.sleep(_POLL_S)

@@ -26,7 +26,7 @@ def remove(optimizer) -> None:
 
 def any_round_in_flight() -> bool:
     """Tells whether a round of some training has not finished; never waits."""
-    return any(not optimizer.driver.is_round_finished() for optimizer in _owners)
+    return any(not optimizer.driver.is_round_finished() for optimizer in list(_owners))
 
 
 def end_former_training(module: torch.nn.Module) -> None:

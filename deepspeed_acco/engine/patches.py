@@ -111,6 +111,12 @@ def _wrap_configure_optimizer(original):
         owners.end_former_training(engine.module)
         if isinstance(client_optimizer, ACCO):
             check_engine(engine, client_optimizer)
+        elif isinstance(client_optimizer, Optimizer) and engine._config.optimizer_name is None:
+            if engine.global_rank == 0:
+                logger().info(
+                    f"ACCO: imported and not used: this run trains with {type(client_optimizer).__name__}, and its "
+                    'JSON has no "optimizer". Add "optimizer": {"type": "ACCO", "params": {...}}'
+                )
         elif client_optimizer is None and engine.optimizer_name() == ACCO.__name__:
             # Build one to check it: nothing of the engine is changed yet, and the parameters are only listed.
             check_engine(engine, ACCO([torch.nn.Parameter(torch.empty(0))], **(engine.optimizer_params() or {})))

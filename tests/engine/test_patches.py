@@ -252,9 +252,11 @@ def test_true_weights_of_another_optimizer_is_refused(ranks):
     assert "allowed: one whose optimizer.type is" in ranks(1).run(_other_engine_in_true_weights)[0]
 
 
-def _log_of_start(config):
+def _log_of_start(config, has_own_optimizer=False):
     import io
     import logging
+
+    import torch
 
     from deepspeed_acco.engine.log import logger as acco_logger
 
@@ -262,7 +264,10 @@ def _log_of_start(config):
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     logger.addHandler(handler)
-    engine = training.start_engine(config)
+    arguments = {}
+    if has_own_optimizer:
+        arguments["optimizer"] = torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1)
+    engine = training.start_engine(config, **arguments)
     synchronized = engine.tput_timer.config.synchronized
     engine.destroy()
     logger.removeHandler(handler)
@@ -277,6 +282,16 @@ def test_one_start_up_line_on_rank_zero(ranks):
         assert part in first[0]
     assert "accepted without effect in zero_optimization: overlap_comm" in first[1]
     assert synchronized is False
+
+
+def test_a_json_without_an_optimizer_is_told(ranks):
+    """Where the trainer brings its own; a JSON that names another means it."""
+    config = training.ds_config(2) | {"zero_optimization": {"stage": 0}}
+    named = config | {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
+    del config["optimizer"]
+    (lines, _), (second, _) = ranks(2).run(_log_of_start, config=config, has_own_optimizer=True)
+    assert len(lines) == 1 and "imported and not used: this run trains with SGD" in lines[0] and not second
+    assert not ranks(2).run(_log_of_start, config=named)[0][0]
 
 
 def test_a_switched_off_overflow_check_is_told(ranks):

@@ -1,0 +1,90 @@
+"""``python -m deepspeed_acco``: scripts that do not import the package, as every launcher starts them."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from deepspeed_acco.__main__ import main
+from tests.support import training
+from tests.support.launcher import rank_environment
+
+SCRIPT = """
+import argparse, os, sys
+import deepspeed, torch
+from helper import start  # lies beside the script
+parser = argparse.ArgumentParser()
+parser.add_argument("--local_rank", type=int)
+parser.add_argument("--words", nargs="*")
+deepspeed.add_config_arguments(parser)
+arguments = parser.parse_args()
+assert __name__ == "__main__" and "deepspeed_acco" in sys.modules
+deepspeed.init_distributed()
+engine = start(arguments)
+for step in range(8):
+    engine.backward(engine(torch.ones(2, 4)).square().mean())
+    engine.step()
+print("rank", torch.distributed.get_rank(), type(engine.optimizer).__name__, engine.global_steps, arguments.words)
+"""
+HELPER = """
+import deepspeed, torch
+def start(arguments):
+    module = torch.nn.Linear(4, 4)
+    return deepspeed.initialize(arguments, module, model_parameters=module.parameters())[0]
+"""
+WAYS = {
+    "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--module", "deepspeed_acco"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "deepspeed_acco"],
+    "accelerate": [
+        *("-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--cpu"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "deepspeed_acco"),
+    ],
+}
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "helper.py").write_text(HELPER)
+    (tmp_path / "config.json").write_text(json.dumps(training.ds_config(2)))
+    return tmp_path / "train.py"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("way", "as_module"),
+    [
+        ("deepspeed", False),
+        pytest.param("deepspeed", True, marks=pytest.mark.full),
+        pytest.param("torchrun", False, marks=pytest.mark.full),
+        pytest.param("torchrun", True, marks=pytest.mark.full),
+        pytest.param("accelerate", False, marks=pytest.mark.full),
+    ],
+)
+def test_a_script_that_does_not_import_the_package(script, way, as_module):
+    target = ["-m", "train"] if as_module else [str(script)]
+    arguments = ["--deepspeed", "--deepspeed_config", str(script.parent / "config.json"), "--words", "a b", "-m"[1:]]
+    done = subprocess.run(
+        [sys.executable, *WAYS[way], *target, *arguments],
+        cwd=script.parent,  # python -m finds the modules of the working folder
+        env=rank_environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = re.findall(r"rank (\d) (\w+) (\d+) (\[.*\])", done.stdout)
+    assert sorted(told) == [(str(rank), "AccoZeroOptimizer", "4", "['a b', 'm']") for rank in range(2)]
+
+
+@pytest.mark.parametrize("words", [[], ["-m"], ["missing.py"], ["--local_rank=0"]])
+def test_what_cannot_be_run_is_told(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["deepspeed_acco", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("usage: python -m deepspeed_acco [-m MODULE | SCRIPT] [ARGUMENTS]\n")
+    assert ("'missing.py' is no file" if "missing.py" in words else "no script or module was given") in said
