@@ -111,7 +111,7 @@ def _wrap_configure_optimizer(original):
         owners.end_former_training(engine.module)
         if isinstance(client_optimizer, ACCO):
             check_engine(engine, client_optimizer)
-        elif isinstance(client_optimizer, Optimizer) and engine._config.optimizer_name is None:
+        elif isinstance(client_optimizer, Optimizer) and "optimizer" not in engine._config._param_dict:
             if engine.global_rank == 0:
                 logger().info(
                     f"ACCO: imported and not used: this run trains with {type(client_optimizer).__name__}, and its "
