@@ -12,12 +12,12 @@ NOT_YET: set[Path] = set()
 FILES = sorted({*PACKAGE.glob("*.py"), *(path for room in ROOMS for path in (PACKAGE / room).rglob("*.py"))} - NOT_YET)
 # Those that the package uses, since a plural, too, ends in s: a new verb is added here.
 VERBS = """
-Adds Allows Appends Asks Begins Blocks Bounds Brings Builds Calls Captures Carries Checks Chooses Collects Comes Compares
-Computes Copies Counts Crosses Cuts Declares Defines Describes Destroys Dispatches Does Draws Drives Drops Emulates Ends
-Enters Fills Finds Finishes Follows Gathers Gives Goes Guards Holds Hooks Keeps Kills Knows Learns Leaves Lets Lists
-Loads Makes Marks Measures Moves Names Notes Notices Owns Passes Predicts Prepares Prints Puts Quantizes Raises Reads
-Reduces Refuses Registers Removes Replaces Requires Returns Runs Says Sees Sends Shows Splits Starts Sums Swaps Takes
-Tells Trains Updates Waits Walks Writes Yields Zeroes
+Adds Allows Appends Asks Begins Blocks Bounds Brings Builds Calls Captures Carries Checks Chooses Collects Comes
+Compares Computes Copies Counts Crosses Cuts Declares Defines Describes Destroys Dispatches Does Draws Drives Drops
+Emulates Ends Enters Fills Finds Finishes Follows Gathers Gives Goes Guards Holds Hooks Keeps Kills Knows Learns Leaves
+Lets Lists Loads Makes Marks Measures Moves Names Notes Notices Owns Passes Predicts Prepares Prints Puts Quantizes
+Raises Reads Reduces Refuses Registers Removes Replaces Requires Returns Runs Says Sees Sends Shows Splits Starts Sums
+Swaps Takes Tells Trains Updates Waits Walks Writes Yields Zeroes
 """.split()
 # What follows a plural and no verb: "Blocks of a window." names things.
 SENTENCE = re.compile(rf"({'|'.join(VERBS)})\b(?!-| (of|per|since)\b)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 from torch.distributed import distributed_c10d
 
@@ -25,11 +26,12 @@ class Whereabouts:
         self._rank = rank
         self._keys = [f"deepspeed_acco/{group.group_name}/{other}" for other in range(world_size)]
         self._place = ""
-        self._store = None
+        self._store: Any = None
         with suppress(AttributeError, RuntimeError):  # neither older torch nor every store can
             # A connection of its own: on a shared one the thread of the rounds would wait behind whatever the main
             # thread waits for in the store, which may be a rank that waits for this round.
-            self._store = distributed_c10d._get_default_store().clone()
+            store: Any = distributed_c10d._get_default_store()
+            self._store = store.clone()
         self.note("at the start")
 
     def note(self, place: str) -> None:
@@ -46,7 +48,7 @@ class Whereabouts:
         if self._store is None:
             return ""
         places: dict[int, str] = {}
-        reader = threading.Thread(target=self._read, args=(places,), daemon=True)
+        reader = threading.Thread(target=self._read, args=(self._store, places), daemon=True)
         reader.start()
         reader.join(_READING_S)
         if reader.is_alive():
@@ -59,10 +61,10 @@ class Whereabouts:
         told = [f"{_ranks(ranks)} {place}" for place, ranks in ranks_at.items()]
         return f"Last seen: {'; '.join(told)}; this rank {self._place}. " if told else ""
 
-    def _read(self, places: dict[int, str]):
+    def _read(self, store: Any, places: dict[int, str]):
         with suppress(RuntimeError):
-            self._store.wait(self._keys, timedelta(seconds=_READING_S))
-            places.update((rank, self._store.get(key).decode()) for rank, key in enumerate(self._keys))
+            store.wait(self._keys, timedelta(seconds=_READING_S))
+            places.update((rank, store.get(key).decode()) for rank, key in enumerate(self._keys))
 
 
 def _ranks(ranks: list[int]) -> str:
