@@ -22,6 +22,8 @@ Auto = Literal["auto", "measured"]  # the same; HF Trainer and Accelerate take e
 FIRST_OF_AUTO = 0.5
 MAX_WINDOW_GROWTH = 8  # default of max_window, in nominal windows
 ESTIMATE_COMMS = {"full": 0, "int8": 8, "int4": 4}  # bits of a value; 0: in its dtype
+LARGEST_FLOAT = 3e38  # of fp32, in which updates are computed and norms are clipped
+LARGEST_COUNT = 2**31 - 1
 
 
 # ---- what a value may be: each class checks it and describes it, for messages and in the JSON schema
@@ -67,8 +69,10 @@ class _Number:
         bound += f" and < {self.below:g}" if self.below < math.inf else ""
         words = _quoted(self.words)
         allowed = ", ".join([bound, *words[:-1]]) + (f", or {words[-1]}" if words else "")
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or value != value:  # NaN
             raise _refuse(key, value, allowed, "Write it as a JSON number, without quotes.")
+        if abs(value) > LARGEST_FLOAT:
+            raise _refuse(key, value, allowed, f"Choose a value of at most {LARGEST_FLOAT:g}.")
         if value < self.low or (self.is_low_open and value == self.low) or value >= self.below:
             raise _refuse(key, value, allowed, "Choose a value in that range.")
 
@@ -92,9 +96,11 @@ class _Whole:
     def check(self, key: str, value: Any) -> None:
         if isinstance(value, str) and value in self.words:
             return
+        allowed = " or ".join([f"a whole number >= {self.low}", *_quoted(self.words)])
         if not isinstance(value, int) or isinstance(value, bool) or value < self.low:
-            allowed = " or ".join([f"a whole number >= {self.low}", *_quoted(self.words)])
             raise _refuse(key, value, allowed, self.hint)
+        if value > LARGEST_COUNT:
+            raise _refuse(key, value, allowed, f"Choose a value of at most {LARGEST_COUNT}.")
 
     def schema(self) -> dict[str, Any]:
         number = {"type": "integer", "minimum": self.low}
@@ -242,6 +248,18 @@ class Settings:
     def estimate_bits(self) -> int:
         """Returns the bits of a value that an ESTIMATE sends; 0: in full."""
         return ESTIMATE_COMMS[self.estimate_comm]
+
+    def without_effect(self) -> dict[str, str]:
+        """Returns the keys that were set and change nothing beside the others, each with the reason."""
+        schedule = SCHEDULES[self.schedule]
+        reasons = {
+            "estimate_fraction": "" if schedule.has_two_phases else f'the schedule "{self.schedule}" has one phase',
+            "overlap_warmup_steps": "" if schedule.overlaps else f'the schedule "{self.schedule}" overlaps nothing',
+            "lr_follows": "" if self.is_adaptive else 'with accumulation = "fixed" all steps have as many samples',
+        }
+        return {
+            key: reason for key, reason in reasons.items() if reason and getattr(self, key) != getattr(Settings, key)
+        }
 
     @property
     def first_estimate_fraction(self) -> float:

@@ -40,6 +40,9 @@ REFUSED = [
     ("lr", -1e-3),
     ("lr", True),
     ("lr", math.nan),
+    ("lr", math.inf),
+    ("lr", 1e39),  # more than fp32 holds
+    ("lr", 10**400),
     ("lr", None),
     ("betas", 0.9),
     ("betas", [0.9]),
@@ -60,6 +63,7 @@ REFUSED = [
     ("overlap_warmup_steps", -1),
     ("overlap_warmup_steps", 1.5),
     ("overlap_warmup_steps", True),
+    ("overlap_warmup_steps", 10**400),
     ("accumulation", "adaptiv"),
     ("accumulation", True),
     ("max_window", 0),
@@ -94,6 +98,22 @@ def test_a_misspelt_auto_is_told_what_is_meant():
 def test_what_only_an_estimate_has_is_refused_elsewhere(schedule, key, value):
     with pytest.raises(ValueError, match=f'{key} = .{value}. is not allowed; .* schedule = "{schedule}"'):
         _make(schedule=schedule, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, []),
+        ({"schedule": "wp"}, []),
+        ({"schedule": "wp", "estimate_fraction": 0.25}, ["estimate_fraction"]),
+        ({"estimate_fraction": 0.25, "overlap_warmup_steps": 3}, []),
+        ({"schedule": "sync", "overlap_warmup_steps": 3}, ["overlap_warmup_steps"]),
+        ({"lr_follows": "steps"}, ["lr_follows"]),
+        ({"lr_follows": "steps", "accumulation": "adaptive"}, []),
+    ],
+)
+def test_what_changes_nothing_is_known(params, expected):
+    assert list(Settings(**params).without_effect()) == expected
 
 
 def test_the_signature_has_every_key():
@@ -137,8 +157,10 @@ def test_the_schema_accepts_the_json_files(path):
     jsonschema.Draft7Validator(json_schema()).validate(json.loads(path.read_text()))
 
 
-# Trainers fill "auto", JSON has no NaN, to a schema 16.0 is whole, and one key does not know another.
-NOT_OF_A_FILE = [("lr", "auto"), ("weight_decay", "auto"), ("max_window", 16)]
+# Trainers fill "auto", JSON has no NaN, to a schema 16.0 is whole and no number is too large, and one key does not know
+# another.
+NOT_OF_A_FILE = [("lr", "auto"), ("weight_decay", "auto"), ("max_window", 16), ("lr", math.inf), ("lr", 1e39)]
+NOT_OF_A_FILE += [("lr", 10**400), ("overlap_warmup_steps", 10**400)]
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,54 @@ import torch
 from ..algorithm.schedules import SCHEDULES
 from ..algorithm.window import require_room
 from ..optimizer import ACCO
-from ..settings import ACCO_KEYS, ADAMW_KEYS, Settings, max_window_micro_batches, refuse_unknown
+from ..settings import (
+    ACCO_KEYS,
+    ADAMW_KEYS,
+    LARGEST_COUNT,
+    LARGEST_FLOAT,
+    Settings,
+    max_window_micro_batches,
+    refuse_unknown,
+)
 from .deepspeed_engine import Engine
 
 _OPTIMIZER_SECTION = ("type", "params", "legacy_fusion")  # what DeepSpeed reads (runtime/config.py)
-_ACCUMULATION = ("fp32", "fp16", "bf16")
+_DTYPES = ("fp32", "fp16", "bf16")
 _DTYPE_NAMES = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}
-_LARGEST_FLOAT = 3e38  # the norm is clipped in fp32
+_LARGEST_SCALE_POWER = 127  # of fp32; DeepSpeed computes it in whole numbers, for hours where it is large
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_COUNT
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT
+
+
+# Top-level keys that DeepSpeed computes with unchecked: what each may be.
+_VALUES = {
+    "train_batch_size": (lambda value: value is None or _is_count(value), "a whole number >= 1"),
+    "train_micro_batch_size_per_gpu": (lambda value: value is None or _is_count(value), "a whole number >= 1"),
+    "gradient_accumulation_steps": (lambda value: value is None or _is_count(value), "a whole number >= 1"),
+    "gradient_clipping": (lambda value: _is_number(value) and value >= 0, "a number >= 0; 0 does not clip"),
+    "gradient_predivide_factor": (lambda value: _is_number(value) and value > 0, "a number > 0"),
+    "prescale_gradients": (lambda value: value in (True, False), "true, false"),
+    "communication_data_type": (
+        lambda value: value is None or str(value).lower() in _DTYPES,
+        '"fp32", "fp16", "bf16"',
+    ),
+}
+_SECTIONS = {  # that DeepSpeed reads as objects unchecked: what else each may be
+    "optimizer": (),
+    "scheduler": (),
+    "zero_optimization": (True, False),
+    "fp16": (),
+    "bf16": (None,),
+    "bfloat16": (None,),
+    "torch_autocast": (),
+    "data_types": (),
+}
 
 
 def refuse_if(is_given, key, value, allowed, fix) -> None:
@@ -31,28 +72,32 @@ def check_json(raw) -> None:
     """Raises ValueError for what DeepSpeed refuses by an error of its own, ignores, or acts on, before it has an
     optimizer."""
     section = raw.get("optimizer")
-    optimizer = section if isinstance(section, dict) and section.get("type") == ACCO.__name__ else {}
-    for key, value in optimizer.items():
-        if key not in _OPTIMIZER_SECTION:
-            fix = f"Write it one level deeper: {{{json.dumps(key)}: {json.dumps(value, default=str)}}} under params"
-            is_ours = key in ADAMW_KEYS + ACCO_KEYS
-            refuse_if(True, f"optimizer.{key}", value, ", ".join(_OPTIMIZER_SECTION), fix if is_ours else "Remove it")
-    params = optimizer.get("params") or {}
-    refuse_if(not isinstance(params, dict), "optimizer.params", params, "an object of keys and values", "Write {...}")
-    refuse_unknown(key for key in params if key not in ADAMW_KEYS + ACCO_KEYS)
-    for key, is_allowed, allowed in (
-        ("gradient_clipping", lambda value: 0 <= value <= _LARGEST_FLOAT, "a number >= 0; 0 does not clip"),
-        ("gradient_predivide_factor", lambda value: 0 < value <= _LARGEST_FLOAT, "a number > 0"),
-    ):
-        value = raw.get(key, 1.0)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        is_auto = value == "auto"  # filled by HF Trainer and Accelerate before DeepSpeed sees it
-        refuse_if(not is_auto and not (is_number and is_allowed(value)), key, value, allowed, "Choose a value in range")
+    name = section.get("type") if isinstance(section, dict) else None
+    if name == ACCO.__name__:
+        _check_optimizer(raw, section)
+    for key, others in _SECTIONS.items():
+        value = raw.get(key, {})
+        is_section = isinstance(value, dict) or any(value is other for other in others)
+        refuse_if(not is_section, key, value, "an object of keys and values", "Write {...}")
+    for key, (is_allowed, allowed) in _VALUES.items():
+        is_auto = raw.get(key) == "auto"
+        fix = "HF Trainer and Accelerate fill it; elsewhere choose" if is_auto else "Choose"
+        refuse_if(key in raw and not is_allowed(raw[key]), key, raw.get(key), allowed, f"{fix} a value in range")
+    scheduler = raw.get("scheduler", {})
+    if scheduler.get("type") is not None:
+        kind, params = scheduler["type"], scheduler.get("params")
+        refuse_if(not isinstance(kind, str), "scheduler.type", kind, "the name of a scheduler", "Write it in quotes")
+        fix = "Write {...}, be it empty"
+        refuse_if(not isinstance(params, dict), "scheduler.params", params, "an object of keys and values", fix)
+    power = raw.get("fp16", {}).get("initial_scale_power")
+    is_power = power is None or power == "auto" or isinstance(power, int) and power <= _LARGEST_SCALE_POWER
+    allowed = f"a whole number <= {_LARGEST_SCALE_POWER}"
+    refuse_if(not is_power, "fp16.initial_scale_power", power, allowed, "Choose a value in range")
     data_types = raw.get("data_types")
     dtype = data_types.get("grad_accum_dtype") if isinstance(data_types, dict) else None
     name = str(dtype).removeprefix("torch.")
-    is_known = dtype is None or _DTYPE_NAMES.get(name, name) in _ACCUMULATION
-    refuse_if(not is_known, "data_types.grad_accum_dtype", dtype, ", ".join(_ACCUMULATION), "Set one of these")
+    is_known = dtype is None or _DTYPE_NAMES.get(name, name) in _DTYPES
+    refuse_if(not is_known, "data_types.grad_accum_dtype", dtype, ", ".join(_DTYPES), "Set one of these")
     amp = raw.get("amp")
     refuse_if(
         isinstance(amp, dict) and amp.get("enabled"), "amp.enabled", True, "false", "Remove amp; use bf16 or fp16"
@@ -62,6 +107,35 @@ def check_json(raw) -> None:
     parallel = raw.get("tensor_parallel")
     size = parallel.get("autotp_size", 0) if isinstance(parallel, dict) else 0
     refuse_if(isinstance(size, int) and size > 1, "tensor_parallel.autotp_size", size, "0 or 1", "Remove it")
+
+
+def names_acco(raw) -> bool:
+    """Tells whether a parsed JSON names the optimizer ACCO, be it in another case.
+
+    Raises:
+        ValueError: for another case, which DeepSpeed looks up in torch.optim in vain.
+    """
+    section = raw.get("optimizer") if isinstance(raw, dict) else None
+    name = section.get("type") if isinstance(section, dict) else None
+    if not isinstance(name, str) or name.strip().upper() != ACCO.__name__:
+        return False
+    refuse_if(name != ACCO.__name__, "optimizer.type", name, f'"{ACCO.__name__}"', "Write it so")
+    return True
+
+
+def _check_optimizer(raw, section) -> None:
+    ours = ADAMW_KEYS + ACCO_KEYS
+    for key, value in section.items():
+        deeper = f"Write it one level deeper: {{{json.dumps(key)}: {json.dumps(value, default=str)}}} under params"
+        fix = deeper if key in ours else "Remove it"
+        refuse_if(key not in _OPTIMIZER_SECTION, f"optimizer.{key}", value, ", ".join(_OPTIMIZER_SECTION), fix)
+    for key in (*ours, "params"):
+        deeper = "optimizer" if key == "params" else "optimizer.params"
+        refuse_if(key in raw, key, raw.get(key), f"this key in {deeper} alone", "Write it there")
+    params = section.get("params", {})
+    is_section = params is None or isinstance(params, dict)
+    refuse_if(not is_section, "optimizer.params", params, "an object of keys and values", "Write {...}")
+    refuse_unknown(key for key in params or {} if key not in ours)
 
 
 def check_engine(engine: Engine, optimizer: ACCO) -> None:

@@ -8,10 +8,10 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import json
 import os
 
 import deepspeed
+import hjson
 import torch
 from deepspeed.runtime import config as ds_config
 from deepspeed.runtime import engine as ds_engine
@@ -26,7 +26,7 @@ from ..optim.build_locks import describe_locks
 from ..optimizer import ACCO
 from . import leaving, owners, recorder
 from .checkpoint_check import LoadOptions
-from .checks import check_engine, check_json, check_window
+from .checks import check_engine, check_json, check_window, names_acco
 from .deepspeed_engine import Engine
 from .log import describe_bytes, logger
 from .zero_optimizer import AccoZeroOptimizer
@@ -243,6 +243,10 @@ def _log_start(engine: Engine, wrapper: AccoZeroOptimizer) -> None:
     if given:
         reasons = "; ".join(f"{key} ({_NO_EFFECT[key]})" for key in given)
         logger().info(f"ACCO: accepted without effect in zero_optimization: {reasons}")
+    idle = settings.without_effect()
+    if idle:
+        reasons = "; ".join(f"{key} ({reason})" for key, reason in idle.items())
+        logger().info(f"ACCO: accepted without effect in optimizer.params: {reasons}")
     raw = engine._config._param_dict
     bf16 = raw.get("bf16", raw.get("bfloat16"))
     if isinstance(bf16, dict) and bf16.get("enabled") and not bf16.get("check_grad_overflow", True):
@@ -259,10 +263,10 @@ def _wrap_config(original):
     def init(self, config, *args, **kwargs):
         raw = config
         if isinstance(config, str) and os.path.isfile(config):
-            with open(config) as file, contextlib.suppress(ValueError):  # DeepSpeed tells about bad JSON
-                raw = json.load(file)
-        optimizer = raw.get("optimizer") if isinstance(raw, dict) else None
-        if isinstance(optimizer, dict) and optimizer.get("type") == ACCO.__name__:
+            # As DeepSpeed reads it, which tells about what cannot be read.
+            with open(config) as file, contextlib.suppress(ValueError, RecursionError):
+                raw = hjson.load(file)
+        if names_acco(raw):
             check_json(raw)
         original(self, config, *args, **kwargs)
 

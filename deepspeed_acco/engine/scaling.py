@@ -27,7 +27,8 @@ def round_inputs(optimizer, renormalize: float, window: int, contribution: Contr
         pre_scale = 1.0 / optimizer.gradient_predivide_factor
     grad_scale = renormalize / (optimizer.divisor * pre_scale * optimizer.loss_scale)
     hyper = tuple(AdamWHyper.from_group(group) for group in optimizer.param_groups)
-    return RoundInputs(hyper, pre_scale, grad_scale, optimizer.clip_grad, window, contribution)
+    clip_grad = float(optimizer.clip_grad)  # a whole number of a JSON may have more digits than torch's integers
+    return RoundInputs(hyper, pre_scale, grad_scale, clip_grad, window, contribution)
 
 
 def has_overflow(optimizer, accumulated: list[Tensor]) -> bool:

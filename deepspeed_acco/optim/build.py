@@ -124,26 +124,59 @@ def _load_built_ahead() -> str:
 
 
 def _build_and_load() -> str:
-    # The library registers its operators with the dispatcher and has no Python module in it.
-    from torch.utils.cpp_extension import load, verify_ninja_availability
+    import torch
+    from filelock import FileLock
+
+    from .build_folder import say, trusted_folder, why_not_loadable
+
+    with_cuda = cuda_is_buildable()[0]
+    folder = trusted_folder(build_name(with_cuda))
+    library = folder / f"{NAME}.so"
+    reason = why_not_loadable(library)
+    if reason:
+        _require_compiler()
+        duration = "some minutes" if with_cuda else "about half a minute"
+        say(f"the native kernels are built once, in {duration}, into {folder} ({reason})")
+        with FileLock(folder / "owner"):  # unlike torch's, it ends with its owner
+            if why_not_loadable(library):
+                _build(folder / "building", library, with_cuda)
+                return str(library)
+    torch.ops.load_library(str(library))
+    return str(library)
+
+
+def _require_compiler() -> None:
+    from torch.utils.cpp_extension import verify_ninja_availability
 
     if shutil.which(compiler()) is None:
         raise RuntimeError(f"no C++ compiler: {compiler()!r} (CXX) was not found")
     verify_ninja_availability()
-    with_cuda = cuda_is_buildable()[0]
-    folder = build_directory(with_cuda)
-    with _exclusive(folder):
-        return load(
-            name=NAME,
-            sources=[str(path) for path in sources(with_cuda)],
-            extra_include_paths=[str(csrc())],
-            extra_cflags=cxx_args(cpu_architecture()),
-            extra_cuda_cflags=nvcc_args() if with_cuda else [],
-            extra_ldflags=ld_args(),
-            build_directory=str(folder),
-            with_cuda=with_cuda,
-            is_python_module=False,
-        )
+
+
+def _build(folder: Path, library: Path, with_cuda: bool) -> None:
+    """Builds in a folder that is new and goes again, loads, and puts the library in its place. A library is never
+    written where others load it; what a killed build left behind, torch's lock among it, goes first."""
+    from torch.utils.cpp_extension import load
+
+    from .build_folder import put
+
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(mode=0o700)
+    # The library registers its operators with the dispatcher and has no Python module in it.
+    built = load(
+        name=NAME,
+        sources=[str(path) for path in sources(with_cuda)],
+        extra_include_paths=[str(csrc())],
+        extra_cflags=cxx_args(cpu_architecture()),
+        extra_cuda_cflags=nvcc_args() if with_cuda else [],
+        extra_ldflags=ld_args(),
+        build_directory=str(folder),
+        with_cuda=with_cuda,
+        is_python_module=False,
+    )
+    put(Path(built), library)
+    shutil.rmtree(folder)
 
 
 def compiler() -> str:
@@ -151,22 +184,20 @@ def compiler() -> str:
     return os.environ.get("CXX", "c++").split()[0]
 
 
-def build_directory(with_cuda: bool) -> Path:
-    """Returns the folder that this build is cached in. A cache may lie in a home that machines with other CPUs or
-    environments share, so the name has a hash of everything that the library depends on."""
+def build_name(with_cuda: bool) -> str:
+    """Returns the name of the folder that this build is cached in. A cache may lie in a home that machines with other
+    CPUs, environments or checkouts share, so the name has a hash of everything that the library depends on."""
     import torch
 
     parts = [torch.__version__, str(torch.version.cuda), os.environ.get("TORCH_CUDA_ARCH_LIST", ""), compiler()]
     parts += [*cxx_args(cpu_architecture()), *(nvcc_args() if with_cuda else []), _cpu_features()]
     if with_cuda and torch.cuda.is_available():
         parts += sorted({str(torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())})
-    parts.append(str(csrc()))  # the build's rules name it: two checkouts would undo each other's builds
     for path in sorted(csrc().rglob("*")):
         if path.is_file():
-            parts.append(hashlib.sha256(path.read_bytes()).hexdigest())
+            parts += [str(path.relative_to(csrc())), hashlib.sha256(path.read_bytes()).hexdigest()]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(os.path.expanduser("~"), ".cache", "torch_extensions")
-    return Path(root) / f"{NAME}_{digest}"
+    return f"{NAME}_{digest}"
 
 
 def _cpu_features() -> str:
@@ -176,15 +207,3 @@ def _cpu_features() -> str:
             if line.startswith(("flags", "Features")):
                 return line
     return f"{platform.machine()} {platform.processor()}"
-
-
-@contextlib.contextmanager
-def _exclusive(folder: Path):
-    """Lets one process at a time in. torch's own lock is a file that a killed build leaves behind, and everybody waits
-    for it for ever after; this one ends with its owner, who may therefore remove torch's."""
-    from filelock import FileLock
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "owner"):
-        (folder / "lock").unlink(missing_ok=True)
-        yield

@@ -9,20 +9,16 @@ import os
 import time
 from pathlib import Path
 
-
-def build_root() -> Path:
-    """Returns the folder in which torch builds operators, one folder for each."""
-    given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if given:
-        return Path(given)
-    # As torch.utils.cpp_extension, whose import takes long: where locks are its builds have been.
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+from .build import NAME
+from .build_folder import build_root
 
 
 def describe_locks() -> list[str]:
-    """Returns a sentence for each lock: where it is, how old, who holds it, and what to do where nobody does."""
+    """Returns a sentence for each lock: where it is, how old, who holds it, and what to do where nobody does. Builds of
+    this package's kernels remove what is left of a killed one, and have none."""
     root = build_root()
-    return [_describe(path) for depth in ("*/lock", "*/*/lock") for path in sorted(root.glob(depth)) if path.is_file()]
+    locks = [path for depth in ("*/lock", "*/*/lock") for path in sorted(root.glob(depth)) if path.is_file()]
+    return [_describe(path) for path in locks if not path.relative_to(root).parts[0].startswith(f"{NAME}_")]
 
 
 def _describe(lock: Path) -> str:

@@ -69,35 +69,93 @@ def broken_compiler(tmp_path):
 
 
 BUILD = """
-import sys
+import os, sys
 from pathlib import Path
 from deepspeed_acco.optim import build
 build.sources = lambda with_cuda: [Path(sys.path[0]) / "small.cpp"]  # what is built does not matter, and this is fast
+if "CHECKOUT" in os.environ:
+    build.csrc = lambda: Path(os.environ["CHECKOUT"])
 print("loaded", build.load())
 """
 
 
-def test_two_processes_build_at_once(tmp_path, monkeypatch):
-    """Into an empty cache, where a build that was killed has left torch's lock behind: one compiles, both load."""
-    compiler, cache = tmp_path / "slow-c++", tmp_path / "cache"
+@pytest.fixture
+def small_build(tmp_path, monkeypatch):
+    """``small_build(ranks)`` runs BUILD with a compiler that writes a line into ``log`` whenever it compiles."""
+    compiler = tmp_path / "slow-c++"
     compiler.write_text(
-        f'#!/bin/sh\ncase " $* " in *" -c "*) echo compiles >> {tmp_path}/log; sleep 3;; esac\n'
+        f'#!/bin/sh\ncase " $* " in *" -c "*) echo compiles >> {tmp_path}/log; sleep 2;; esac\n'
         f'exec {shutil.which("c++")} "$@"\n'
     )
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(cache))
-    folder = op_builder.build_directory(op_builder.cuda_is_buildable()[0])
-    assert folder.parent == cache
-    folder.mkdir(parents=True)
-    (folder / "lock").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     (tmp_path / "small.cpp").write_text("int acco_small() { return 1; }\n")
     (tmp_path / "build.py").write_text(BUILD)
-    done = run_script(tmp_path / "build.py", ranks=2)
-    assert done.returncode == 0, done.stderr
-    library = cache / folder.name / "deepspeed_acco.so"
-    assert done.stdout.count(f"loaded {library}") == 2, done.stdout
-    assert library.is_file() and (tmp_path / "log").read_text() == "compiles\n"
+
+    def run(ranks=1):
+        done = run_script(tmp_path / "build.py", ranks=ranks)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done, [line.removeprefix("loaded ") for line in done.stdout.splitlines() if line.startswith("loaded ")]
+
+    return run
+
+
+def _compiled(tmp_path) -> int:
+    return (tmp_path / "log").read_text().count("compiles\n")
+
+
+def _name() -> str:
+    return op_builder.build_name(op_builder.cuda_is_buildable()[0])
+
+
+def test_two_processes_build_at_once(small_build, tmp_path):
+    """Into an empty cache, where a build that was killed has left its files and torch's lock behind: one compiles, both
+    load, and one says so."""
+    building = tmp_path / "cache" / _name() / "building"
+    building.mkdir(parents=True)
+    (building / "lock").touch()
+    done, loaded = small_build(ranks=2)
+    library = building.parent / "deepspeed_acco.so"
+    assert loaded == [str(library)] * 2 and library.is_file() and not building.exists()
+    assert _compiled(tmp_path) == 1
+    assert done.stderr.count("ACCO: the native kernels are built once, in ") == 1, done.stderr
+    again, _ = small_build(ranks=2)
+    assert _compiled(tmp_path) == 1 and "ACCO" not in again.stderr
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "no hash"])
+def test_a_damaged_library_is_built_anew(small_build, tmp_path, damage):
+    """Whoever maps a cut one is ended by SIGBUS."""
+    _, (path,) = small_build()
+    library = Path(path)
+    whole = library.read_bytes()
+    if damage == "cut":
+        os.truncate(library, len(whole) // 2)
+    elif damage == "other":
+        library.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    else:
+        library.with_name("deepspeed_acco.so.sha256").unlink()
+    done, loaded = small_build()
+    assert loaded == [path] and _compiled(tmp_path) == 2
+    assert done.stderr.count("ACCO: the native kernels are built once") == 1
+    assert library.stat().st_size == len(whole)
+    subprocess.run(["sha256sum", "--check", "deepspeed_acco.so.sha256"], cwd=library.parent, check=True)
+
+
+def test_two_checkouts_do_not_undo_each_other(small_build, tmp_path, monkeypatch):
+    """Those with the same sources share one build; another source has another folder."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    loaded = []
+    for checkout, has_edit in ((first, False), (second, False), (first, True), (second, False), (first, True)):
+        if not checkout.exists():
+            shutil.copytree(op_builder.csrc(), checkout)
+        if has_edit:
+            (checkout / "common" / "bits.h").write_text("// edited\n")
+        monkeypatch.setenv("CHECKOUT", str(checkout))
+        loaded += small_build()[1]
+    assert loaded[0] == loaded[1] == loaded[3] != loaded[2] == loaded[4]
+    assert _compiled(tmp_path) == 2
 
 
 def test_no_build_without_the_lock(run, tmp_path):

@@ -41,6 +41,13 @@ def test_a_killed_build_is_named_with_its_age(folder):
     assert f"{lock}: a build lock, 60 min old, that no process of this machine holds. Remove it" in text
 
 
+def test_what_a_killed_build_of_our_kernels_left_holds_nobody_up(folder, tmp_path):
+    ours = tmp_path / "deepspeed_acco_0123456789abcdef" / "building"
+    ours.mkdir(parents=True)
+    (ours / "lock").touch()
+    assert describe_locks() == []
+
+
 def test_the_import_names_it(folder):
     (folder / "lock").touch()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
