@@ -21,7 +21,7 @@ import deepspeed_acco
 from deepspeed_acco.algorithm.schedules import SCHEDULES
 from deepspeed_acco.engine.recorder_format import RankHeader, RankStep
 from deepspeed_acco.tools import cli
-from deepspeed_acco.tools.compare import measure, runs
+from deepspeed_acco.tools.compare import configs, folder, measure, runs
 from deepspeed_acco.tools.compare import options as comparison
 from deepspeed_acco.tools.compare.results import Interval, LossInterval, Point, Reference, read_results, write_results
 from deepspeed_acco.tools.compare.verdict import verdict
@@ -287,7 +287,7 @@ def test_a_new_row_of_schedules_has_its_bound_and_its_words(monkeypatch):
     assert "mine is faster than zero1" in text and "acco and twin with two rounds a step only a part" in text
     assert "Why slow is not faster: wait overlaps nothing" in text
     config = {"optimizer": {"type": "ACCO", "params": {"schedule": "wait"}}}
-    assert comparison.measures_reference(config) and not comparison.measures_reference({"optimizer": {"type": "ACCO"}})
+    assert configs.measures_reference(config) and not configs.measures_reference({"optimizer": {"type": "ACCO"}})
 
 
 def test_files_of_an_earlier_version_are_read():
@@ -438,17 +438,17 @@ def test_the_order_turns_round():
     ],
 )
 def test_the_batch_by_deepspeeds_rules(config, expected):
-    assert comparison.batch_of(config, 2) == expected
+    assert configs.batch_of(config, 2) == expected
 
 
 @pytest.mark.parametrize("name", ["acco", "zero3", "acco_bf16", "acco_adaptive"])
 def test_the_reference_is_the_first_configs_training_by_sync(name):
     config = json.loads((CONFIGS / f"{name}.json").read_text())
-    derived = comparison.reference_of(name, config)
+    derived = configs.reference_of(name, config)
     expected = json.loads((CONFIGS / "sync.json").read_text())
     if "bf16" in config:
         expected["bf16"] = config["bf16"]
-    assert derived == expected and comparison.measures_reference(derived) and not comparison.measures_reference(config)
+    assert derived == expected and configs.measures_reference(derived) and not configs.measures_reference(config)
 
 
 # ---- the command, with runs that are only written
@@ -598,7 +598,7 @@ def test_ranks_of_shaped_hosts(monkeypatch, tmp_path, options, ranks, network):
         raise ValueError("that is enough")
 
     monkeypatch.setattr(hosts, "why_not", lambda: None)
-    monkeypatch.setattr(runs, "prepare", prepare)
+    monkeypatch.setattr(folder, "prepare", prepare)
     assert cli.main(["compare", *map(str, BOTH), "--hosts", "2", "--rate", "200mbit", *options]) == 2
     (asked,) = seen
     assert (asked.world_size, asked.network) == (ranks, network)

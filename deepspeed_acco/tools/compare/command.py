@@ -68,13 +68,14 @@ def run(options: argparse.Namespace) -> int:
     """Returns 0, 1 when a configuration failed, 2 for bad arguments, 130 when interrupted."""
     require_extra("tools", "numpy", "psutil", "tqdm")
     from ..report import figures  # numpy, and perhaps matplotlib: not for a --help
+    from . import folder
     from . import runs as comparing
 
     try:
         comparison = comparison_of(options)
         extra_reference(comparison)
         figures.require_matplotlib()  # now, not after all the runs
-        comparing.prepare(options.out, comparison)
+        folder.prepare(options.out, comparison)
     except ValueError as cause:
         print(f"ds_acco compare: {cause}", file=sys.stderr)
         return 2

@@ -1,25 +1,19 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Checks what a comparison is asked for: its options, and the DeepSpeed JSONs that are to train the same."""
+"""Checks what a comparison is asked for: the options, and what they say together."""
 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...algorithm.schedules import BLOCKING, DEFAULT, SCHEDULES
-from ...settings import ADAMW_KEYS
 from .. import units
 from ..launch import shaped_hosts as hosts
 from ..words import counted
+from .configs import REFERENCE, measures_reference, read_configs, reference_of, require_alike
 
-REFERENCE = "reference"  # the runs of schedule sync that C and R come from
-REFERENCE_KEYS = ("lane", "comm_timeout_s")  # ACCO's keys that it takes over
 EMULATED = ("--module", "deepspeed_acco.tools.launch.emulated_accelerator")
 EXAMPLE = Path("examples") / "train_gpt.py"
 EXAMPLE_SEQ_LEN = 128  # its default of --seq_len
@@ -94,10 +88,10 @@ def comparison_of(
     options: argparse.Namespace, example_steps: int = EXAMPLE_STEPS, emulated_steps: int = EMULATED_STEPS
 ) -> Comparison:
     """Raises ValueError for options that cannot be, or that do not go together."""
-    configs, files = _read_configs(options.configs)
+    configs, files = read_configs(options.configs)
     _require_together(options)
     world_size, network = _ranks(options)
-    _require_alike(configs, world_size)
+    require_alike(configs, world_size)
     script, arguments, tokens_per_sample = _script(options, example_steps, emulated_steps)
     return Comparison(
         configs=configs,
@@ -114,25 +108,6 @@ def comparison_of(
         emulated_ms=options.emulate_compute,
         tokens_per_sample=tokens_per_sample,
     )
-
-
-def _read_configs(paths: Sequence[Path]):
-    configs: dict[str, dict[str, Any]] = {}
-    files: dict[str, str] = {}
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"CONFIG {path} is not a file; give the path of a DeepSpeed JSON")
-        if path.stem in configs or path.stem == REFERENCE:
-            other = files.get(path.stem, "the reference")
-            raise ValueError(f"CONFIG {path} and {other} have the same name, {path.stem!r}. Rename one of them")
-        try:
-            config = json.loads(path.read_text())
-        except ValueError as cause:
-            raise ValueError(f"CONFIG {path} is not JSON: {cause}") from cause
-        if not isinstance(config, dict):
-            raise ValueError(f"CONFIG {path} is not a DeepSpeed JSON: it holds no object")
-        configs[path.stem], files[path.stem] = config, str(path)
-    return configs, files
 
 
 def _require_together(options: argparse.Namespace) -> None:
@@ -223,81 +198,6 @@ def _example() -> Path | None:
         if (root / EXAMPLE).is_file():
             return root / EXAMPLE
     return None
-
-
-# ---- the JSONs
-
-
-def batch_of(config: Mapping[str, Any], world_size: int) -> tuple[Any, Any]:
-    """Returns (micro-batch, n) of a DeepSpeed JSON, by DeepSpeed's rules; "auto" stays."""
-    whole = config.get("train_batch_size")
-    micro = config.get("train_micro_batch_size_per_gpu")
-    n = config.get("gradient_accumulation_steps")
-    if "auto" in (whole, micro, n):
-        return micro, n
-    if micro is None and whole is not None:
-        micro = whole // (world_size * (n or 1))
-    if n is None:
-        n = whole // (world_size * micro) if whole is not None and micro else 1
-    return micro, n
-
-
-def _precision_of(config: Mapping[str, Any]) -> str:
-    for name, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
-        for key in keys:
-            enabled = config.get(key, {}).get("enabled", False)
-            if enabled:
-                return name if enabled is True else f"{name} {enabled}"
-    return "fp32"
-
-
-def _require_alike(configs: Mapping[str, Mapping[str, Any]], world_size: int) -> None:
-    """Raises ValueError unless all train the same batch in the same precision with the same clipping."""
-    described = {}
-    for name, config in configs.items():
-        micro, n = batch_of(config, world_size)
-        described[name] = {
-            "train_micro_batch_size_per_gpu": micro,
-            "gradient_accumulation_steps": n,
-            "precision (bf16, fp16)": _precision_of(config),
-            "gradient_clipping": config.get("gradient_clipping", 0.0),
-        }
-    first, *others = described
-    for other in others:
-        for key, value in described[first].items():
-            if described[other][key] != value:
-                raise ValueError(
-                    f"{key} is {value!r} in {first} and {described[other][key]!r} in {other}: they would not train "
-                    "the same. Set it alike in all CONFIGs"
-                )
-
-
-def measures_reference(config: Mapping[str, Any]) -> bool:
-    """Tells whether a JSON's runs measure C and R: its schedule overlaps nothing."""
-    optimizer = config.get("optimizer", {})
-    row = SCHEDULES.get(str(optimizer.get("params", {}).get("schedule", DEFAULT.name)))
-    return optimizer.get("type") == "ACCO" and row is not None and row.blocks
-
-
-def reference_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the JSON of the same training by ACCO's schedule ``sync``, where nothing communicates outside the step.
-
-    Raises:
-        ValueError: without an optimizer in the JSON.
-    """
-    if "optimizer" not in config:
-        raise ValueError(
-            f"CONFIG {name} has no optimizer, and the reference (ACCO's schedule sync) is derived from the first "
-            "CONFIG. Give another one first"
-        )
-    derived = copy.deepcopy(dict(config))
-    params = derived["optimizer"].get("params", {})
-    # ACCO's other keys are of no meaning without overlap, or refused there.
-    params = {key: params[key] for key in (*ADAMW_KEYS, *REFERENCE_KEYS) if key in params}
-    if derived["optimizer"].get("type") != "ACCO":
-        derived["zero_optimization"] = {"stage": 1}
-    derived["optimizer"] = {"type": "ACCO", "params": {**params, "schedule": BLOCKING.name}}
-    return derived
 
 
 def extra_reference(comparison: Comparison) -> dict[str, dict[str, Any]]:

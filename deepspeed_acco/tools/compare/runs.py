@@ -1,22 +1,15 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Goes through the runs of a comparison in their order, and keeps the folder that they go to.
-
-In the folder: ``command.json`` (what was asked for), ``configs/`` (the JSONs as they were then), ``runs/NAME/PASS/``
-(each run's log and what its ranks recorded; ``done.json`` last of all), ``results.json`` and ``report.html``.
-"""
+"""Goes through the runs of a comparison in their order."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -24,55 +17,12 @@ from .. import rank_files
 from ..launch import launcher as launches
 from ..launch import shaped_hosts as hosts
 from ..words import time_unit
+from .folder import CONFIGS, DONE, RUNS
 from .measure import MeasuredRun, median_of_passes, read_curve, summarize_run
 from .options import Comparison, extra_reference
 from .results import write_whole
 
-COMMAND = "command.json"
-DONE = "done.json"
-CONFIGS, RUNS = "configs", "runs"  # folders
 LOG_LINES = 3  # of a failed run, in its sentence
-
-
-# ---- the folder
-
-
-def prepare(out: Path, comparison: Comparison) -> None:
-    """Makes the folder, or finds in it what the same command left.
-
-    Raises:
-        ValueError: when it holds something else, with the difference.
-    """
-    asked = asdict(comparison)
-    path = out / COMMAND
-    if path.is_file():
-        difference = _difference(json.loads(path.read_text()), json.loads(json.dumps(asked)))
-        if difference:
-            raise ValueError(f"--out {out} holds another comparison: {difference}. Give another --out, or remove it")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} is not empty and holds no comparison. Give another --out")
-    (out / CONFIGS).mkdir(parents=True, exist_ok=True)
-    configs = {**comparison.configs, **extra_reference(comparison)}
-    for name, config in configs.items():
-        (out / CONFIGS / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n")
-    write_whole(path, asked)
-
-
-def _difference(before: Any, now: Any, key: str = "") -> str:
-    """Returns the first difference in words; empty without one."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for part in sorted({*before, *now}, key=lambda part: part == "configs"):
-            found = _difference(before.get(part), now.get(part), f"{key}.{part}" if key else part)
-            if found:
-                return found
-        if list(before) != list(now):
-            return f"the order of {key or 'its parts'} was {list(before)} and is {list(now)}"
-        return ""
-    return "" if before == now else f"{key} was {before!r} and is {now!r}"
-
-
-# ---- the runs
 
 
 def run_all(comparison: Comparison, out: Path, hostfile: Path | None) -> ComparisonRuns:

@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..compare.command import interruptible
-from ..compare.options import REFERENCE, Comparison, add_run_arguments, comparison_of, host_count, reference_of
+from ..compare.configs import REFERENCE, reference_of
+from ..compare.options import Comparison, add_run_arguments, comparison_of, host_count
 from ..compare.results import RESULTS, write_results
 from ..subcommand import require_extra
 
@@ -62,14 +63,15 @@ def measure(options: argparse.Namespace) -> tuple[Path, int | None]:
         MeasurementFailed: the script failed, with the end of its log.
     """
     require_extra("tools", "numpy", "psutil", "tqdm")
-    from ..compare import runs as comparing  # numpy: not for a plan without a measurement
+    from ..compare import folder  # psutil, numpy: not for a plan without a measurement
+    from ..compare import runs as comparing
     from ..compare.measure import results_of
 
     out = options.out or DEFAULT_OUT
     try:
         comparison = _comparison(options)
         _clear(out)
-        comparing.prepare(out, comparison)
+        folder.prepare(out, comparison)
     except ValueError as cause:
         raise ValueError(f"plan: {cause}") from cause
     try:
@@ -101,12 +103,12 @@ def _comparison(options: argparse.Namespace) -> Comparison:
 
 
 def _clear(out: Path) -> None:
-    """Removes an earlier measurement; a comparison's folder, and anybody else's, is left to ``runs.prepare``."""
-    from ..compare import runs as comparing
+    """Removes an earlier measurement; a comparison's folder, and anybody else's, is left to ``folder.prepare``."""
+    from ..compare import folder
 
-    command = out / comparing.COMMAND
+    command = out / folder.COMMAND
     if command.is_file() and list(json.loads(command.read_text()).get("configs", {})) == [REFERENCE]:
-        for folder in (comparing.CONFIGS, comparing.RUNS):
-            shutil.rmtree(out / folder, ignore_errors=True)
-        for file in (RESULTS, "report.html", comparing.COMMAND):
+        for part in (folder.CONFIGS, folder.RUNS):
+            shutil.rmtree(out / part, ignore_errors=True)
+        for file in (RESULTS, "report.html", folder.COMMAND):
             (out / file).unlink(missing_ok=True)
