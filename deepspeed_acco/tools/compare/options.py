@@ -5,14 +5,15 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import units
 from ..launch import shaped_hosts as hosts
-from ..words import counted
-from .configs import REFERENCE, measures_reference, read_configs, reference_of, require_alike
+from ..words import counted, shown
+from .configs import REFERENCE, check, measures_reference, read_configs, reference_of, require_alike
 
 EMULATED = ("--module", "deepspeed_acco.tools.launch.emulated_accelerator")
 EXAMPLE = Path("examples") / "train_gpt.py"
@@ -20,6 +21,11 @@ EXAMPLE_SEQ_LEN = 128  # its default of --seq_len
 EXAMPLE_STEPS = 60
 EMULATED_STEPS = 12
 EMULATED_NUMEL = 10_000_000
+_MOST_SLOTS = 1024  # no host has more accelerators
+_MOST_STEPS = 10**9
+# A name that begins with "-" would be an option of ssh.
+_HOST = re.compile(r"(\w[\w.-]*@)?[\w:][\w.:%-]*")
+_HOST_LINE = re.compile(r"(\S+)\s+slots=(\d{1,9})")
 
 
 # ---- options
@@ -41,13 +47,13 @@ def add_run_arguments(
     )
     what.add_argument(
         "--steps",
-        type=units.count,
+        type=units.count_up_to(_MOST_STEPS),
         help=f"optimizer steps of the example (default: {example_steps}) or the emulated model ({emulated_steps})",
     )
     where.add_argument(
         *("--ranks-per-host", "--num_accelerators"),
         dest="num_accelerators",
-        type=units.count,
+        type=units.count_up_to(_MOST_SLOTS),
         metavar="N",
         help="ranks of each host (default: 1 on a shaped one, else one for each accelerator)",
     )
@@ -87,13 +93,20 @@ class Comparison:
 def comparison_of(
     options: argparse.Namespace, example_steps: int = EXAMPLE_STEPS, emulated_steps: int = EMULATED_STEPS
 ) -> Comparison:
-    """Raises ValueError for options that cannot be, or that do not go together."""
+    """Returns what the options ask for.
+
+    Raises:
+        ValueError: for options or JSONs that cannot be, or that do not go together.
+    """
     configs, files = read_configs(options.configs)
     _require_together(options)
     world_size, network = _ranks(options)
-    require_alike(configs, world_size)
     script, arguments, tokens_per_sample = _script(options, example_steps, emulated_steps)
-    return Comparison(
+    is_filled = _is_own(options.script)
+    for name, config in configs.items():
+        check(files[name], config, world_size, is_filled)
+    require_alike(configs, world_size)
+    asked = Comparison(
         configs=configs,
         files=files,
         script=script,
@@ -104,10 +117,13 @@ def comparison_of(
         network=network,
         hosts=options.hosts,
         rate=options.rate,
-        hostfile=options.hostfile.read_text() if options.hostfile else None,
+        hostfile=options.hostfile.read_text(encoding="utf-8") if options.hostfile else None,
         emulated_ms=options.emulate_compute,
         tokens_per_sample=tokens_per_sample,
     )
+    for derived in extra_reference(asked).values():
+        check(f"{next(iter(files.values()))}, as the reference (schedule sync)", derived, world_size, is_filled)
+    return asked
 
 
 def _require_together(options: argparse.Namespace) -> None:
@@ -127,6 +143,8 @@ def _require_together(options: argparse.Namespace) -> None:
             raise ValueError(f"--hosts {options.hosts}: {reason}")
     if options.hostfile is not None and not options.hostfile.is_file():
         raise ValueError(f"--hostfile {options.hostfile} is not a file; give DeepSpeed's hostfile")
+    if options.seed is not None and not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed {options.seed} is not allowed; allowed: 0 to 2^63 - 1")
     if options.emulate_compute is not None and (options.script or options.script_arguments):
         raise ValueError("--emulate-compute trains a model of its own: leave out --script and what follows --")
     if options.numel is not None and options.emulate_compute is None:
@@ -140,11 +158,12 @@ def _ranks(options: argparse.Namespace) -> tuple[int, str]:
         in_host = slots or 1
         return options.hosts * in_host, f"{options.hosts} hosts x {counted(in_host, 'rank')}, {options.rate}"
     if options.hostfile is not None:
-        counts = _slots_of(options.hostfile.read_text())
-        if not counts or not all(count.isdecimal() for count in counts):
-            raise ValueError(f"--hostfile {options.hostfile}: lines like 'worker-1 slots=4' are expected")
-        world_size = slots * len(counts) if slots else sum(map(int, counts))
-        return world_size, f"hostfile {options.hostfile}, {len(counts)} hosts"
+        try:
+            found = _hosts_of(options.hostfile.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as cause:
+            raise ValueError(f"--hostfile {options.hostfile}: {cause}") from cause
+        world_size = slots * len(found) if slots else sum(found.values())
+        return world_size, f"hostfile {options.hostfile}, {len(found)} hosts"
     if slots is None:
         from deepspeed.accelerator import get_accelerator
 
@@ -152,15 +171,33 @@ def _ranks(options: argparse.Namespace) -> tuple[int, str]:
     return slots, "this machine"
 
 
-def _slots_of(hostfile: str) -> list[str]:
-    """Returns the slots of each host of a hostfile's text, as written."""
-    lines = [line.split("#")[0].split() for line in hostfile.splitlines()]
-    return [words[1].removeprefix("slots=") for words in lines if len(words) == 2]
+def _hosts_of(hostfile: str) -> dict[str, int]:
+    """Returns the slots of each host of a hostfile's text.
+
+    Raises:
+        ValueError: for a line that names no host, or one that DeepSpeed would not read; with its number.
+    """
+    slots: dict[str, int] = {}
+    for number, line in enumerate(hostfile.splitlines(), 1):
+        written = line.split("#")[0].strip()
+        if not written:
+            continue
+        match = _HOST_LINE.fullmatch(written)
+        if match is None or not _HOST.fullmatch(match[1]):
+            raise ValueError(f"line {number} is {shown(line)}; allowed: a host and its ranks, as in 'worker-1 slots=4'")
+        if match[1] in slots:
+            raise ValueError(f"line {number} names {match[1]} again; allowed: each host once")
+        if not 1 <= int(match[2]) <= _MOST_SLOTS:
+            raise ValueError(f"line {number} is {shown(line)}; allowed: 1 to {_MOST_SLOTS} slots")
+        slots[match[1]] = int(match[2])
+    if not slots:
+        raise ValueError("it names no host; allowed: lines like 'worker-1 slots=4'")
+    return slots
 
 
 def host_count(comparison: Comparison) -> int | None:
     """Returns how many hosts share the ranks equally; None where that is not known."""
-    count = len(_slots_of(comparison.hostfile)) if comparison.hostfile is not None else comparison.hosts
+    count = len(_hosts_of(comparison.hostfile)) if comparison.hostfile is not None else comparison.hosts
     return count if count and comparison.world_size % count == 0 else None
 
 
@@ -174,8 +211,7 @@ def _script(
         arguments += ["--micro_batch_ms", str(options.emulate_compute)]
         return list(EMULATED), [*arguments, "--numel", str(options.numel or EMULATED_NUMEL)], None
     given = list(options.script_arguments)
-    example = _example()
-    script: Path | None = options.script or example
+    script: Path | None = options.script or _example()
     if script is None:
         raise ValueError(
             "--script is missing, and examples/train_gpt.py is not here: it is the default in a checkout of "
@@ -183,7 +219,7 @@ def _script(
         )
     if not script.is_file():
         raise ValueError(f"--script {script} is not a file; give your training script")
-    if example is None or script.resolve() != example.resolve():
+    if _is_own(script):
         if steps is not None or options.seed is not None:
             raise ValueError("--steps and --seed are the example's: give your script its own arguments behind --")
         return [str(script)], given, None
@@ -191,6 +227,12 @@ def _script(
     lengths = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     lengths.add_argument("--seq_len", type=int, default=EXAMPLE_SEQ_LEN)
     return [str(script)], arguments, lengths.parse_known_args(given)[0].seq_len
+
+
+def _is_own(script: Path | None) -> bool:
+    """Tells whether the script is the user's, and not the example or the emulated model."""
+    example = _example()
+    return script is not None and (example is None or script.resolve() != example.resolve())
 
 
 def _example() -> Path | None:
