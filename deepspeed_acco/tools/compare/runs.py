@@ -7,16 +7,20 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from ...engine.recorder_format import RECORD_RUN
 from .. import rank_files
 from ..launch import launcher as launches
 from ..launch import shaped_hosts as hosts
-from ..words import time_unit
+from ..typed_json import load, read
+from ..words import printable, time_unit
 from .folder import CONFIGS, DONE, RUNS
 from .measure import MeasuredRun, median_of_passes, read_curve, summarize_run
 from .options import Comparison, extra_reference
@@ -44,6 +48,14 @@ def run_all(comparison: Comparison, out: Path, hostfile: Path | None) -> Compari
         runs = ComparisonRuns(comparison, out, place, progress)
         runs.run_all()
     return runs
+
+
+@dataclass(frozen=True)
+class _Done:
+    """Holds what ``done.json`` says of a finished run: how long it took, and the id that its files carry."""
+
+    seconds: float
+    run: str | None = None
 
 
 def _names(comparison: Comparison) -> list[str]:
@@ -114,7 +126,7 @@ class ComparisonRuns:
         """Goes through one run unless it was finished before; returns what there is to say of it."""
         relative = f"{RUNS}/{name}/{number}"
         folder = self._out / relative
-        was_finished = (folder / DONE).is_file()
+        was_finished, new_id = (folder / DONE).is_file(), uuid.uuid4().hex
         if not was_finished:
             if folder.exists():
                 shutil.rmtree(folder)
@@ -126,24 +138,28 @@ class ComparisonRuns:
                 folder,
                 self._place,
                 watch=lambda: self._watch(folder, begin),
+                environment={RECORD_RUN: new_id},
             )
             self._spent_s.append(time.monotonic() - begin)
             if code:
                 return self._fail(name, folder, f"the launcher ended with exit code {code}")
         try:
-            ranks = rank_files.read_ranks(folder, self._comparison.world_size)
+            run_id = read(_Done, load(folder / DONE)).run if was_finished else new_id
+            ranks = rank_files.read_ranks(folder, self._comparison.world_size, run_id)
             run = summarize_run(number, relative, ranks, read_curve(folder))
         except ValueError as cause:
-            return self._fail(name, folder, str(cause))
+            again = f". To measure it again remove {folder}" if was_finished else ""
+            return self._fail(name, folder, f"{cause}{again}")
         self.finished.setdefault(name, []).append(run)
         if not was_finished:
-            write_whole(folder / DONE, {"seconds": round(self._spent_s[-1], 1)})
+            write_whole(folder / DONE, asdict(_Done(round(self._spent_s[-1], 1), new_id)))
         step_s = median_of_passes([run.step_s]).median
         return f"{time_unit([step_s]).words(step_s)} a step{' (finished before)' if was_finished else ''}"
 
     def _fail(self, name: str, folder: Path, why: str) -> str:
         log = folder / launches.LOG
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        said = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+        lines = [line.strip() for line in printable(said).splitlines() if line.strip()]
         errors = [line for line in lines if "Error" in line or "error:" in line] or lines
         last = " / ".join(dict.fromkeys(errors[-LOG_LINES:]))
         self.failed[name] = f"{why}; the end of {log}: {last}"

@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...engine.recorder_format import RECORD_FOLDER
-from .processes import RUN, end_processes
+from ...engine.recorder_format import RECORD_FOLDER, RECORD_RUN
+from .processes import RUN, end_processes, guarded, let_launchers_end
 from .shaped_hosts import INTERFACE, ShapedHosts
 
 LOG = "log.txt"
 POLL_S = 0.1
 TIMED_OUT = 124  # as timeout(1) says it
-REMOTE_END_S = 30.0  # for the launcher to end what it started on other machines
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def started(
     environment: Mapping[str, str] | None = None,
     **pipes: Any,
 ) -> Iterator[list[subprocess.Popen]]:
-    """Starts the script and gives its launchers; no process of it is left when the context ends.
+    """Starts the script and gives its launchers; no process of it is left when the context ends, or this process.
 
     Args:
         pipes: ``stdout``, ``stderr`` and what else ``subprocess.Popen`` takes. The others as in :func:`run`.
@@ -96,20 +95,21 @@ def started(
     folder = folder.resolve()
     port = free_port()
     launchers: list[subprocess.Popen] = []
-    try:
-        for command, variables in _commands(script, arguments, folder, place, port, environment or {}):
-            # In a session of its own: Ctrl-C in the terminal reaches this process alone, which ends the others.
-            launchers.append(
-                subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, start_new_session=True, **pipes)
-            )
-        yield launchers
-    finally:
-        if place.hostfile is not None:
-            _let_end(launchers)
-        end_processes(folder)
-        for launcher in launchers:
-            launcher.wait()
-        remove_shared_memory(port)
+    with guarded(folder, is_elsewhere=place.hostfile is not None):
+        try:
+            for command, variables in _commands(script, arguments, folder, place, port, environment or {}):
+                # In a session of its own: Ctrl-C in the terminal reaches this process alone, which ends the others.
+                launchers.append(
+                    subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, start_new_session=True, **pipes)
+                )
+            yield launchers
+        finally:
+            if place.hostfile is not None:
+                let_launchers_end(folder)
+            end_processes(folder)
+            for launcher in launchers:
+                launcher.wait()
+            remove_shared_memory(port)
 
 
 def _wait(launchers: list[subprocess.Popen], limit_s: float | None, watch: Callable[[], None]) -> int:
@@ -171,7 +171,8 @@ def _environment_file(folder: Path, environment: dict[str, str]) -> Path:
     for place in (Path.home(), Path()):
         if (place / name).is_file():
             lines += (place / name).read_text().splitlines()
-    lines += [f"{key}={environment[key]}" for key in (RECORD_FOLDER, "DS_ACCELERATOR") if key in environment]
+    passed_on = (RECORD_FOLDER, RECORD_RUN, "DS_ACCELERATOR")
+    lines += [f"{key}={environment[key]}" for key in passed_on if key in environment]
     path = folder / "environment"
     path.write_text("".join(f"{line}\n" for line in lines if line.strip()))
     return path
@@ -182,17 +183,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
-
-
-def _let_end(launchers: list[subprocess.Popen]) -> None:
-    """Asks the launchers to end and gives them time to do so elsewhere, too."""
-    for launcher in launchers:
-        if launcher.poll() is None:
-            launcher.terminate()
-    deadline = time.monotonic() + REMOTE_END_S
-    for launcher in launchers:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            launcher.wait(max(0.0, deadline - time.monotonic()))
 
 
 def remove_shared_memory(port: int | str) -> None:
