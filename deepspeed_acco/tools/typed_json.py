@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -27,7 +27,7 @@ _LARGEST, _LARGEST_SIGNED, _SMALLEST = 1e30, 1e300, 1e-30
 _WORDS = {str: "a text", float: "a number", int: "a whole number", bool: "true or false"}
 
 
-def load(path: Path, **hooks: Callable) -> Any:
+def load(path: Path, **hooks: Any) -> Any:
     """Returns what a JSON file holds.
 
     Args:

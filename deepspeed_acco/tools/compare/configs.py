@@ -50,8 +50,7 @@ def read_configs(paths: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], dict
             other = files.get(name, "the reference")
             raise ValueError(f"CONFIG {path} and {other} have the same name, {name!r}. Rename one of them")
         try:
-            hooks = {"object_pairs_hook": _object, "parse_constant": _refuse_constant, "parse_float": _finite}
-            config = load(path, **hooks)
+            config = load(path, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite)
         except ValueError as cause:
             raise ValueError(f"CONFIG {path} is not JSON: {cause}") from cause
         if not isinstance(config, dict):
