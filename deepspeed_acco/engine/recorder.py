@@ -25,7 +25,7 @@ from ..algorithm.step_time import WARM_UP_STEPS
 from ..algorithm.window import phase_a_micro_batches
 from ..runtime.clock import Instant, LaneTimes
 from .deepspeed_engine import Engine
-from .recorder_format import RECORD_FOLDER, RankHeader, RankStep
+from .recorder_format import RECORD_FOLDER, RECORD_RUN, RankHeader, RankStep
 
 INTERFACES, RDMA_DEVICES = Path("/sys/class/net"), Path("/sys/class/infiniband")  # as the kernel shows them
 
@@ -231,6 +231,7 @@ def header_of(engine) -> RankHeader:
         device=engine.device.type,
         torch=torch.__version__,
         deepspeed=_deepspeed_version(),
+        run=os.environ.get(RECORD_RUN),
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 RECORD_FOLDER = "DEEPSPEED_ACCO_RECORD"  # the environment variable that names the folder of a run's records
+RECORD_RUN = "DEEPSPEED_ACCO_RECORD_RUN"  # likewise the run's id, by which its files are told from another's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class RankHeader:
         a: of them in phase A; None where there is one phase.
         micro_batch: samples of a micro-batch.
         samples_per_step: of a (nominal) window, all ranks together.
+        run: the id that whoever started the run gave it; None where nobody did.
     """
 
     rank: int
@@ -46,6 +48,7 @@ class RankHeader:
     device: str | None = None
     torch: str | None = None
     deepspeed: str | None = None
+    run: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

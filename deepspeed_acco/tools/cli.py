@@ -17,11 +17,14 @@ from . import units
 from .compare import command as compare
 from .plan import command as plan
 from .report import command as report
-from .subcommand import MissingExtra, add_parser, require_extra
+from .subcommand import INTERRUPTED, MissingExtra, Parser, add_parser, complain, require_extra
 
 _CPU_NUMEL = 2**24
 _CUDA_NUMEL = 2**26
 _SHELLS = ("bash", "zsh")
+_MOST_THREADS = 1024  # torch ends the process where it cannot start so many
+_MOST_TURNS = 100_000
+_MOST_BLOCKS = 2**31 - 1  # of a CUDA grid
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser, _ = _make_parser()
     own, script_arguments = _split(sys.argv[1:] if arguments is None else arguments)
+    for word in own:
+        if word.startswith("-") and word.endswith("=--"):  # of which argparse would make a list
+            parser.error(f"{word} is not allowed; allowed: a value behind the =")
     options = parser.parse_args(own)
     if script_arguments and not getattr(options, "takes_script_arguments", False):
         parser.error(f"{options.command} takes nothing behind --: {' '.join(script_arguments)}")
@@ -39,13 +45,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except MissingExtra as error:
-        print(f"ds_acco {options.command}: {error}", file=sys.stderr)
+        complain(f"{options.command}: {error}")
         return 1
+    except KeyboardInterrupt:
+        complain(f"{options.command}: interrupted")
+        return INTERRUPTED
 
 
 def _make_parser() -> tuple[argparse.ArgumentParser, list[argparse.ArgumentParser]]:
     """Returns the parser of the command, and those of its subcommands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ds_acco",
         description="Tools of deepspeed_acco, which hides the communication of ZeRO-1 behind the next gradients.",
         epilog="`ds_acco SUBCOMMAND --help` has the options and an example of each.",
@@ -68,8 +77,19 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:place], arguments[place + 1 :]
 
 
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+def _write_json(what: str, path: Path, content: object) -> int:
+    """Writes a file and returns the exit status; ``what`` asked for it, for the error."""
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        complain(f"{what} {path} cannot be written: {error}")
+        return 2
+    return 0
+
+
+def _require_writable(path: Path) -> None:
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"--json {path} is not allowed; allowed: a file in a folder that exists")
 
 
 # ---- env
@@ -103,9 +123,11 @@ def _add_kernels(commands) -> None:
     add = parser.add_argument_group("what is measured").add_argument
     add("--numel", type=units.count, metavar="N", help="parameters (default: 2^24 on a CPU, 2^26 on CUDA)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    add("--threads", type=units.count, metavar="N", help="CPU threads (default: torch's)")
-    add("--max-blocks", type=units.count, default=0, metavar="N", help="cap on the thread blocks of the CUDA kernels")
-    add("--turns", type=units.count, default=15, metavar="N", help="measurements of each (default: %(default)s)")
+    threads, turns = units.count_up_to(_MOST_THREADS), units.count_up_to(_MOST_TURNS)
+    add("--threads", type=threads, metavar="N", help="CPU threads (default: torch's)")
+    blocks = units.count_up_to(_MOST_BLOCKS)
+    add("--max-blocks", type=blocks, default=0, metavar="N", help="cap on the thread blocks of the CUDA kernels")
+    add("--turns", type=turns, default=15, metavar="N", help="measurements of each (default: %(default)s)")
     add = parser.add_argument_group("output").add_argument
     add("--json", type=Path, metavar="FILE", help="also write the figures there")
     parser.set_defaults(run=_kernels)
@@ -118,16 +140,21 @@ def _kernels(options: argparse.Namespace) -> int:
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        print("ds_acco kernels: --device cuda: PyTorch sees no CUDA device. Use --device cpu", file=sys.stderr)
+        complain("kernels: --device cuda: PyTorch sees no CUDA device. Use --device cpu")
         return 2
     numel = options.numel or (_CPU_NUMEL if device.type == "cpu" else _CUDA_NUMEL)
+    try:
+        kernel_benchmark.require_room(numel, device)
+        if options.json is not None:
+            _require_writable(options.json)  # now, not after the measurement
+    except (ValueError, OSError) as error:
+        complain(f"kernels: {error}")
+        return 2
     figures = kernel_benchmark.measure(
         numel, device, threads=options.threads, turns=options.turns, max_blocks=options.max_blocks
     )
     print(kernel_benchmark.table(figures))
-    if options.json:
-        _write_json(options.json, figures)
-    return 0
+    return 0 if options.json is None else _write_json("kernels: --json", options.json, figures)
 
 
 # ---- schema
@@ -153,12 +180,7 @@ def _schema(options: argparse.Namespace) -> int:
     if options.out is None:
         print(json.dumps(json_schema(), indent=2))
         return 0
-    try:
-        _write_json(options.out, json_schema())
-    except OSError as error:
-        print(f"ds_acco schema: --out {options.out} cannot be written: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return _write_json("schema: --out", options.out, json_schema())
 
 
 # ---- completion

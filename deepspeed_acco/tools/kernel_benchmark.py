@@ -10,6 +10,7 @@ they get.
 from __future__ import annotations
 
 import gc
+import os
 import random
 import statistics
 import sys
@@ -30,6 +31,9 @@ from ..optim.huge_pages import use_huge_pages
 _HYPER = AdamWHyper(lr=1e-4)
 _STATE_BYTES = 12  # master, exp_avg, exp_avg_sq in fp32
 _BITS = 4
+# Of a parameter at least: three sets of operands for the rounds (52 bytes), parameter, gradient and state of four
+# optimizers (64), what is kept of one of them (12), and the two ends of the copy (8).
+_OPERAND_BYTES = 136
 _PLAIN_SHARE = 8  # the torch path in 4 bits is measured on so small a part: it takes many times as long
 
 
@@ -169,6 +173,20 @@ def _quantized(low: _Operands, full: _Operands, is_native: bool, max_blocks: int
     ]
     for name, source, target, bytes_per_param, run in rows:
         yield _Candidate(f"{name}, {kernels}", source, target, bytes_per_param, run, numel)
+
+
+def require_room(numel: int, device: torch.device) -> None:
+    """Raises ValueError where so many parameters cannot be measured with all the memory that the device has."""
+    if device.type == "cuda":
+        _, memory = torch.cuda.mem_get_info(device)
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    most = memory // _OPERAND_BYTES
+    if numel > most:
+        raise ValueError(
+            f"--numel {numel:,} is not allowed; allowed: up to {most:,} here, since a parameter's operands take "
+            f"{_OPERAND_BYTES} bytes"
+        )
 
 
 def candidates(numel: int, device: torch.device, max_blocks: int) -> tuple[list[_Candidate], list[str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..engine.recorder_format import RankHeader, RankStep
 from .typed_json import read_line, read_lines
+from .words import shown
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,21 @@ def read_rank(path: Path) -> RankFile:
     lines = read_lines(path)
     if not lines:
         raise ValueError(f"{path} is empty: the run ended before its first line")
-    return RankFile(read_line(RankHeader, lines[0]), [read_line(RankStep, line) for line in lines[1:]])
+    header = read_line(RankHeader, lines[0])
+    for key in ("n", "micro_batch", "samples_per_step", "world_size"):
+        if getattr(header, key) == 0:
+            raise ValueError(f"{path}, line 1: {key} is 0; allowed: a whole number >= 1")
+    return RankFile(header, [read_line(RankStep, line) for line in lines[1:]])
 
 
-def read_ranks(folder: Path, world_size: int) -> list[RankFile]:
+def read_ranks(folder: Path, world_size: int, run: str | None = None) -> list[RankFile]:
     """Reads the files of all ranks of a finished run.
 
+    Args:
+        run: the id that the run was given; None: none.
+
     Raises:
-        ValueError: one is missing, with what the script lacks, or broken.
+        ValueError: one is missing, with what the script lacks, broken, or written by another run.
     """
     for rank in range(world_size):
         path = folder / f"rank{rank}.jsonl"
@@ -44,7 +52,14 @@ def read_ranks(folder: Path, world_size: int) -> list[RankFile]:
                 f"{path} was not written: the script must import deepspeed_acco and train with the engine that "
                 f"deepspeed.initialize returns, in {world_size} ranks"
             )
-    return [read_rank(folder / f"rank{rank}.jsonl") for rank in range(world_size)]
+    ranks = [read_rank(folder / f"rank{rank}.jsonl") for rank in range(world_size)]
+    for rank, file in enumerate(ranks):
+        if file.header.run != run:
+            raise ValueError(
+                f"{folder / f'rank{rank}.jsonl'} was written by run {shown(file.header.run)}, and this is run "
+                f"{shown(run)}: an earlier one is still going on. End it on every host"
+            )
+    return ranks
 
 
 def steps_so_far(folder: Path) -> int:

@@ -5,9 +5,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import textwrap
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NoReturn
+
+from .words import printable
 
 _WIDTH = 100  # of a description; argparse leaves it alone here, so that examples keep their lines
 INTERRUPTED = 130  # exit status
@@ -15,6 +18,19 @@ INTERRUPTED = 130  # exit status
 
 class MissingExtra(ModuleNotFoundError):
     """Says that a package of an extra is not installed."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads arguments; what is wrong with them is said without what would steer the terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints usage and message and ends the process with status 2."""
+        super().error(printable(message))
+
+
+def complain(words: object) -> None:
+    """Prints an error or a warning, which begins with the subcommand, without what would steer the terminal."""
+    print(printable(f"ds_acco {words}"), file=sys.stderr)
 
 
 def add_parser(commands, name: str, *, help: str, example: str, description: str = "", **options: Any):

@@ -12,8 +12,13 @@ import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 
-_NUMBER_AND_UNIT = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d{1,2})?\s*([a-z/]*)", re.IGNORECASE)
+from .words import shown
+
+_NUMBER_AND_UNIT = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,2})?\s*([a-z/]*)", re.IGNORECASE)
+_MOST = 10**18  # of a count: more of anything there is not, and products of a few of them are still floats
+_LEAST, _LARGEST = Decimal("1e-30"), Decimal("1e30")  # likewise of what has a unit
 
 _COUNTS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _BIT_RATES = {f"{prefix}bit": 10**power / 8 for prefix, power in (("", 0), ("k", 3), ("m", 6), ("g", 9), ("t", 12))}
@@ -23,39 +28,52 @@ _TIMES = {"ns": Decimal("1e-9"), "us": Decimal("1e-6"), "ms": Decimal("1e-3"), "
 
 
 def _split(text: str) -> tuple[Decimal, str] | None:
-    """Returns the number, which is >= 0 and finite, and what stands behind it; None for anything else."""
+    """Returns the number, which is 0 or within 1e-30 and 1e30, and what stands behind it; None for anything else."""
     match = _NUMBER_AND_UNIT.fullmatch(text.strip())
-    return None if match is None else (Decimal(match[1] + (match[2] or "")), match[3])
+    if match is None:
+        return None
+    number = Decimal(match[1] + (match[2] or ""))
+    return (number, match[3]) if number == 0 or _LEAST <= number <= _LARGEST else None
 
 
 def _refusal(text: str, allowed: str, example: str) -> argparse.ArgumentTypeError:
-    return argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: {allowed}, for example {example}")
+    return argparse.ArgumentTypeError(f"{shown(text)} is not allowed; allowed: {allowed}, for example {example}")
 
 
 def _quantity(text: str, units: Mapping[str, float | Decimal], example: str) -> float:
     """Reads a number > 0 in one of the units; the result is in that of which the factor is 1."""
     parts = _split(text)
     if parts is None or parts[1] not in units or parts[0] == 0:
-        raise _refusal(text, f"a number > 0 with one of {', '.join(units)}", example)
+        raise _refusal(text, f"a number > 0 and <= 1e30 with one of {', '.join(units)}", example)
     return float(Fraction(parts[0]) * Fraction(units[parts[1]]))
 
 
 def count(text: str) -> int:
     """Reads a whole number >= 1: ``8``, ``7e9``, ``7B``, ``1.3B``, ``350M``."""
+    return _count(text, _MOST)
+
+
+def count_up_to(most: int) -> Callable[[str], int]:
+    """Returns a reader of whole numbers from 1 to ``most``."""
+    return partial(_count, most=most)
+
+
+def _count(text: str, most: int) -> int:
     parts = _split(text)
     factors = {unit.lower(): factor for unit, factor in _COUNTS.items()}
     if parts is not None and parts[1].lower() in factors:
         value = parts[0] * factors[parts[1].lower()]
-        if value >= 1 and value == int(value):
+        if 1 <= value <= most and value == int(value):
             return int(value)
-    raise _refusal(text, "a whole number >= 1, also with k, M, B (1e9) or T", "8, 7e9 or 1.3B")
+    bound = f"{most:,}" if most < _MOST else "1e18"
+    raise _refusal(text, f"a whole number >= 1 and <= {bound}, also with k, M, B (1e9) or T", "8, 7e9 or 1.3B")
 
 
 def positive(text: str) -> float:
     """Reads a number > 0."""
     parts = _split(text)
     if parts is None or parts[1] or parts[0] == 0:
-        raise _refusal(text, "a number > 0", "0.9")
+        raise _refusal(text, "a number > 0 and <= 1e30", "0.9")
     return float(parts[0])
 
 
@@ -95,7 +113,7 @@ def time_in(unit: str, *, or_zero: bool = False) -> Callable[[str], float]:
         parts = _split(text)
         if parts is None or parts[1] not in ("", *_TIMES) or (parts[0] == 0 and not or_zero):
             bound = ">= 0" if or_zero else "> 0"
-            raise _refusal(text, f"{unit} {bound}, or with one of {', '.join(_TIMES)}", f"300 or 300{unit}")
+            raise _refusal(text, f"{unit} {bound} and <= 1e30, or with one of {', '.join(_TIMES)}", f"300 or 300{unit}")
         return float(parts[0] * _TIMES[parts[1] or unit] / _TIMES[unit])
 
     return read

@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
+import reprlib
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 NOT_KNOWN = "–"
 _LAYOUT = "\n\t"
+_TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # classes of letters that turn others round
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 @dataclass(frozen=True)
@@ -82,12 +86,19 @@ def counted(number: int, what: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Returns the text with a replacement character for each that neither XML nor a page can hold: control characters
-    but newline and tab, halves of surrogate pairs, and what is no character at all."""
+    """Returns the text with a replacement character for each that a page cannot hold, or that would steer a terminal:
+    control characters but newline and tab, halves of surrogate pairs, what turns the direction of writing, and what is
+    no character at all."""
     return "".join(letter if _is_printable(letter) else "\ufffd" for letter in text)
 
 
 def _is_printable(letter: str) -> bool:
     if letter in _LAYOUT:
         return True
-    return unicodedata.category(letter) not in ("Cc", "Cs") and (ord(letter) & 0xFFFE) != 0xFFFE
+    is_character = unicodedata.category(letter) not in ("Cc", "Cs") and (ord(letter) & 0xFFFE) != 0xFFFE
+    return is_character and unicodedata.bidirectional(letter) not in _TURNING
+
+
+def shown(value: object) -> str:
+    """Returns a value that was given, for a message: in one short line, however long or deep it is."""
+    return _SHORT.repr(value)

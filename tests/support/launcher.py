@@ -62,9 +62,9 @@ class Launched:
 
     def kill(self) -> None:
         """Sends SIGKILL to the launcher and every rank at once."""
-        from deepspeed_acco.tools.launch import launcher
+        from deepspeed_acco.tools.launch import processes
 
-        launcher.kill_processes(self._folder)
+        processes.kill_processes(self._folder)
         self._left.close()
 
     def wait(self) -> tuple[str | None, str | None]:

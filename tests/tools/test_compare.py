@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import types
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,9 +20,9 @@ import pytest
 
 import deepspeed_acco
 from deepspeed_acco.algorithm.schedules import SCHEDULES
-from deepspeed_acco.engine.recorder_format import RankHeader, RankStep
+from deepspeed_acco.engine.recorder_format import RECORD_RUN, RankHeader, RankStep
 from deepspeed_acco.tools import cli
-from deepspeed_acco.tools.compare import measure, runs
+from deepspeed_acco.tools.compare import configs, folder, measure, runs
 from deepspeed_acco.tools.compare import options as comparison
 from deepspeed_acco.tools.compare.results import Interval, LossInterval, Point, Reference, read_results, write_results
 from deepspeed_acco.tools.compare.verdict import verdict
@@ -287,7 +288,7 @@ def test_a_new_row_of_schedules_has_its_bound_and_its_words(monkeypatch):
     assert "mine is faster than zero1" in text and "acco and twin with two rounds a step only a part" in text
     assert "Why slow is not faster: wait overlaps nothing" in text
     config = {"optimizer": {"type": "ACCO", "params": {"schedule": "wait"}}}
-    assert comparison.measures_reference(config) and not comparison.measures_reference({"optimizer": {"type": "ACCO"}})
+    assert configs.measures_reference(config) and not configs.measures_reference({"optimizer": {"type": "ACCO"}})
 
 
 def test_files_of_an_earlier_version_are_read():
@@ -438,17 +439,17 @@ def test_the_order_turns_round():
     ],
 )
 def test_the_batch_by_deepspeeds_rules(config, expected):
-    assert comparison.batch_of(config, 2) == expected
+    assert configs.batch_of(config, 2) == expected
 
 
 @pytest.mark.parametrize("name", ["acco", "zero3", "acco_bf16", "acco_adaptive"])
 def test_the_reference_is_the_first_configs_training_by_sync(name):
     config = json.loads((CONFIGS / f"{name}.json").read_text())
-    derived = comparison.reference_of(name, config)
+    derived = configs.reference_of(name, config)
     expected = json.loads((CONFIGS / "sync.json").read_text())
     if "bf16" in config:
         expected["bf16"] = config["bf16"]
-    assert derived == expected and comparison.measures_reference(derived) and not comparison.measures_reference(config)
+    assert derived == expected and configs.measures_reference(derived) and not configs.measures_reference(config)
 
 
 # ---- the command, with runs that are only written
@@ -461,7 +462,7 @@ class FakeRuns:
         self.seen = []
         self.stop_at = None
 
-    def __call__(self, script, arguments, folder, place, watch=None):
+    def __call__(self, script, arguments, folder, place, watch=None, environment=None):
         if len(self.seen) == self.stop_at:
             (folder / "rank0.jsonl").write_text("half")
             raise KeyboardInterrupt
@@ -473,7 +474,7 @@ class FakeRuns:
         schedule = config["optimizer"]["params"].get("schedule")
         step_s, inside_s, exposed_s = TIMES[schedule]
         for rank in (0, 1):
-            lines = [header(schedule, rank)]
+            lines = [header(schedule, rank, run=(environment or {})[RECORD_RUN])]
             lines += [step(i, step_s, inside_s, schedule and 0.5, exposed_s) for i in range(1, 6)]
             (folder / f"rank{rank}.jsonl").write_text("".join(json.dumps(asdict(line)) + "\n" for line in lines))
         return 0
@@ -532,10 +533,10 @@ def test_the_progress_is_told(fake, monkeypatch, tmp_path, is_terminal):
     clock = itertools.count()
     monkeypatch.setattr(runs, "time", types.SimpleNamespace(monotonic=lambda: 5.0 * next(clock)))
 
-    def run(*arguments, watch):
+    def run(*arguments, watch, **other):
         for _ in range(40):
             watch()
-        return fake(*arguments)
+        return fake(*arguments, **other)
 
     monkeypatch.setattr(launches, "run", run)
     stream = Terminal() if is_terminal else io.StringIO()
@@ -566,7 +567,7 @@ def test_another_command_for_the_same_folder_names_the_difference(fake, tmp_path
     changed["optimizer"]["params"]["lr"] = 0.5
     for arguments, named in (
         (command(out, mine, passes=2), "passes was 1 and is 2"),
-        (command(out, mine, passes=1, seed=4), "arguments was"),
+        (command(out, mine, passes=1, seed=4), "arguments[3] was '1' and is '4'"),
         (command(out, mine, CONFIGS / "wp.json", passes=1), "files.wp was None and is"),
         ("rewrite", "configs.acco.optimizer.params.lr was 0.003 and is 0.5"),
     ):
@@ -598,7 +599,7 @@ def test_ranks_of_shaped_hosts(monkeypatch, tmp_path, options, ranks, network):
         raise ValueError("that is enough")
 
     monkeypatch.setattr(hosts, "why_not", lambda: None)
-    monkeypatch.setattr(runs, "prepare", prepare)
+    monkeypatch.setattr(folder, "prepare", prepare)
     assert cli.main(["compare", *map(str, BOTH), "--hosts", "2", "--rate", "200mbit", *options]) == 2
     (asked,) = seen
     assert (asked.world_size, asked.network) == (ranks, network)
@@ -632,9 +633,9 @@ def test_the_scripts_arguments_are_filled_in(monkeypatch, tmp_path, fake):
     script.write_text("")
     seen = []
 
-    def run(script, arguments, folder, place, watch):
+    def run(script, arguments, folder, place, **other):
         seen.append((script, arguments))
-        return fake(script, ["--deepspeed_config", arguments[1], *arguments], folder, place)
+        return fake(script, ["--deepspeed_config", arguments[1], *arguments], folder, place, **other)
 
     monkeypatch.setattr(launches, "run", run)
     given = ["--", "--deepspeed", "{config}", "--logs={out}/logs"]
@@ -671,7 +672,7 @@ def test_errors_of_the_user_are_explained(fake, monkeypatch, tmp_path, capsys):
     twice = tmp_path / "acco.json"
     shutil.copy(acco, twice)
     bare = tmp_path / "bare.json"
-    bare.write_text("{}")
+    bare.write_text('{"train_batch_size": 8}')
     (tmp_path / "text.json").write_text("no JSON")
     out = tmp_path / "out"
     for arguments, message in (
@@ -683,6 +684,7 @@ def test_errors_of_the_user_are_explained(fake, monkeypatch, tmp_path, capsys):
         (command(out, acco, changed(tmp_path, bf16={"enabled": True})), "precision (bf16, fp16) is 'fp32' in acco"),
         (command(out, acco, changed(tmp_path, gradient_accumulation_steps=8)), "is 4 in acco and 8 in other"),
         (command(out, acco, changed(tmp_path, train_micro_batch_size_per_gpu=1)), "is 32 in acco and 1 in other"),
+        (command(out, acco, seed=-1), "--seed -1 is not allowed; allowed: 0 to 2^63 - 1"),
         (command(out, acco, hosts=2), "--hosts and --rate belong together"),
         (command(out, acco, rate="1gbit"), "--hosts and --rate belong together"),
         (command(out, acco, hosts=2, rate="fast"), "--rate 'fast' is not allowed; allowed: a rate as tc spells it"),
@@ -702,11 +704,212 @@ def test_errors_of_the_user_are_explained(fake, monkeypatch, tmp_path, capsys):
         (["compare"], "required: CONFIG"),
         (["compare", str(acco), "--emulate-compute", "soon"], "'soon' is not allowed"),
         (["env", "--", "--fast"], "env takes nothing behind --: --fast"),
+        (["compare", str(acco), "--out=--"], "--out=-- is not allowed"),
+        (["compare", str(acco), "--\x1b[31m"], "unrecognized arguments: --\ufffd[31m"),
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)
         assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not fake.seen and not out.exists()
+
+
+def odd(tmp_path, change):
+    """A JSON of ACCO with a change: a function of its contents, or a text in its place."""
+    config = json.loads((CONFIGS / "acco.json").read_text())
+    path = tmp_path / "odd.json"
+    if callable(change):
+        change(config)
+        path.write_text(json.dumps(config))
+    else:
+        path.write_text(change)
+    return path
+
+
+def params(**keys):
+    return lambda config: config["optimizer"]["params"].update(keys)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("[1]", "it holds [1]; allowed: an object"),
+        ('{"a": 1, "a": 2}', "the key 'a' stands 2 times in one object"),
+        ('{"gradient_clipping": NaN}', "NaN is no number of JSON"),
+        ('{"gradient_clipping": 1e999}', "1e999 is too large for a number"),
+        ('{"a": ' + "[" * 5000 + "]" * 5000 + "}", "is nested too deeply"),
+        ('{"train_batch_size": 8, "a": ' + "[" * 60 + "]" * 60 + "}", "is nested too deeply; allowed: 50 levels"),
+        (lambda c: c.update(optimizer=None), "optimizer is None; allowed: an object"),
+        (lambda c: c.update(optimizer=[]), "optimizer is []; allowed: an object"),
+        (lambda c: c["optimizer"].update(params=[1]), "optimizer.params is [1]; allowed: an object"),
+        (lambda c: c["optimizer"].update(type="Acco"), "optimizer.type is 'Acco'; allowed: \"ACCO\""),
+        (lambda c: c["optimizer"].pop("type"), "optimizer.type is None"),
+        (lambda c: c["optimizer"].update(type="ACCO "), "optimizer.type is 'ACCO '"),
+        (lambda c: c.update(zero_optimization={"stage": 2}), "zero_optimization.stage is 2; allowed: 1 with the"),
+        (lambda c: c.update(bf16=True), "bf16 is True; allowed: an object"),
+        (lambda c: c.update(fp16={"enabled": "x"}), "fp16.enabled is 'x'; allowed: true or false"),
+        (lambda c: c.update(train_batch_size="x"), "train_batch_size is 'x'; allowed: a whole number from 1"),
+        (
+            lambda c: c.update(gradient_accumulation_steps=0),
+            "gradient_accumulation_steps is 0; allowed: a whole number",
+        ),
+        (lambda c: c.update(train_batch_size=7), "train_batch_size is 7; allowed: train_micro_batch_size_per_gpu x"),
+        (lambda c: c.update(gradient_clipping="1"), "gradient_clipping is '1'; allowed: a number >= 0"),
+        (lambda c: c.update(zero_optimization={"stage": 9}), "DeepSpeed refuses it: ValidationError"),
+        (params(lr="x"), "optimizer.params.lr = 'x' is not allowed; allowed: a number >= 0"),
+        (params(schedule="acc"), 'allowed: "acco", "wp"'),
+        (params(nonsense=1), "unknown key optimizer.params.nonsense"),
+        (params(lr="auto"), 'optimizer.params.lr is "auto", which HF Trainer and Accelerate fill in'),
+        ((CONFIGS / "acco_auto.json").read_text(), 'is "auto", which HF Trainer and Accelerate fill in'),
+    ],
+)
+def test_odd_jsons_are_refused_before_anything_starts(fake, tmp_path, capsys, change, message):
+    path, out = odd(tmp_path, change), tmp_path / "out"
+    assert cli.main(command(out, path)) == 2
+    error = capsys.readouterr().err
+    assert message in error and f"CONFIG {path}" in error and error.count("\n") == 1
+    assert not fake.seen and not out.exists()
+
+
+def test_what_is_left_to_a_trainer_is_compared_with_its_script(fake, tmp_path):
+    """The same words are refused where nobody fills them in."""
+    script = tmp_path / "trainer.py"
+    script.write_text("")
+    both = (CONFIGS / "acco_auto.json", CONFIGS / "zero1_auto.json")
+    assert cli.main(command(tmp_path / "out", *both, script=script, passes=1)) == 0
+    assert fake.seen == ["reference/1", "acco_auto/1", "zero1_auto/1"]
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31m.json", "a\u202eb.json", "..json"])
+def test_names_that_would_steer_a_terminal_or_leave_the_folder(fake, tmp_path, capsys, name):
+    shutil.copy(CONFIGS / "acco.json", tmp_path / name)
+    assert cli.main(command(tmp_path / "out", tmp_path / name)) == 2
+    error = capsys.readouterr().err
+    assert "allowed: what can be printed" in error and error.strip().isprintable()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("-oProxyCommand=id slots=2", "line 1 is '-oProxyCommand=id slots=2'; allowed: a host and its ranks"),
+        ("a slots=2\nroot@-x slots=2", "line 2 is 'root@-x slots=2'"),
+        ("a slots=2\n\x1b[2J slots=2", r"line 2 is '\x1b[2J slots=2'"),
+        ("a slots=99999", "line 1 is 'a slots=99999'; allowed: 1 to 1024 slots"),
+        ("a slots=2\na slots=2", "line 2 names a again"),
+        ("a", "line 1 is 'a'; allowed"),
+        ("# nobody", "it names no host"),
+    ],
+)
+def test_hostfiles_that_are_refused(fake, tmp_path, capsys, text, message):
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text(text)
+    arguments = ["compare", str(BOTH[0]), "--hostfile", str(hostfile), "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 2
+    assert f"--hostfile {hostfile}: {message}" in capsys.readouterr().err and not fake.seen
+
+
+def test_hosts_by_name_and_address(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(folder, "prepare", lambda out, asked: seen.append(asked))
+    monkeypatch.setattr(runs, "run_all", lambda *_: (_ for _ in ()).throw(RuntimeError("that is enough")))
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("worker-1 slots=4\n# spare\n10.0.0.2   slots=2  # old\nme@fe80::1%eth0 slots=2\n")
+    assert cli.main(["compare", str(BOTH[0]), "--hostfile", str(hostfile), "--out", str(tmp_path / "out")]) == 1
+    assert (seen[0].world_size, seen[0].network) == (8, f"hostfile {hostfile}, 3 hosts")
+
+
+# ---- two at once, and what a killed one leaves
+
+
+def test_a_second_comparison_in_the_same_folder_is_refused(fake, monkeypatch, tmp_path, capsys):
+    out, second = tmp_path / "out", []
+
+    def run(*arguments, **other):
+        if not second:
+            second.append(cli.main(command(out, *BOTH)))
+            assert f"--out {out} is in use by process {os.getpid()} on " in capsys.readouterr().err
+        return fake(*arguments, **other)
+
+    monkeypatch.setattr(launches, "run", run)
+    assert cli.main(command(out, *BOTH, passes=1)) == 0
+    assert second == [2] and fake.seen == ["reference/1", "acco/1", "zero1/1"], "the first one is not disturbed"
+    assert cli.main(command(out, *BOTH, passes=1)) == 0, "it is free again"
+
+
+def test_what_a_killed_comparison_left_running_is_ended(fake, tmp_path, capsys):
+    out = tmp_path / "out"
+    environment = {**os.environ, "DEEPSPEED_ACCO_RUN": str(out / "runs" / "acco" / "1")}
+    left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=environment)
+    assert cli.main(command(out, *BOTH, passes=1)) == 0
+    assert f"go on: {left.pid}. They are ended now" in capsys.readouterr().err
+    assert left.poll() is not None
+
+
+GUARDED = """
+import subprocess, sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import processes
+with processes.guarded(Path(sys.argv[2]), is_elsewhere=False):
+    script = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('here', flush=True)"
+    command = [sys.executable, "-c", script + "; time.sleep(600)"]
+    environment = {"LOCAL_RANK": "0", "DEEPSPEED_ACCO_RUN": sys.argv[2]}
+    rank = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE)
+    rank.stdout.readline()
+    print(rank.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_ranks_end_when_who_started_them_is_killed(tmp_path):
+    room = Path(launches.__file__).parent
+    command = [sys.executable, "-c", GUARDED, str(room), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        rank = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while os.path.exists(f"/proc/{rank}"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_figures_of_another_run_are_not_taken(fake, monkeypatch, tmp_path, capsys):
+    """An earlier run's rank on another host wrote the file."""
+    out = tmp_path / "out"
+
+    def run(*arguments, environment, **other):
+        return fake(*arguments, environment={RECORD_RUN: "an earlier one"}, **other)
+
+    monkeypatch.setattr(launches, "run", run)
+    assert cli.main(command(out, *BOTH, passes=1)) == 1
+    failed = json.loads((out / "results.json").read_text())["configs"][0]["failed"]
+    assert "rank0.jsonl was written by run 'an earlier one', and this is run '" in failed
+    monkeypatch.setattr(launches, "run", fake)
+    assert cli.main(command(out, *BOTH, passes=1)) == 0
+    file = out / "runs" / "acco" / "1" / "rank1.jsonl"
+    head, rest = file.read_text().split("\n", 1)
+    file.write_text(json.dumps(json.loads(head) | {"run": "a later one"}) + "\n" + rest)
+    assert cli.main(command(out, *BOTH, passes=1)) == 1
+    assert "was written by run 'a later one'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda out: (out / "command.json").write_text("{"), "command.json is damaged: "),
+        (lambda out: (out / "command.json").write_text("[1]"), "command.json is damaged: it holds [1]"),
+        (lambda out: (out / "runs/acco/1/done.json").write_text(""), "To measure it again remove "),
+        (lambda out: (out / "runs/acco/1/rank0.jsonl").write_text(""), "rank0.jsonl is empty"),
+        (lambda out: (out / "runs/acco/1/rank0.jsonl").write_text('{"a": 1}'), "there is no key 'rank'"),
+        (lambda out: [path.unlink() for path in (out / "runs/acco/1").glob("*[!e].*")], "was not written"),
+    ],
+)
+def test_a_damaged_folder_is_told(fake, tmp_path, capsys, damage, message):
+    out = tmp_path / "out"
+    assert cli.main(command(out, *BOTH, passes=1)) == 0
+    damage(out)
+    capsys.readouterr()
+    assert cli.main(command(out, *BOTH, passes=1)) == 1 + ("damaged" in message)
+    assert message in capsys.readouterr().err
 
 
 def test_without_a_checkout_the_script_is_asked_for(fake, monkeypatch, tmp_path, capsys):

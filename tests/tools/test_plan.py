@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import torch
 from deepspeed_acco.algorithm.schedules import COMMIT, ESTIMATE, PREDICT
 from deepspeed_acco.algorithm.window import phase_a_micro_batches
 from deepspeed_acco.engine.auto_fraction import WINDOWS_TO_MEASURE, AutoFraction
+from deepspeed_acco.engine.recorder_format import RECORD_RUN
 from deepspeed_acco.runtime.clock import LaneTimes
 from deepspeed_acco.settings import Settings
 from deepspeed_acco.tools.cli import main
@@ -764,6 +766,22 @@ def test_a_large_micro_batch_is_planned_at_once(size, capsys):
     assert '"gradient_accumulation_steps": 8; 1.31x' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "large", [["--micro-batch-size", "1000"], ["--n", "1e18"], ["--params", "1e18", "--hosts", "1"]]
+)
+def test_a_plan_takes_less_than_a_second(large, capsys):
+    begin = time.process_time()
+    assert main([*ARGUMENTS, "--round-ms", "1e12", *large]) == 0
+    assert time.process_time() - begin < 1 and not re.search(r"\b(nan|inf)\b", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("large", [["--n", "1e19"], ["--params", "9" * 400], ["--micro-batch-ms", "1e31"]])
+def test_larger_than_anything_is_refused(large, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*ARGUMENTS, "--round-ms", "648", *large])
+    assert stop.value.code == 2 and re.search(r"allowed: .* <= 1e(18|30)", capsys.readouterr().err)
+
+
 def test_sweep_over_ranks(tmp_path, capsys):
     report = tmp_path / "plan.json"
     arguments = ["plan", "--params", "7e9", "--ranks", "16", "--hosts", "2", "--bandwidth", "100gbit", "--n", "8"]
@@ -832,7 +850,10 @@ def test_sweep_over_hosts(tmp_path, capsys):
         ([*ARGUMENTS, "--bandwidth", "1gbit", "--hosts", "3"], "hosts = 3 is not allowed"),
         ([*ARGUMENTS, "--bandwidth", "1gbit", "--estimate-fraction", "1.5"], "estimate_fraction = 1.5"),
         ([*ARGUMENTS, "--round-ms", "1"], "update and the latencies alone"),
-        (["plan", "--results", "no/such.json"], "--results no/such.json cannot be read"),
+        (
+            ["plan", "--results", "no/such.json"],
+            "no/such.json is no results.json that can be read: it is no file",
+        ),
         (["plan", "--results", "x.json", "--n", "4"], "--n cannot be given with --results"),
         (["plan", "--results", "x.json", "--dtype", "bf16"], "--dtype cannot be given with --results"),
         (
@@ -922,13 +943,13 @@ class FakeRun:
     def __init__(self):
         self.seen, self.end = [], 0
 
-    def __call__(self, script, arguments, folder, place, watch):
+    def __call__(self, script, arguments, folder, place, watch, environment):
         self.seen.append((script, arguments, folder, place, json.loads(Path(arguments[1]).read_text())))
         (folder / "log.txt").write_text("ValueError: no such thing\n")
         if isinstance(self.end, BaseException):
             raise self.end
         for rank in (0, 1):
-            lines = [HEADER | {"rank": rank, "accumulation_bytes": 4}]
+            lines = [HEADER | {"rank": rank, "accumulation_bytes": 4, "run": environment[RECORD_RUN]}]
             for number in range(1, 6):
                 line = {"step": number, "step_s": 2.75, "inside_s": 0.75, "round_s": 0.7, "exposed_s": 0.7}
                 lines.append(line | {"peak_bytes": 1, "looked": False})

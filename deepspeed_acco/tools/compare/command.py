@@ -6,17 +6,18 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ...optim.build_locks import describe_locks
 from .. import units
-from ..subcommand import INTERRUPTED, add_parser, require_extra
-from .options import EMULATED_STEPS, EXAMPLE_STEPS, add_run_arguments, comparison_of, extra_reference
+from ..subcommand import INTERRUPTED, add_parser, complain, require_extra
+from ..words import printable
+from .options import EMULATED_STEPS, EXAMPLE_STEPS, Comparison, add_run_arguments, comparison_of
 
 DEFAULT_OUT = Path("runs") / "compare"
+_MOST_PASSES = 1000
 
 
 def add_command(commands) -> None:
@@ -37,7 +38,9 @@ def add_command(commands) -> None:
     parser.add_argument("configs", nargs="+", metavar="CONFIG", type=Path, help="DeepSpeed JSONs; the stem is the name")
     what, where = parser.add_argument_group("what is run"), parser.add_argument_group("where")
     add_run_arguments(what, where, EXAMPLE_STEPS, EMULATED_STEPS)
-    what.add_argument("--passes", type=units.count, default=3, help="runs of each JSON (default: %(default)s)")
+    what.add_argument(
+        "--passes", type=units.count_up_to(_MOST_PASSES), default=3, help="runs of each JSON (default: %(default)s)"
+    )
     what.add_argument("--seed", type=int, help="of weights and data (default: 1)")
     where.add_argument("--hosts", type=units.count, help="so many shaped hosts on this machine (root, iproute2)")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder (default: %(default)s)")
@@ -68,30 +71,37 @@ def run(options: argparse.Namespace) -> int:
     """Returns 0, 1 when a configuration failed, 2 for bad arguments, 130 when interrupted."""
     require_extra("tools", "numpy", "psutil", "tqdm")
     from ..report import figures  # numpy, and perhaps matplotlib: not for a --help
+    from . import folder
+
+    with ExitStack() as while_held:
+        try:
+            comparison = comparison_of(options)
+            figures.require_matplotlib()  # now, not after all the runs
+            while_held.enter_context(folder.held(options.out))
+            folder.prepare(options.out, comparison)
+        except (ValueError, OSError) as cause:
+            complain(f"compare: {cause}")
+            return 2
+        except (ModuleNotFoundError, RuntimeError) as cause:
+            complain(f"compare: {cause}")
+            return 1
+        for text in describe_locks():
+            complain(f"compare: {text}")
+        return _measure(comparison, options)
+
+
+def _measure(comparison: Comparison, options: argparse.Namespace) -> int:
     from . import runs as comparing
 
-    try:
-        comparison = comparison_of(options)
-        extra_reference(comparison)
-        figures.require_matplotlib()  # now, not after all the runs
-        comparing.prepare(options.out, comparison)
-    except ValueError as cause:
-        print(f"ds_acco compare: {cause}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as cause:
-        print(f"ds_acco compare: {cause}", file=sys.stderr)
-        return 1
-    for text in describe_locks():
-        print(f"ds_acco compare: {text}", file=sys.stderr)
     try:
         with interruptible():
             runs = comparing.run_all(comparison, options.out, options.hostfile)
             return _finish(comparison, options.out, runs)
     except KeyboardInterrupt:
-        print("ds_acco compare: interrupted; the same command goes on from here", file=sys.stderr)
+        complain("compare: interrupted; the same command goes on from here")
         return INTERRUPTED
-    except RuntimeError as cause:
-        print(f"ds_acco compare: {cause}", file=sys.stderr)
+    except (RuntimeError, OSError) as cause:  # a full disk, for example: the same command goes on from here
+        complain(f"compare: {cause}")
         return 1
 
 
@@ -104,6 +114,5 @@ def _finish(comparison, out: Path, runs) -> int:
     path, results = out / RESULTS, results_of(comparison, runs.finished, runs.failed)
     write_results(path, results)
     page = report.write(path)
-    print("\n".join(results.verdict))
-    print(f"{path}\n{page}")
+    print(printable("\n".join([*results.verdict, str(path), str(page)])))
     return 1 if runs.failed else 0

@@ -21,7 +21,8 @@ from ...engine.recorder_format import RankHeader
 from ..machine import describe_machine
 from ..rank_files import RankFile
 from ..typed_json import read_line, read_lines
-from .options import REFERENCE, Comparison, measures_reference
+from .configs import REFERENCE, measures_reference
+from .options import Comparison
 from .results import (
     Configuration,
     Interval,

@@ -1,31 +1,31 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Checks what a comparison is asked for: its options, and the DeepSpeed JSONs that are to train the same."""
+"""Checks what a comparison is asked for: the options, and what they say together."""
 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-from collections.abc import Mapping, Sequence
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...algorithm.schedules import BLOCKING, DEFAULT, SCHEDULES
-from ...settings import ADAMW_KEYS
 from .. import units
 from ..launch import shaped_hosts as hosts
-from ..words import counted
+from ..words import counted, shown
+from .configs import REFERENCE, check, measures_reference, read_configs, reference_of, require_alike
 
-REFERENCE = "reference"  # the runs of schedule sync that C and R come from
-REFERENCE_KEYS = ("lane", "comm_timeout_s")  # ACCO's keys that it takes over
 EMULATED = ("--module", "deepspeed_acco.tools.launch.emulated_accelerator")
 EXAMPLE = Path("examples") / "train_gpt.py"
 EXAMPLE_SEQ_LEN = 128  # its default of --seq_len
 EXAMPLE_STEPS = 60
 EMULATED_STEPS = 12
 EMULATED_NUMEL = 10_000_000
+_MOST_SLOTS = 1024  # no host has more accelerators
+_MOST_STEPS = 10**9
+# A name that begins with "-" would be an option of ssh.
+_HOST = re.compile(r"(\w[\w.-]*@)?[\w:][\w.:%-]*")
+_HOST_LINE = re.compile(r"(\S+)\s+slots=(\d{1,9})")
 
 
 # ---- options
@@ -47,13 +47,13 @@ def add_run_arguments(
     )
     what.add_argument(
         "--steps",
-        type=units.count,
+        type=units.count_up_to(_MOST_STEPS),
         help=f"optimizer steps of the example (default: {example_steps}) or the emulated model ({emulated_steps})",
     )
     where.add_argument(
         *("--ranks-per-host", "--num_accelerators"),
         dest="num_accelerators",
-        type=units.count,
+        type=units.count_up_to(_MOST_SLOTS),
         metavar="N",
         help="ranks of each host (default: 1 on a shaped one, else one for each accelerator)",
     )
@@ -93,13 +93,20 @@ class Comparison:
 def comparison_of(
     options: argparse.Namespace, example_steps: int = EXAMPLE_STEPS, emulated_steps: int = EMULATED_STEPS
 ) -> Comparison:
-    """Raises ValueError for options that cannot be, or that do not go together."""
-    configs, files = _read_configs(options.configs)
+    """Returns what the options ask for.
+
+    Raises:
+        ValueError: for options or JSONs that cannot be, or that do not go together.
+    """
+    configs, files = read_configs(options.configs)
     _require_together(options)
     world_size, network = _ranks(options)
-    _require_alike(configs, world_size)
     script, arguments, tokens_per_sample = _script(options, example_steps, emulated_steps)
-    return Comparison(
+    is_filled = _is_own(options.script)
+    for name, config in configs.items():
+        check(files[name], config, world_size, is_filled)
+    require_alike(configs, world_size)
+    asked = Comparison(
         configs=configs,
         files=files,
         script=script,
@@ -110,29 +117,13 @@ def comparison_of(
         network=network,
         hosts=options.hosts,
         rate=options.rate,
-        hostfile=options.hostfile.read_text() if options.hostfile else None,
+        hostfile=options.hostfile.read_text(encoding="utf-8") if options.hostfile else None,
         emulated_ms=options.emulate_compute,
         tokens_per_sample=tokens_per_sample,
     )
-
-
-def _read_configs(paths: Sequence[Path]):
-    configs: dict[str, dict[str, Any]] = {}
-    files: dict[str, str] = {}
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"CONFIG {path} is not a file; give the path of a DeepSpeed JSON")
-        if path.stem in configs or path.stem == REFERENCE:
-            other = files.get(path.stem, "the reference")
-            raise ValueError(f"CONFIG {path} and {other} have the same name, {path.stem!r}. Rename one of them")
-        try:
-            config = json.loads(path.read_text())
-        except ValueError as cause:
-            raise ValueError(f"CONFIG {path} is not JSON: {cause}") from cause
-        if not isinstance(config, dict):
-            raise ValueError(f"CONFIG {path} is not a DeepSpeed JSON: it holds no object")
-        configs[path.stem], files[path.stem] = config, str(path)
-    return configs, files
+    for derived in extra_reference(asked).values():
+        check(f"{next(iter(files.values()))}, as the reference (schedule sync)", derived, world_size, is_filled)
+    return asked
 
 
 def _require_together(options: argparse.Namespace) -> None:
@@ -152,6 +143,8 @@ def _require_together(options: argparse.Namespace) -> None:
             raise ValueError(f"--hosts {options.hosts}: {reason}")
     if options.hostfile is not None and not options.hostfile.is_file():
         raise ValueError(f"--hostfile {options.hostfile} is not a file; give DeepSpeed's hostfile")
+    if options.seed is not None and not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed {options.seed} is not allowed; allowed: 0 to 2^63 - 1")
     if options.emulate_compute is not None and (options.script or options.script_arguments):
         raise ValueError("--emulate-compute trains a model of its own: leave out --script and what follows --")
     if options.numel is not None and options.emulate_compute is None:
@@ -165,11 +158,12 @@ def _ranks(options: argparse.Namespace) -> tuple[int, str]:
         in_host = slots or 1
         return options.hosts * in_host, f"{options.hosts} hosts x {counted(in_host, 'rank')}, {options.rate}"
     if options.hostfile is not None:
-        counts = _slots_of(options.hostfile.read_text())
-        if not counts or not all(count.isdecimal() for count in counts):
-            raise ValueError(f"--hostfile {options.hostfile}: lines like 'worker-1 slots=4' are expected")
-        world_size = slots * len(counts) if slots else sum(map(int, counts))
-        return world_size, f"hostfile {options.hostfile}, {len(counts)} hosts"
+        try:
+            found = _hosts_of(options.hostfile.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as cause:
+            raise ValueError(f"--hostfile {options.hostfile}: {cause}") from cause
+        world_size = slots * len(found) if slots else sum(found.values())
+        return world_size, f"hostfile {options.hostfile}, {len(found)} hosts"
     if slots is None:
         from deepspeed.accelerator import get_accelerator
 
@@ -177,15 +171,33 @@ def _ranks(options: argparse.Namespace) -> tuple[int, str]:
     return slots, "this machine"
 
 
-def _slots_of(hostfile: str) -> list[str]:
-    """Returns the slots of each host of a hostfile's text, as written."""
-    lines = [line.split("#")[0].split() for line in hostfile.splitlines()]
-    return [words[1].removeprefix("slots=") for words in lines if len(words) == 2]
+def _hosts_of(hostfile: str) -> dict[str, int]:
+    """Returns the slots of each host of a hostfile's text.
+
+    Raises:
+        ValueError: for a line that names no host, or one that DeepSpeed would not read; with its number.
+    """
+    slots: dict[str, int] = {}
+    for number, line in enumerate(hostfile.splitlines(), 1):
+        written = line.split("#")[0].strip()
+        if not written:
+            continue
+        match = _HOST_LINE.fullmatch(written)
+        if match is None or not _HOST.fullmatch(match[1]):
+            raise ValueError(f"line {number} is {shown(line)}; allowed: a host and its ranks, as in 'worker-1 slots=4'")
+        if match[1] in slots:
+            raise ValueError(f"line {number} names {match[1]} again; allowed: each host once")
+        if not 1 <= int(match[2]) <= _MOST_SLOTS:
+            raise ValueError(f"line {number} is {shown(line)}; allowed: 1 to {_MOST_SLOTS} slots")
+        slots[match[1]] = int(match[2])
+    if not slots:
+        raise ValueError("it names no host; allowed: lines like 'worker-1 slots=4'")
+    return slots
 
 
 def host_count(comparison: Comparison) -> int | None:
     """Returns how many hosts share the ranks equally; None where that is not known."""
-    count = len(_slots_of(comparison.hostfile)) if comparison.hostfile is not None else comparison.hosts
+    count = len(_hosts_of(comparison.hostfile)) if comparison.hostfile is not None else comparison.hosts
     return count if count and comparison.world_size % count == 0 else None
 
 
@@ -199,8 +211,7 @@ def _script(
         arguments += ["--micro_batch_ms", str(options.emulate_compute)]
         return list(EMULATED), [*arguments, "--numel", str(options.numel or EMULATED_NUMEL)], None
     given = list(options.script_arguments)
-    example = _example()
-    script: Path | None = options.script or example
+    script: Path | None = options.script or _example()
     if script is None:
         raise ValueError(
             "--script is missing, and examples/train_gpt.py is not here: it is the default in a checkout of "
@@ -208,7 +219,7 @@ def _script(
         )
     if not script.is_file():
         raise ValueError(f"--script {script} is not a file; give your training script")
-    if example is None or script.resolve() != example.resolve():
+    if _is_own(script):
         if steps is not None or options.seed is not None:
             raise ValueError("--steps and --seed are the example's: give your script its own arguments behind --")
         return [str(script)], given, None
@@ -218,86 +229,17 @@ def _script(
     return [str(script)], arguments, lengths.parse_known_args(given)[0].seq_len
 
 
+def _is_own(script: Path | None) -> bool:
+    """Tells whether the script is the user's, and not the example or the emulated model."""
+    example = _example()
+    return script is not None and (example is None or script.resolve() != example.resolve())
+
+
 def _example() -> Path | None:
     for root in (Path(__file__).resolve().parents[3], Path()):
         if (root / EXAMPLE).is_file():
             return root / EXAMPLE
     return None
-
-
-# ---- the JSONs
-
-
-def batch_of(config: Mapping[str, Any], world_size: int) -> tuple[Any, Any]:
-    """Returns (micro-batch, n) of a DeepSpeed JSON, by DeepSpeed's rules; "auto" stays."""
-    whole = config.get("train_batch_size")
-    micro = config.get("train_micro_batch_size_per_gpu")
-    n = config.get("gradient_accumulation_steps")
-    if "auto" in (whole, micro, n):
-        return micro, n
-    if micro is None and whole is not None:
-        micro = whole // (world_size * (n or 1))
-    if n is None:
-        n = whole // (world_size * micro) if whole is not None and micro else 1
-    return micro, n
-
-
-def _precision_of(config: Mapping[str, Any]) -> str:
-    for name, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
-        for key in keys:
-            enabled = config.get(key, {}).get("enabled", False)
-            if enabled:
-                return name if enabled is True else f"{name} {enabled}"
-    return "fp32"
-
-
-def _require_alike(configs: Mapping[str, Mapping[str, Any]], world_size: int) -> None:
-    """Raises ValueError unless all train the same batch in the same precision with the same clipping."""
-    described = {}
-    for name, config in configs.items():
-        micro, n = batch_of(config, world_size)
-        described[name] = {
-            "train_micro_batch_size_per_gpu": micro,
-            "gradient_accumulation_steps": n,
-            "precision (bf16, fp16)": _precision_of(config),
-            "gradient_clipping": config.get("gradient_clipping", 0.0),
-        }
-    first, *others = described
-    for other in others:
-        for key, value in described[first].items():
-            if described[other][key] != value:
-                raise ValueError(
-                    f"{key} is {value!r} in {first} and {described[other][key]!r} in {other}: they would not train "
-                    "the same. Set it alike in all CONFIGs"
-                )
-
-
-def measures_reference(config: Mapping[str, Any]) -> bool:
-    """Tells whether a JSON's runs measure C and R: its schedule overlaps nothing."""
-    optimizer = config.get("optimizer", {})
-    row = SCHEDULES.get(str(optimizer.get("params", {}).get("schedule", DEFAULT.name)))
-    return optimizer.get("type") == "ACCO" and row is not None and row.blocks
-
-
-def reference_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the JSON of the same training by ACCO's schedule ``sync``, where nothing communicates outside the step.
-
-    Raises:
-        ValueError: without an optimizer in the JSON.
-    """
-    if "optimizer" not in config:
-        raise ValueError(
-            f"CONFIG {name} has no optimizer, and the reference (ACCO's schedule sync) is derived from the first "
-            "CONFIG. Give another one first"
-        )
-    derived = copy.deepcopy(dict(config))
-    params = derived["optimizer"].get("params", {})
-    # ACCO's other keys are of no meaning without overlap, or refused there.
-    params = {key: params[key] for key in (*ADAMW_KEYS, *REFERENCE_KEYS) if key in params}
-    if derived["optimizer"].get("type") != "ACCO":
-        derived["zero_optimization"] = {"stage": 1}
-    derived["optimizer"] = {"type": "ACCO", "params": {**params, "schedule": BLOCKING.name}}
-    return derived
 
 
 def extra_reference(comparison: Comparison) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,8 @@ from typing import Any
 
 from ...algorithm.schedules import SCHEDULES, Schedule
 from ...settings import is_adaptive
-from ..typed_json import read, written
+from ..typed_json import ABOVE_ZERO, SIGNED, load, read, written
+from ..words import shown
 
 VERSION = 1
 RESULTS = "results.json"
@@ -26,7 +27,7 @@ RESULTS = "results.json"
 class Interval:
     """Holds a median with the ends of its 95 % interval."""
 
-    median: float
+    median: float = field(metadata=ABOVE_ZERO)
     low: float | None = None
     high: float | None = None
 
@@ -35,9 +36,9 @@ class Interval:
 class LossInterval:
     """Holds a median loss with the ends of its 95 % interval; None of a training that diverged."""
 
-    median: float | None = None
-    low: float | None = None
-    high: float | None = None
+    median: float | None = field(default=None, metadata=SIGNED)
+    low: float | None = field(default=None, metadata=SIGNED)
+    high: float | None = field(default=None, metadata=SIGNED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ class Reference:
         failed: why there is none of it.
     """
 
-    compute_s: float | None = None
+    compute_s: float | None = field(default=None, metadata=ABOVE_ZERO)
     round_s: float | None = None
     micro_batch_s: float | None = None
     samples_per_s_alone: float | None = None
@@ -94,8 +95,8 @@ class Point:
     step: int | None = None
     samples: float | None = None
     seconds: float | None = None
-    val_loss: float | None = None
-    loss: float | None = None
+    val_loss: float | None = field(default=None, metadata=SIGNED)
+    loss: float | None = field(default=None, metadata=SIGNED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +125,8 @@ class Split:
     """Splits a step's time into computation, what training stood waiting for communication, and the rest."""
 
     compute_s: float
-    exposed_s: float
-    overhead_s: float
+    exposed_s: float = field(metadata=SIGNED)
+    overhead_s: float = field(metadata=SIGNED)
     note: str | None = None
 
     @property
@@ -228,8 +229,8 @@ class Saving:
 
     config: str
     baseline: str
-    saved_share: float | None = None
-    saved_hours_per_1000_accelerator_hours: float | None = None
+    saved_share: float | None = field(default=None, metadata=SIGNED)
+    saved_hours_per_1000_accelerator_hours: float | None = field(default=None, metadata=SIGNED)
     idle_share: float | None = None
     hidden_share: float | None = None
 
@@ -300,13 +301,12 @@ def read_results(path: Path) -> Results:
     """Reads ``results.json``.
 
     Raises:
-        ValueError: broken, of a newer version, or something else; says what is wrong and what to do.
-        OSError: not readable.
+        ValueError: broken, unreadable, of a newer version, or something else; says what is wrong and what to do.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = load(path)
         if not isinstance(data, dict):
-            raise ValueError(f"it holds {data!r:.60}; allowed: an object")
+            raise ValueError(f"it holds {shown(data)}; allowed: an object")
         _check_version(path, data)
         return read(Results, data)
     except _NewerVersion:
@@ -326,4 +326,4 @@ def _check_version(path: Path, data: Mapping[str, Any]) -> None:
             "Update it (pip install -U deepspeed_acco), or take the one that wrote the file"
         )
     if type(version) is not int or version != VERSION:
-        raise ValueError(f"its version is {version!r}; allowed: {VERSION}")
+        raise ValueError(f"its version is {shown(version)}; allowed: {VERSION}")

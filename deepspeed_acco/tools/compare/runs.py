@@ -1,78 +1,32 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Goes through the runs of a comparison in their order, and keeps the folder that they go to.
-
-In the folder: ``command.json`` (what was asked for), ``configs/`` (the JSONs as they were then), ``runs/NAME/PASS/``
-(each run's log and what its ranks recorded; ``done.json`` last of all), ``results.json`` and ``report.html``.
-"""
+"""Goes through the runs of a comparison in their order."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
+from ...engine.recorder_format import RECORD_RUN
 from .. import rank_files
 from ..launch import launcher as launches
 from ..launch import shaped_hosts as hosts
-from ..words import time_unit
+from ..typed_json import load, read
+from ..words import printable, time_unit
+from .folder import CONFIGS, DONE, RUNS
 from .measure import MeasuredRun, median_of_passes, read_curve, summarize_run
 from .options import Comparison, extra_reference
 from .results import write_whole
 
-COMMAND = "command.json"
-DONE = "done.json"
-CONFIGS, RUNS = "configs", "runs"  # folders
 LOG_LINES = 3  # of a failed run, in its sentence
-
-
-# ---- the folder
-
-
-def prepare(out: Path, comparison: Comparison) -> None:
-    """Makes the folder, or finds in it what the same command left.
-
-    Raises:
-        ValueError: when it holds something else, with the difference.
-    """
-    asked = asdict(comparison)
-    path = out / COMMAND
-    if path.is_file():
-        difference = _difference(json.loads(path.read_text()), json.loads(json.dumps(asked)))
-        if difference:
-            raise ValueError(f"--out {out} holds another comparison: {difference}. Give another --out, or remove it")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} is not empty and holds no comparison. Give another --out")
-    (out / CONFIGS).mkdir(parents=True, exist_ok=True)
-    configs = {**comparison.configs, **extra_reference(comparison)}
-    for name, config in configs.items():
-        (out / CONFIGS / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n")
-    write_whole(path, asked)
-
-
-def _difference(before: Any, now: Any, key: str = "") -> str:
-    """Returns the first difference in words; empty without one."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for part in sorted({*before, *now}, key=lambda part: part == "configs"):
-            found = _difference(before.get(part), now.get(part), f"{key}.{part}" if key else part)
-            if found:
-                return found
-        if list(before) != list(now):
-            return f"the order of {key or 'its parts'} was {list(before)} and is {list(now)}"
-        return ""
-    return "" if before == now else f"{key} was {before!r} and is {now!r}"
-
-
-# ---- the runs
 
 
 def run_all(comparison: Comparison, out: Path, hostfile: Path | None) -> ComparisonRuns:
@@ -94,6 +48,14 @@ def run_all(comparison: Comparison, out: Path, hostfile: Path | None) -> Compari
         runs = ComparisonRuns(comparison, out, place, progress)
         runs.run_all()
     return runs
+
+
+@dataclass(frozen=True)
+class _Done:
+    """Holds what ``done.json`` says of a finished run: how long it took, and the id that its files carry."""
+
+    seconds: float
+    run: str | None = None
 
 
 def _names(comparison: Comparison) -> list[str]:
@@ -164,7 +126,7 @@ class ComparisonRuns:
         """Goes through one run unless it was finished before; returns what there is to say of it."""
         relative = f"{RUNS}/{name}/{number}"
         folder = self._out / relative
-        was_finished = (folder / DONE).is_file()
+        was_finished, new_id = (folder / DONE).is_file(), uuid.uuid4().hex
         if not was_finished:
             if folder.exists():
                 shutil.rmtree(folder)
@@ -176,24 +138,28 @@ class ComparisonRuns:
                 folder,
                 self._place,
                 watch=lambda: self._watch(folder, begin),
+                environment={RECORD_RUN: new_id},
             )
             self._spent_s.append(time.monotonic() - begin)
             if code:
                 return self._fail(name, folder, f"the launcher ended with exit code {code}")
         try:
-            ranks = rank_files.read_ranks(folder, self._comparison.world_size)
+            run_id = read(_Done, load(folder / DONE)).run if was_finished else new_id
+            ranks = rank_files.read_ranks(folder, self._comparison.world_size, run_id)
             run = summarize_run(number, relative, ranks, read_curve(folder))
         except ValueError as cause:
-            return self._fail(name, folder, str(cause))
+            again = f". To measure it again remove {folder}" if was_finished else ""
+            return self._fail(name, folder, f"{cause}{again}")
         self.finished.setdefault(name, []).append(run)
         if not was_finished:
-            write_whole(folder / DONE, {"seconds": round(self._spent_s[-1], 1)})
+            write_whole(folder / DONE, asdict(_Done(round(self._spent_s[-1], 1), new_id)))
         step_s = median_of_passes([run.step_s]).median
         return f"{time_unit([step_s]).words(step_s)} a step{' (finished before)' if was_finished else ''}"
 
     def _fail(self, name: str, folder: Path, why: str) -> str:
         log = folder / launches.LOG
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        said = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+        lines = [line.strip() for line in printable(said).splitlines() if line.strip()]
         errors = [line for line in lines if "Error" in line or "error:" in line] or lines
         last = " / ".join(dict.fromkeys(errors[-LOG_LINES:]))
         self.failed[name] = f"{why}; the end of {log}: {last}"

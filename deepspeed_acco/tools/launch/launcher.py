@@ -1,10 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Starts scripts through DeepSpeed's launcher, on this machine, on a hostfile's or on shaped hosts, and ends them.
-
-Every process of a run has $DEEPSPEED_ACCO_RUN, the run's folder, in its environment. By that they are found when the
-run is to end, whatever became of their parents: the launcher's children outlive a launcher that is killed.
-"""
+"""Starts scripts through DeepSpeed's launcher, on this machine, on a hostfile's or on shaped hosts, and ends them."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ import base64
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -23,18 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from ...engine.recorder_format import RECORD_FOLDER
+from ...engine.recorder_format import RECORD_FOLDER, RECORD_RUN
+from .processes import RUN, end_processes, guarded, let_launchers_end
 from .shaped_hosts import INTERFACE, ShapedHosts
 
 LOG = "log.txt"
-_RUN = "DEEPSPEED_ACCO_RUN"
 POLL_S = 0.1
 TIMED_OUT = 124  # as timeout(1) says it
-REMOTE_END_S = 30.0  # for the launcher to end what it started on other machines
-INTERRUPT_S = 2.0
-KILL_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -97,7 +87,7 @@ def started(
     environment: Mapping[str, str] | None = None,
     **pipes: Any,
 ) -> Iterator[list[subprocess.Popen]]:
-    """Starts the script and gives its launchers; no process of it is left when the context ends.
+    """Starts the script and gives its launchers; no process of it is left when the context ends, or this process.
 
     Args:
         pipes: ``stdout``, ``stderr`` and what else ``subprocess.Popen`` takes. The others as in :func:`run`.
@@ -105,20 +95,21 @@ def started(
     folder = folder.resolve()
     port = free_port()
     launchers: list[subprocess.Popen] = []
-    try:
-        for command, variables in _commands(script, arguments, folder, place, port, environment or {}):
-            # In a session of its own: Ctrl-C in the terminal reaches this process alone, which ends the others.
-            launchers.append(
-                subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, start_new_session=True, **pipes)
-            )
-        yield launchers
-    finally:
-        if place.hostfile is not None:
-            _let_end(launchers)
-        end_processes(folder)
-        for launcher in launchers:
-            launcher.wait()
-        remove_shared_memory(port)
+    with guarded(folder, is_elsewhere=place.hostfile is not None):
+        try:
+            for command, variables in _commands(script, arguments, folder, place, port, environment or {}):
+                # In a session of its own: Ctrl-C in the terminal reaches this process alone, which ends the others.
+                launchers.append(
+                    subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, start_new_session=True, **pipes)
+                )
+            yield launchers
+        finally:
+            if place.hostfile is not None:
+                let_launchers_end(folder)
+            end_processes(folder)
+            for launcher in launchers:
+                launcher.wait()
+            remove_shared_memory(port)
 
 
 def _wait(launchers: list[subprocess.Popen], limit_s: float | None, watch: Callable[[], None]) -> int:
@@ -136,7 +127,7 @@ def _wait(launchers: list[subprocess.Popen], limit_s: float | None, watch: Calla
 
 def _commands(script, arguments, folder: Path, place: Ranks, port: int, changes: Mapping[str, str]):
     """Gives (command, environment) of each launcher to start: one, or one in each shaped host."""
-    environment = {**os.environ, **changes, _RUN: str(folder), "PYTHONPATH": search_path()}
+    environment = {**os.environ, **changes, RUN: str(folder), "PYTHONPATH": search_path()}
     if place.is_cpu:
         environment["DS_ACCELERATOR"] = "cpu"
     # As a module, so that it is this interpreter's; the command "deepspeed" calls nothing else.
@@ -180,7 +171,8 @@ def _environment_file(folder: Path, environment: dict[str, str]) -> Path:
     for place in (Path.home(), Path()):
         if (place / name).is_file():
             lines += (place / name).read_text().splitlines()
-    lines += [f"{key}={environment[key]}" for key in (RECORD_FOLDER, "DS_ACCELERATOR") if key in environment]
+    passed_on = (RECORD_FOLDER, RECORD_RUN, "DS_ACCELERATOR")
+    lines += [f"{key}={environment[key]}" for key in passed_on if key in environment]
     path = folder / "environment"
     path.write_text("".join(f"{line}\n" for line in lines if line.strip()))
     return path
@@ -191,64 +183,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
-
-
-def _let_end(launchers: list[subprocess.Popen]) -> None:
-    """Asks the launchers to end and gives them time to do so elsewhere, too."""
-    for launcher in launchers:
-        if launcher.poll() is None:
-            launcher.terminate()
-    deadline = time.monotonic() + REMOTE_END_S
-    for launcher in launchers:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            launcher.wait(max(0.0, deadline - time.monotonic()))
-
-
-def processes_of(folder: Path) -> list[psutil.Process]:
-    """Returns the living processes of this machine that belong to the run in ``folder``."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.environ().get(_RUN) == str(folder.resolve()):
-                found.append(process)
-    return found
-
-
-def end_processes(folder: Path) -> None:
-    """Ends every process of the run in ``folder``. The ranks are interrupted first: one that is building an operator
-    then takes back its lock, for which later runs would wait for ever. What is left after that is killed.
-
-    Raises:
-        RuntimeError: when one is still there after half a minute.
-    """
-    ranks = [process for process in processes_of(folder) if _is_rank(process)]
-    for process in ranks:
-        with contextlib.suppress(psutil.Error):
-            process.send_signal(signal.SIGINT)
-    psutil.wait_procs(ranks, timeout=INTERRUPT_S)
-    kill_processes(folder)
-
-
-def kill_processes(folder: Path) -> None:
-    """Kills every process of the run in ``folder`` at once, as a power cut does.
-
-    Raises:
-        RuntimeError: when one is still there after half a minute.
-    """
-    deadline = time.monotonic() + KILL_S
-    while left := processes_of(folder):
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"processes {[process.pid for process in left]} of {folder} cannot be killed")
-        for process in left:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(left, timeout=1)
-
-
-def _is_rank(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error, OSError):
-        return "LOCAL_RANK" in process.environ()
-    return False
 
 
 def remove_shared_memory(port: int | str) -> None:

@@ -20,7 +20,7 @@ SUBNET = "10.77.0."
 INTERFACE = "eth0"
 MOST_HOSTS = 99
 _NAMESPACE = re.compile(r"^accohost(\d+)-(\d+)\b")
-_RATE = re.compile(r"^\d+(\.\d+)?([kmgt]i?)?(bit|bps)$", re.IGNORECASE)
+_RATE = re.compile(r"^\d+(\.\d+)?([kmgt]i?)?(bit|bps)", re.IGNORECASE)
 
 
 def check_rate(rate: str) -> str:
@@ -29,7 +29,7 @@ def check_rate(rate: str) -> str:
     Raises:
         ValueError: for anything that tc would not read.
     """
-    if not _RATE.match(rate):
+    if not _RATE.fullmatch(rate):
         raise ValueError(f"{rate!r} is not allowed; allowed: a rate as tc spells it, for example 300mbit or 1gbit")
     return rate
 

@@ -10,16 +10,19 @@ reads the same ``results.json``.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..compare.command import interruptible
-from ..compare.options import REFERENCE, Comparison, add_run_arguments, comparison_of, host_count, reference_of
+from ..compare.configs import REFERENCE, reference_of
+from ..compare.options import Comparison, add_run_arguments, comparison_of, host_count
 from ..compare.results import RESULTS, write_results
 from ..subcommand import require_extra
+from ..typed_json import load
 
 DEFAULT_OUT = Path("runs") / "calibrate"
 # The example evaluates ten times, and steps behind an evaluation are not timed: this leaves nine.
@@ -62,25 +65,29 @@ def measure(options: argparse.Namespace) -> tuple[Path, int | None]:
         MeasurementFailed: the script failed, with the end of its log.
     """
     require_extra("tools", "numpy", "psutil", "tqdm")
-    from ..compare import runs as comparing  # numpy: not for a plan without a measurement
+    from ..compare import folder  # psutil, numpy: not for a plan without a measurement
+    from ..compare import runs as comparing
     from ..compare.measure import results_of
 
-    out = options.out or DEFAULT_OUT
-    try:
-        comparison = _comparison(options)
-        _clear(out)
-        comparing.prepare(out, comparison)
-    except ValueError as cause:
-        raise ValueError(f"plan: {cause}") from cause
-    try:
-        with interruptible():
-            runs = comparing.run_all(comparison, out, options.hostfile)
-    except RuntimeError as cause:
-        raise MeasurementFailed(f"plan: {cause}") from cause
+    out = DEFAULT_OUT if options.out is None else options.out
+    with ExitStack() as while_held:
+        try:
+            comparison = _comparison(options)
+            while_held.enter_context(folder.held(out))
+            _clear(out)
+            folder.prepare(out, comparison)
+        except (ValueError, OSError) as cause:
+            raise ValueError(f"plan: {cause}") from cause
+        path = out / RESULTS
+        try:
+            with interruptible():
+                runs = comparing.run_all(comparison, out, options.hostfile)
+                if not runs.failed:
+                    write_results(path, results_of(comparison, runs.finished, runs.failed))
+        except (RuntimeError, OSError) as cause:
+            raise MeasurementFailed(f"plan: {cause}") from cause
     if runs.failed:
         raise MeasurementFailed(f"plan: the measured run failed: {runs.failed[REFERENCE]}")
-    path = out / RESULTS
-    write_results(path, results_of(comparison, runs.finished, runs.failed))
     print(f"measured: {path}; `ds_acco plan --results {path}` plans from it again", file=sys.stderr)
     return path, host_count(comparison)
 
@@ -101,12 +108,14 @@ def _comparison(options: argparse.Namespace) -> Comparison:
 
 
 def _clear(out: Path) -> None:
-    """Removes an earlier measurement; a comparison's folder, and anybody else's, is left to ``runs.prepare``."""
-    from ..compare import runs as comparing
+    """Removes an earlier measurement; a comparison's folder, and anybody else's, is left to ``folder.prepare``."""
+    from ..compare import folder
 
-    command = out / comparing.COMMAND
-    if command.is_file() and list(json.loads(command.read_text()).get("configs", {})) == [REFERENCE]:
-        for folder in (comparing.CONFIGS, comparing.RUNS):
-            shutil.rmtree(out / folder, ignore_errors=True)
-        for file in (RESULTS, "report.html", comparing.COMMAND):
+    asked: Any = {}
+    with suppress(ValueError):  # one that is damaged is not known to be ours
+        asked = load(out / folder.COMMAND)
+    if isinstance(asked, dict) and isinstance(asked.get("configs"), dict) and list(asked["configs"]) == [REFERENCE]:
+        for part in (folder.CONFIGS, folder.RUNS):
+            shutil.rmtree(out / part, ignore_errors=True)
+        for file in (RESULTS, "report.html", folder.COMMAND):
             (out / file).unlink(missing_ok=True)

@@ -9,7 +9,6 @@ import argparse
 import itertools
 import json
 import math
-import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from ...algorithm.schedules import DEFAULT
 from ...algorithm.window import phase_a_micro_batches
 from .. import units
 from ..compare.results import read_results
-from ..subcommand import INTERRUPTED, add_parser
+from ..subcommand import INTERRUPTED, add_parser, complain
 from . import calibrate as calibration
 from . import model as plan
 from .advice import COARSEST, Advice, advise, best_stage, seconds, stops_paying
@@ -113,8 +112,6 @@ def from_results(path: str | Path, **options) -> Inputs:
     """
     try:
         results = read_results(Path(path))
-    except OSError as cause:
-        raise ValueError(f"plan: --results {path} cannot be read: {cause}") from cause
     except ValueError as cause:
         raise ValueError(f"plan: --results {cause}") from cause
     times, n, ranks, samples = results.reference.times, results.n, results.world_size, results.samples_per_step
@@ -122,8 +119,16 @@ def from_results(path: str | Path, **options) -> Inputs:
         failed = f": {results.reference.failed}" if results.reference.failed else ""
         raise ValueError(f"plan: --results {path} has no measured C and R{failed}. Run `ds_acco compare` again")
     header = asdict(results.model) | {"world_size": ranks, "n": n, "device": results.device}
+    if not samples or samples % (n * ranks):
+        raise ValueError(
+            f"plan: --results {path}: samples_per_step is {samples}; allowed: multiples of {n * ranks}, n x world_size"
+        )
     header["micro_batch"] = samples // (n * ranks)
-    return from_measurement({key: value for key, value in header.items() if value is not None}, *times, **options)
+    known = {key: value for key, value in header.items() if value is not None}
+    try:
+        return from_measurement(known, *times, **options)
+    except ValueError as cause:
+        raise ValueError(f"plan: --results {path}: {str(cause).removeprefix('plan: ')}") from cause
 
 
 def count_parameters(name: str) -> int:
@@ -150,7 +155,7 @@ def count_parameters(name: str) -> int:
                 model = transformers.AutoModelForCausalLM.from_config(config)
             except ValueError:  # not a causal language model
                 model = transformers.AutoModel.from_config(config)
-    except (OSError, ValueError, KeyError, TypeError) as cause:
+    except Exception as cause:  # whatever transformers makes of what it says
         raise ValueError(
             f"plan: --model {name!r} gives no model: {textwrap.shorten(str(cause), 200)}. Allowed: a name on the hub, "
             "a folder with config.json, such a file with its model_type; or give --params"
@@ -560,13 +565,13 @@ def run(options: argparse.Namespace) -> int:
         over_ranks = None if options.sweep_ranks is None else sweep(inputs, options.sweep_ranks)
         over_hosts = sweep_hosts(inputs, options.efficiency) if options.sweep_hosts else None
     except ValueError as error:
-        print(f"ds_acco {error}", file=sys.stderr)
+        complain(error)
         return 2
     except calibration.MeasurementFailed as error:
-        print(f"ds_acco {error}", file=sys.stderr)
+        complain(error)
         return 1
     except KeyboardInterrupt:
-        print("ds_acco plan: interrupted; nothing was measured", file=sys.stderr)
+        complain("plan: interrupted; nothing was measured")
         return INTERRUPTED
     is_measured = any(given is not None for given in (options.results, options.calibrate, options.round_ms))
     print(_describe(inputs, is_measured), table(inputs), words(advice), sep="\n\n")
@@ -576,10 +581,10 @@ def run(options: argparse.Namespace) -> int:
         print("\n" + sweep_table(over_ranks, inputs.cluster.latency_s > 0))
     if over_hosts is not None:
         print("\n" + sweep_hosts_table(over_hosts))
-    if options.json:
+    if options.json is not None:
         try:
             Path(options.json).write_text(json.dumps(_report(inputs, advice, over_ranks, over_hosts), indent=2) + "\n")
         except OSError as error:
-            print(f"ds_acco plan: --json {options.json} cannot be written: {error}", file=sys.stderr)
+            complain(f"plan: --json {options.json} cannot be written: {error}")
             return 2
     return 0

@@ -36,6 +36,9 @@ _REDUCE_BUCKET = 500_000_000  # parameters: DeepSpeed, zero/config.py, reduce_bu
 _GATHER_BUCKET = 50_000_000  # likewise, stage3_prefetch_bucket_size
 _COMMIT_TRAFFIC, _ESTIMATE_TRAFFIC = 28, 16  # bytes of memory per parameter that AdamW reads and writes
 _DEFAULT_FRACTION = 0.5  # of the key estimate_fraction
+# Of counts and of quantities: whatever the formulas make of these is a finite number.
+_MOST, _LEAST, _LARGEST = 10**18, 1e-60, 1e60
+_COUNT, _POSITIVE = "a whole number from 1 to 1e18", "from 1e-60 to 1e60"
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,11 @@ def _require(condition: bool, what: str, given, allowed: str) -> None:
 
 
 def _is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST
 
 
 def _is_positive(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and _LEAST <= value <= _LARGEST
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Model:
     accumulation_bytes: int = 2
 
     def __post_init__(self):
-        _require(_is_count(self.numel), "numel", self.numel, "a whole number >= 1")
+        _require(_is_count(self.numel), "numel", self.numel, _COUNT)
         for name in ("weight_bytes", "comm_bytes", "accumulation_bytes"):
             _require(getattr(self, name) in (2, 4), name, getattr(self, name), "2 or 4")
 
@@ -136,9 +139,9 @@ class Cluster:
     inside_bandwidth: float | None = None
 
     def __post_init__(self):
-        _require(_is_count(self.ranks), "ranks", self.ranks, "a whole number >= 1")
-        _require(_is_positive(self.bandwidth), "bandwidth", self.bandwidth, "bytes/s, > 0")
-        _require(self.latency_s >= 0, "latency_s", self.latency_s, "seconds, >= 0")
+        _require(_is_count(self.ranks), "ranks", self.ranks, _COUNT)
+        _require(_is_positive(self.bandwidth), "bandwidth", self.bandwidth, f"bytes/s {_POSITIVE}")
+        _require(0 <= self.latency_s <= _LARGEST, "latency_s", self.latency_s, "seconds from 0 to 1e60")
         _require(self.backend in BACKENDS, "backend", self.backend, " or ".join(BACKENDS))
         if self.hosts is not None:
             fits = _is_count(self.hosts) and self.ranks % self.hosts == 0
@@ -146,9 +149,11 @@ class Cluster:
         if self.efficiency is not None:
             fits = _is_positive(self.efficiency) and self.efficiency <= 1
             _require(fits, "efficiency", self.efficiency, "a number > 0 and <= 1")
-        _require(_is_positive(self.memory_bytes), "memory_bytes", self.memory_bytes, "bytes, > 0")
+        fits = self.memory_bytes == math.inf or _is_positive(self.memory_bytes)
+        _require(fits, "memory_bytes", self.memory_bytes, f"bytes {_POSITIVE}")
         if self.inside_bandwidth is not None:
-            _require(_is_positive(self.inside_bandwidth), "inside_bandwidth", self.inside_bandwidth, "bytes/s, > 0")
+            fits = _is_positive(self.inside_bandwidth)
+            _require(fits, "inside_bandwidth", self.inside_bandwidth, f"bytes/s {_POSITIVE}")
 
     def with_ranks(self, ranks: int) -> Cluster:
         """Returns a cluster of the same hosts, more or fewer of them.
@@ -230,9 +235,10 @@ class Work:
     backward_share: float = 2 / 3
 
     def __post_init__(self):
-        _require(_is_positive(self.micro_batch_s), "micro_batch_s", self.micro_batch_s, "seconds, > 0")
-        _require(_is_count(self.n), "n", self.n, "a whole number >= 1")
-        _require(self.update_s_per_parameter >= 0, "update_s_per_parameter", self.update_s_per_parameter, ">= 0")
+        _require(_is_positive(self.micro_batch_s), "micro_batch_s", self.micro_batch_s, f"seconds {_POSITIVE}")
+        _require(_is_count(self.n), "n", self.n, _COUNT)
+        fits = 0 <= self.update_s_per_parameter <= _LARGEST
+        _require(fits, "update_s_per_parameter", self.update_s_per_parameter, "seconds from 0 to 1e60")
         for name in ("estimate_fraction", "backward_share"):
             value = getattr(self, name)
             _require(value is None or 0 < value < 1, name, value, "a number > 0 and < 1")
@@ -587,7 +593,7 @@ def calibrated(model: Model, cluster: Cluster, work: Work, measured_round_s: flo
     Raises:
         ValueError: with one rank, and where update and latencies alone take as long as was measured.
     """
-    _require(_is_positive(measured_round_s), "the measured round", measured_round_s, "seconds, > 0")
+    _require(_is_positive(measured_round_s), "the measured round", measured_round_s, f"seconds {_POSITIVE}")
     if cluster.ranks == 1:
         raise ValueError("plan: a round of one rank communicates nothing, so it tells nothing. Measure with 2 or more")
 
@@ -600,6 +606,11 @@ def calibrated(model: Model, cluster: Cluster, work: Work, measured_round_s: flo
         raise ValueError(
             f"plan: the measured round took {measured_round_s:g} s, but the update and the latencies alone take "
             f"{took(fast):g} s. Give a smaller latency, or the update's true time per parameter{inside}"
+        )
+    if took(slow) < measured_round_s:
+        raise ValueError(
+            f"plan: the measured round took {measured_round_s:g} s; allowed: up to {took(slow):g} s, which it takes at "
+            "0.001 bytes/s. Give the round's true time"
         )
     for _ in range(100):
         middle = (slow + fast) / 2

@@ -8,11 +8,11 @@ The file needs nothing outside of itself: pictures are SVG in data URIs, and its
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from ..compare.results import RESULTS, read_results
-from ..subcommand import add_parser
+from ..subcommand import add_parser, complain
+from ..words import printable
 from . import figures as pictures
 from .read_run import read_run
 
@@ -49,12 +49,12 @@ def _report(options: argparse.Namespace) -> int:
         else:
             written = write(source / RESULTS if source.is_dir() else source, out)
     except (ValueError, OSError) as error:
-        print(f"ds_acco report: {error}", file=sys.stderr)
+        complain(f"report: {error}")
         return 2
     except ModuleNotFoundError as error:
-        print(f"ds_acco report: {error}", file=sys.stderr)
+        complain(f"report: {error}")
         return 1
-    print(written)
+    print(printable(str(written)))
     return 0
 
 

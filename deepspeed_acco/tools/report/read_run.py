@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..compare.results import Point
 from ..rank_files import RankFile, read_rank
 from ..typed_json import read_line, read_lines
+from ..words import shown
 
 CSV_PREFIX = "Train_ACCO_"  # DeepSpeed's csv_monitor names the file of the event Train/ACCO/round_ms so
+_LARGEST = 1e30  # of a value that is drawn
 _DEEPEST = 2  # csv_monitor writes to output_path/job_name
 Series = tuple[list[float], list[float]]  # (samples, values)
 
@@ -83,8 +86,8 @@ def _csv_series(path: Path) -> Series:
     wrote from there on replaces what stands at the same or later samples."""
     rows: list[tuple[float, float]] = []
     starts_again = False
-    with open(path, newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.reader(file), 1):
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        for number, row in enumerate(_csv_rows(path, file), 1):
             if row[:1] == ["step"]:
                 starts_again = True
                 continue
@@ -93,13 +96,25 @@ def _csv_series(path: Path) -> Series:
             try:
                 samples, value = map(float, row)
             except ValueError as error:
-                raise ValueError(
-                    f"{path}, line {number} is {','.join(row)!r:.60}; allowed: samples and a value, as DeepSpeed's "
-                    "csv_monitor writes them"
-                ) from error
+                raise _csv_error(path, number, row, "samples and a value") from error
             if starts_again:
                 rows = [earlier for earlier in rows if earlier[0] < samples]
                 starts_again = False
             if math.isfinite(samples) and math.isfinite(value):
+                if not (0 <= samples <= _LARGEST and abs(value) <= _LARGEST):
+                    raise _csv_error(path, number, row, f"samples >= 0 and a value, both up to {_LARGEST:g}")
                 rows.append((samples, value))
     return [samples for samples, _ in rows], [value for _, value in rows]
+
+
+def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[list[str]]:
+    try:
+        yield from csv.reader(file)
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV: {error}") from error
+
+
+def _csv_error(path: Path, line: int, row: list[str], allowed: str) -> ValueError:
+    return ValueError(
+        f"{path}, line {line} is {shown(','.join(row))}; allowed: {allowed}, as DeepSpeed's csv_monitor writes them"
+    )
