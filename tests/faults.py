@@ -395,6 +395,8 @@ def _is_named(cell: Cell, text: str) -> bool:
         return "the data-parallel ranks differ" in text and "'lr'" in text
     if cell.fault == "full disk":
         return os.strerror(errno.ENOSPC) in text and "saved" in text
+    if cell.fault == "exception" and "was not saved" in text:
+        return f"rank {VICTIM}: " in text and "the user's own mistake" in text
     return f"another rank has ended, or did not answer within comm_timeout_s = {TIMEOUT_S} s" in text
 
 

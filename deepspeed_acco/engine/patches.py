@@ -24,8 +24,8 @@ from ..algorithm.window import phase_a_micro_batches
 from ..optim import native
 from ..optim.build_locks import describe_locks
 from ..optimizer import ACCO
-from . import leaving, owners, recorder
-from .checkpoint_check import LoadOptions
+from . import leaving, owners, recorder, saving
+from .checkpoint_model import LoadOptions
 from .checks import check_engine, check_json, check_window, names_acco
 from .deepspeed_engine import Engine
 from .log import describe_bytes, logger
@@ -48,6 +48,8 @@ TOUCH_POINTS = (
     "deepspeed.runtime.engine.DeepSpeedEngine.set_train_batch_size",  # the same ValueError for n = 1 in mid-training
     "deepspeed.runtime.engine.DeepSpeedZeroOptimizer",  # rebound only while the call above runs
     "deepspeed.runtime.engine.DeepSpeedEngine.load_checkpoint",  # all files are checked before one is loaded
+    "deepspeed.runtime.engine.DeepSpeedEngine.save_checkpoint",  # a tag stays whole, all ranks learn of errors
+    "engine.checkpoint_engine.save, commit",  # rebound only while the call above runs
     "sys.excepthook",  # a process that an exception has ended ends, whatever a round waits for
     "engine.tput_timer.config.synchronized",  # it would wait for the device at every forward and step
 )
@@ -93,6 +95,7 @@ def register() -> None:
         "_do_optimizer_sanity_check": _wrap_sanity_check(engine_class._do_optimizer_sanity_check),
         "_configure_zero_optimizer": _wrap_configure_zero(engine_class._configure_zero_optimizer),
         "load_checkpoint": _wrap_load_checkpoint(engine_class.load_checkpoint),
+        "save_checkpoint": _wrap_save_checkpoint(engine_class.save_checkpoint),
         "_take_model_step": _wrap_take_model_step(engine_class._take_model_step),
         "set_gradient_accumulation_boundary": _wrap_set_boundary(engine_class.set_gradient_accumulation_boundary),
         "set_train_batch_size": _wrap_set_train_batch_size(engine_class.set_train_batch_size),
@@ -148,12 +151,8 @@ def _wrap_configure_zero(original):
     def configure_zero_optimizer(engine, optimizer):
         if not isinstance(optimizer, ACCO):
             return original(engine, optimizer)
-        stock = ds_engine.DeepSpeedZeroOptimizer
-        ds_engine.DeepSpeedZeroOptimizer = AccoZeroOptimizer
-        try:
+        with _rebound(ds_engine, "DeepSpeedZeroOptimizer", AccoZeroOptimizer):
             wrapper = original(engine, optimizer)
-        finally:
-            ds_engine.DeepSpeedZeroOptimizer = stock
         if not isinstance(wrapper, AccoZeroOptimizer):
             raise RuntimeError(
                 f"ACCO: DeepSpeed {deepspeed.__version__} built {type(wrapper).__name__} instead of ACCO's ZeRO-1 "
@@ -182,6 +181,44 @@ def _wrap_load_checkpoint(original):
             return original(engine, *args, **kwargs)
 
     return load_checkpoint
+
+
+def _wrap_save_checkpoint(original):
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save_checkpoint(engine, *args, **kwargs):
+        if not isinstance(engine.optimizer, AccoZeroOptimizer) or not saving.is_whole_when_written(engine):
+            return original(engine, *args, **kwargs)
+        given = signature.bind(engine, *args, **kwargs)
+        given.apply_defaults()
+        names_latest, given.arguments["save_latest"] = given.arguments["save_latest"], False
+
+        def write_all(files: saving.Saving):
+            with (
+                _rebound(engine.checkpoint_engine, "save", files.write),
+                _rebound(engine.checkpoint_engine, "commit", files.publish),
+                _rebound(engine.optimizer, "checkpoint_event_epilogue", lambda: None),  # the ranks meet in publish
+            ):
+                return original(*given.args, **given.kwargs)
+
+        return saving.save(engine, write_all, given.arguments["save_dir"], given.arguments["tag"], names_latest)
+
+    return save_checkpoint
+
+
+@contextlib.contextmanager
+def _rebound(owner, name, replacement):
+    """Puts something in the place of an attribute while the block runs."""
+    former = vars(owner).get(name)  # None: its class has it
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        if former is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, former)
 
 
 def _wrap_take_model_step(original):

@@ -32,6 +32,7 @@ from .adaptive_windows import AdaptiveWindows
 from .agreement import require_agreement, what_must_agree
 from .auto_fraction import AutoFraction
 from .bound_parameters import BoundParameters
+from .checkpoint_model import LoadOptions
 from .checks import require_one_dtype, require_own_batches
 from .deepspeed_engine import Engine
 from .fixed_windows import FixedWindows
@@ -326,21 +327,20 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         self._skips.wait(self._engine())
 
     def checkpoint_event_epilogue(self) -> None:
-        """Waits between the files and ``latest``, which names them, until all ranks have written theirs. The true
-        weights stay shown until training goes on."""
-        self._comm.whereabouts.note("behind its files of a checkpoint")
-        self._comm.barrier()
+        """Waits for all ranks. The true weights stay shown until training goes on."""
+        self.gather_objects(None, "at the end of a checkpoint")
 
-    def require_loadable(self, load_dir: str, tag: str | None, options: checkpoint_check.LoadOptions) -> None:
-        """Checks all files that ``engine.load_checkpoint`` would load, on all ranks, before any of them is loaded.
-
-        Raises:
-            CheckpointRefused: on every rank, with what is wrong; the run is unchanged.
-        """
+    def require_loadable(self, load_dir: str, tag: str | None, options: LoadOptions) -> None:
+        """Raises CheckpointRefused on every rank unless all ranks could load all their files; the run is unchanged."""
         self.driver.show_true()
-        self.driver.finish()
         finding = checkpoint_check.inspect(self._engine(), load_dir, tag, options)
-        checkpoint_check.require_loadable(load_dir, self._comm.gather_objects(finding))
+        checkpoint_check.require_loadable(load_dir, self.gather_objects(finding, "behind its check of a checkpoint"))
+
+    def gather_objects(self, value: Any, place: str) -> list:
+        """Returns what all data-parallel ranks passed, in their order; an error says that they are at ``place``."""
+        self.driver.finish()
+        self._comm.whereabouts.note(place)
+        return self._comm.gather_objects(value)
 
     def shard_numels(self) -> list[int]:
         """Returns the elements of this rank's shard of each parameter group, with padding."""

@@ -1,49 +1,27 @@
-"""Checkpoints: a resumed run is bit for bit the uninterrupted one; other world sizes, other optimizers; refusals."""
+"""Checkpoints: a resumed run is the uninterrupted one; other world sizes, other optimizers; saves that fail."""
 
 import itertools
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import types
-import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.support import oracle, training
+from tests.support.checkpoints import same_state, start, whole_state
 from tests.support.launcher import ROOT, Launched, launch
 from tests.support.ranks import RankPool
 
 pytestmark = pytest.mark.timeout(400)
 EXACT = ("losses", "norms", "replicas", "skipped", "lr", "scale")
 BEFORE, AFTER = 5, 4
-
-
-def _decays(optimizer):
-    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-
-
-def _start(config, groups=2, seed=5):
-    return training.start_engine(config, groups, seed=seed, lr_scheduler=_decays)
-
-
-def _state(engine) -> dict:
-    """Master weights and AdamW state of all parameters, whatever the optimizer and the number of ranks."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    states = {}
-    for name, param in engine.module.named_parameters():
-        if param.requires_grad:
-            states[name] = [safe_get_full_fp32_param(param).clone()]
-            for moment in ("exp_avg", "exp_avg_sq"):
-                states[name].append(safe_get_full_optimizer_state(param, moment).clone())
-    step = {int(state["step"]) for state in engine.optimizer.optimizer.state.values()}
-    return {"states": states, "step": step}
 
 
 def _shards(engine) -> dict:
@@ -60,12 +38,6 @@ def _shards(engine) -> dict:
     return {"states": states, "step": {int(state["step"]) for state in optimizer.optimizer.state.values()}}
 
 
-def _same_state(mine, theirs) -> bool:
-    return mine["step"] == theirs["step"] and all(
-        all(a.equal(b) for a, b in zip(mine["states"][name], theirs["states"][name])) for name in theirs["states"]
-    )
-
-
 # ---- resume
 
 
@@ -73,21 +45,21 @@ def _resume(config, precision, groups, folder):
     """The same windows uninterrupted, with a save in between, and resumed in a fresh engine of another seed."""
 
     def finish(engine, record):
-        record["live"], record["state"] = training.live_weights(engine), _state(engine)
+        record["live"], record["state"] = training.live_weights(engine), whole_state(engine)
         record["true"] = training.true_master_weights(engine)
         engine.destroy()
         return record
 
-    engine = _start(config, groups)
+    engine = start(config, groups)
     training.run_windows(engine, BEFORE, precision)
     plain = finish(engine, training.run_windows(engine, AFTER, precision, first_window=BEFORE))
 
-    engine = _start(config, groups)
+    engine = start(config, groups)
     training.run_windows(engine, BEFORE, precision)
     engine.save_checkpoint(folder, client_state={"note": 7})
     saving = finish(engine, training.run_windows(engine, AFTER, precision, first_window=BEFORE))
 
-    engine = _start(config, groups, seed=9)
+    engine = start(config, groups, seed=9)
     training.run_windows(engine, 2, precision, first_window=50)  # a run that stands elsewhere
     path, client_state = engine.load_checkpoint(folder)
     assert path is not None and client_state["note"] == 7
@@ -130,7 +102,7 @@ def _check_resumed(results):
                 assert other[key] == plain[key], (name, key)
             for key in ("live", "true"):
                 assert all(a.equal(b) for a, b in zip(other[key], plain[key])), (name, key)
-            assert _same_state(other["state"], plain["state"]), name
+            assert same_state(other["state"], plain["state"]), name
 
 
 def test_overlap_warmup_goes_on_counting(ranks, tmp_path):
@@ -145,13 +117,13 @@ def _resume_in_mid_window(folder, micro_batches):
     import torch.distributed as dist
 
     config = training.ds_config(4)
-    engine = _start(config)
+    engine = start(config)
     training.run_windows(engine, BEFORE)
-    committed = _state(engine)
+    committed = whole_state(engine)
     expected = training.run_windows(engine, AFTER, first_window=BEFORE)["losses"]
     engine.destroy()
 
-    engine = _start(config)
+    engine = start(config)
     training.run_windows(engine, BEFORE)
     losses = []
     for micro_batch in range(4):
@@ -165,9 +137,9 @@ def _resume_in_mid_window(folder, micro_batches):
     assert losses == expected
     engine.destroy()
 
-    engine = _start(config, seed=9)
+    engine = start(config, seed=9)
     engine.load_checkpoint(folder)
-    assert _same_state(_state(engine), committed)
+    assert same_state(whole_state(engine), committed)
     resumed = training.run_windows(engine, AFTER, first_window=BEFORE)["losses"]
     engine.destroy()
     return expected, resumed
@@ -187,8 +159,8 @@ def test_a_save_in_phase_b_resumes_at_the_true_weights(ranks, tmp_path):
 # ---- tools, other world sizes
 
 
-def _save(config, folder, groups, windows, precision="fp32", read="_state"):
-    engine = _start(config, groups)
+def _save(config, folder, groups, windows, precision="fp32", read="whole_state"):
+    engine = start(config, groups)
     training.run_windows(engine, windows, precision, same_data=True)
     state = globals()[read](engine)
     engine.save_checkpoint(folder, tag="saved")
@@ -197,9 +169,9 @@ def _save(config, folder, groups, windows, precision="fp32", read="_state"):
 
 
 def _load_and_go_on(
-    config, folder, groups, windows, first_window, precision="fp32", save_to=None, read="_state", **options
+    config, folder, groups, windows, first_window, precision="fp32", save_to=None, read="whole_state", **options
 ):
-    engine = _start(config, groups, seed=9)
+    engine = start(config, groups, seed=9)
     path, _ = engine.load_checkpoint(folder, **options)
     assert path is not None
     state = globals()[read](engine)
@@ -255,7 +227,7 @@ def test_another_number_of_ranks(ranks, before, after, ranks_per_host, tmp_path)
         config["checkpoint"] = {"load_universal": True}
         run = dict(config=config, folder=folder, groups=1, windows=3, first_window=3)
         results = ranks(after).run(_load_and_go_on, **run)
-        assert all(_same_state(state, saved) for state, _ in results)
+        assert all(same_state(state, saved) for state, _ in results)
         reference = oracle.run_reference(
             schedule=schedule, world_size=1, windows=6, n=4, a=2, lr_decay=0.9, warmup=3 if schedule == "acco" else 0
         )
@@ -273,7 +245,7 @@ def test_universal_in_16_bit(ranks, schedule, precision, tmp_path):
     config["checkpoint"] = {"load_universal": True}
     run = dict(config=config, folder=folder, groups=2, windows=3, first_window=3, precision=precision)
     for state, record in ranks(1).run(_load_and_go_on, **run):
-        assert _same_state(state, saved)
+        assert same_state(state, saved)
         assert all(loss == loss and loss < 10 for loss in record["losses"])
 
 
@@ -281,7 +253,7 @@ def test_universal_in_16_bit(ranks, schedule, precision, tmp_path):
 
 
 def _train_stock(config, groups, windows, precision):
-    engine = _start(config, groups)
+    engine = start(config, groups)
     record = training.run_windows(engine, windows, precision, same_data=True)
     engine.destroy()
     return record
@@ -310,19 +282,19 @@ def test_from_adamw_and_back(ranks, precision, whose, tmp_path):
     state, record = ranks(2).run(
         _load_and_go_on, config=acco, folder=folders[0], windows=3, first_window=3, save_to=folders[1], **keeping
     )[0]
-    assert _same_state(state, saved)
+    assert same_state(state, saved)
     tolerance = 2e-6 if precision == "fp32" else 2e-2
     assert record["losses"] == pytest.approx(whole["losses"][12:24], rel=tolerance)
     assert record["losses"][:4] == pytest.approx(whole["losses"][12:16], rel=2e-6)
     back, after = ranks(2).run(_load_and_go_on, config=adamw, folder=folders[1], windows=3, first_window=6, **keeping)[
         0
     ]
-    assert _same_state(back, record["saved"])
+    assert same_state(back, record["saved"])
     assert after["losses"] == pytest.approx(whole["losses"][24:], rel=tolerance)
 
 
-def _live_after_load(config, folder, groups, precision, read="_state", **options):
-    engine = _start(config, groups, seed=9)
+def _live_after_load(config, folder, groups, precision, read="whole_state", **options):
+    engine = start(config, groups, seed=9)
     engine.load_checkpoint(folder, **options)
     loaded = {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
     state = globals()[read](engine)
@@ -342,7 +314,7 @@ def test_adamw_goes_on_at_the_true_weights(ranks, schedule, tmp_path):
     run["config"] = _adamw(config, torch_adam=True)
     results = ranks(2).run(_live_after_load, read="_shards", **run)
     for (loaded, state, losses), (expected, _) in zip(results, shards):
-        assert _same_state(state, expected)
+        assert same_state(state, expected)
         for name, (master, *_) in saved["states"].items():
             assert loaded[name].equal(master.bfloat16())
         assert all(loss == loss and loss < 10 for loss in losses)
@@ -365,203 +337,133 @@ def test_without_optimizer_states(ranks, schedule, options, tmp_path):
         assert all(loss == loss and loss < 10 for loss in losses)
 
 
-# ---- refused
+# ---- saved
 
 
-def _try_to_load(config, groups, folder, tag, options, spoil):
-    engine = _start(config, groups)
-    training.run_windows(engine, 3)
-    message = ""
-    if folder is not None:
-        try:
-            engine.load_checkpoint(folder, tag=tag, **options)
-        except ValueError as refused:
-            message = str(refused)
-    losses = training.run_windows(engine, 3, first_window=3)["losses"]
-    state = _state(engine)
+def _files(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _save_twice(folder, tag):
+    engine = start(training.ds_config(4))
+    training.run_windows(engine, 1)
+    engine.save_checkpoint(folder, tag=tag, save_latest=False)
+    training.run_windows(engine, 1, first_window=1)
+    engine.save_checkpoint(folder, tag=tag)
+    saved = whole_state(engine)
     engine.destroy()
-    return message, losses, state
+    return saved
 
 
-def _edit(path, change):
-    content = torch.load(path, weights_only=False)
-    change(content)
-    torch.save(content, path)
+@pytest.mark.parametrize("tag", ["best", None])
+def test_a_tag_that_is_saved_again(ranks, tag, tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "notes.txt").write_text("of the user's")
+    saved = ranks(2).run(_save_twice, folder=str(tmp_path), tag=tag)[0]
+    assert (tmp_path / "latest").read_text() == ("best" if tag else "global_step2")
+    assert not list(tmp_path.rglob("*.saving"))
+    assert (tmp_path / "best" / "notes.txt").read_text() == "of the user's"
+    run = dict(config=training.ds_config(4), folder=str(tmp_path), groups=2, windows=0, first_window=2)
+    for state, _ in ranks(2).run(_load_and_go_on, **run):
+        assert same_state(state, saved)
 
 
-MODEL = "mp_rank_00_model_states.pt"
-SHARD = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+def _fail_to_save(folder, failing):
+    """Saves, trains, and fails to save under the same tag; then training goes on and saves elsewhere.
 
+    Args:
+        failing: the rank whose files may not grow. None: what is saved cannot be pickled.
+    """
+    import resource
 
-def _truncate(path):
-    os.truncate(path, os.path.getsize(path) * 2 // 3)
+    import torch.distributed as dist
 
-
-def _flip(path, part):
-    """Flips one bit in the middle of the largest tensor of the file, where no reader of the structure sees it."""
-    with zipfile.ZipFile(path) as file:
-        largest = max((entry for entry in file.infolist() if "/data/" in entry.filename), key=lambda e: e.file_size)
-    content = bytearray(path.read_bytes())
-    at = content.index(b"PK\x03\x04", largest.header_offset)
-    name, extra = (int.from_bytes(content[at + place : at + place + 2], "little") for place in (26, 28))
-    content[at + 30 + name + extra + int(largest.file_size * part)] ^= 1
-    path.write_bytes(bytes(content))
-
-
-def _acco_of(content):
-    return content["optimizer_state_dict"]["acco"]
-
-
-def _groups_of(content):
-    return content["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
-
-
-SPOILED = {
-    "model truncated": (lambda at: _truncate(at / MODEL), f"{MODEL} cannot be read"),
-    "shard truncated": (lambda at: _truncate(at / SHARD), f"{SHARD} cannot be read"),
-    "shard empty": (lambda at: os.truncate(at / SHARD, 0), f"{SHARD} cannot be read"),
-    "a bit of the model": (lambda at: _flip(at / MODEL, 0.5), f"{MODEL} is damaged: the checksum of"),
-    "a bit of the shard": (lambda at: _flip(at / SHARD, 0.0), f"{SHARD} is damaged: the checksum of"),
-    "another rank's shard": (
-        lambda at: shutil.copy(at / SHARD.replace("rank_1", "rank_0"), at / SHARD),
-        "is the shard of data-parallel rank 0, and rank 1 would load it",
-    ),
-    "another step's shard": (
-        lambda at: _edit(at / SHARD, lambda c: _acco_of(c).update(global_steps=7)),
-        "was saved at step 7, and the file with the module beside it at step 2",
-    ),
-    "another run's shard": (
-        lambda at: _edit(at / SHARD, lambda c: _acco_of(c).update(run="another")),
-        "the ranks see different checkpoints",
-    ),
-    "shard missing": (lambda at: os.remove(at / SHARD), f"{SHARD} is missing"),
-    "model missing": (lambda at: os.remove(at / MODEL), f"{MODEL} is missing"),
-    "bf16 shards": (lambda at: os.rename(at / SHARD, at / f"bf16_{SHARD}"), "was saved with bf16"),
-    "latest empty": (lambda at: os.truncate(at.parent / "latest", 0), "latest is empty"),
-    "not a checkpoint": (lambda at: torch.save([1, 2], at / MODEL), "holds a list"),
-    "another model, a parameter more": (
-        lambda at: _edit(at / MODEL, lambda c: c["module"].update(more=torch.ones(3))),
-        "has in addition more",
-    ),
-    "another model, a parameter less": (
-        lambda at: _edit(at / MODEL, lambda c: c["module"].pop("last.bias")),
-        "it lacks last.bias",
-    ),
-    "another model, another shape": (
-        lambda at: _edit(at / MODEL, lambda c: c["module"].update({"last.bias": torch.ones(4)})),
-        "last.bias has the shape (4,) there and (3,) here",
-    ),
-    "another number of ranks": (
-        lambda at: _edit(at / MODEL, lambda c: c.update(dp_world_size=3)),
-        "saved by 3 data-parallel ranks and this run has 2",
-    ),
-    "no scheduler": (
-        lambda at: _edit(at / MODEL, lambda c: c.update(lr_scheduler=None)),
-        "no state of a learning-rate",
-    ),
-    "stage 3": (
-        lambda at: _edit(at / SHARD, lambda c: c["optimizer_state_dict"].pop("single_partition_of_fp32_groups")),
-        "was not saved by ZeRO stage 1",
-    ),
-    "elastic": (
-        lambda at: _edit(at / SHARD, lambda c: c["optimizer_state_dict"].update(base_optimizer_state=[])),
-        "elastic_checkpoint = true",
-    ),
-    "a group less": (
-        lambda at: _edit(at / SHARD, lambda c: c["optimizer_state_dict"]["single_partition_of_fp32_groups"].pop()),
-        "has 1 parameter groups and this run has 2",
-    ),
-    "other places": (
-        lambda at: _edit(
-            at / SHARD, lambda c: c["optimizer_state_dict"]["param_slice_mappings"][0].popitem(last=False)
-        ),
-        "at other places of the shard",
-    ),
-    "a shorter shard": (
-        lambda at: _edit(
-            at / SHARD,
-            lambda c: c["optimizer_state_dict"]["single_partition_of_fp32_groups"].__setitem__(0, torch.ones(5)),
-        ),
-        "its shard of parameter group 0 has 5 elements",
-    ),
-    "no AdamW state": (
-        lambda at: _edit(at / SHARD, lambda c: c["optimizer_state_dict"]["base_optimizer_state"]["state"].clear()),
-        "has no AdamW state",
-    ),
-    "amsgrad": (lambda at: _edit(at / SHARD, lambda c: _groups_of(c)[1].update(amsgrad=True)), "amsgrad = True"),
-    "Adam with L2": (
-        lambda at: _edit(at / SHARD, lambda c: _groups_of(c)[0].update(decoupled_weight_decay=False)),
-        "decoupled_weight_decay = False",
-    ),
-    "newer format": (
-        lambda at: _edit(at / SHARD, lambda c: c["optimizer_state_dict"]["acco"].update(version=2)),
-        "has format 2 of deepspeed_acco",
-    ),
-    "broken key": (
-        lambda at: _edit(at / SHARD, lambda c: c["optimizer_state_dict"].update(acco={"version": 1})),
-        "could not be checked (KeyError",
-    ),
-    "ranks differ": (
-        lambda at: _edit(at / SHARD, lambda c: c["optimizer_state_dict"].pop("acco")),
-        "the ranks see different checkpoints",
-    ),
-}
+    engine = start(training.ds_config(4))
+    training.run_windows(engine, 2)
+    engine.save_checkpoint(folder, tag="saved")
+    dist.barrier()
+    before = _files(Path(folder))
+    training.run_windows(engine, 1, first_window=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == failing:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
+    began = time.monotonic()
+    try:
+        engine.save_checkpoint(folder, tag="saved", client_state={"note": sys} if failing is None else {})
+        message = "saved"
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    waited = time.monotonic() - began
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dist.barrier()
+    unchanged = _files(Path(folder)) == before
+    losses = training.run_windows(engine, 2, first_window=3)["losses"]
+    engine.save_checkpoint(folder, tag="after")
+    engine.destroy()
+    return message, waited, unchanged, losses
 
 
 @pytest.fixture(scope="module")
-def saved_once(tmp_path_factory):
-    """A checkpoint to spoil, and the run that never tries to load."""
-    folder = tmp_path_factory.mktemp("saved")
+def five_windows():
+    """The losses of the windows 3 and 4, by ranks."""
     pool = RankPool(2)
-    config = training.ds_config(4)
-    pool.run(_save, config=config, folder=str(folder), groups=2, windows=2)
-    common = dict(config=config, groups=2, folder=None, tag=None, options={}, spoil=None)
-    undisturbed = pool.run(_try_to_load, **common)
+    results = pool.run(_train, windows=5)
     pool.close()
-    return folder, config, undisturbed
+    return [losses[12:] for losses in results]
 
 
-@pytest.mark.parametrize("spoil", SPOILED)
-def test_refused_and_the_run_is_untouched(ranks, saved_once, spoil, tmp_path):
-    folder, config, undisturbed = saved_once
-    at = tmp_path / "copy"
-    shutil.copytree(folder, at)
-    damage, expected = SPOILED[spoil]
-    damage(at / "saved")
-    run = dict(config=config, groups=2, folder=str(at), tag=None, options={}, spoil=spoil)
-    for (message, losses, state), (_, before, state_before) in zip(ranks(2).run(_try_to_load, **run), undisturbed):
-        assert expected in message
-        assert "was not loaded and the run is unchanged" in message
-        assert losses == before
-        assert _same_state(state, state_before)
-
-
-def test_a_tag_that_is_not_there_names_those_that_are(ranks, saved_once):
-    folder, config, _ = saved_once
-    run = dict(config=config, groups=2, folder=str(folder), tag="nowhere", options={}, spoil=None)
-    for message, *_ in ranks(2).run(_try_to_load, **run):
-        assert "is missing" in message and "(there are: saved)" in message
-
-
-def _load_without_latest(folder):
-    engine = _start(training.ds_config(4))
-    answer = engine.load_checkpoint(folder)
+def _train(windows):
+    engine = start(training.ds_config(4))
+    losses = training.run_windows(engine, windows)["losses"]
     engine.destroy()
-    return answer
+    return losses
 
 
-def test_a_folder_without_latest_is_answered_as_deepspeed_does(ranks, tmp_path):
-    assert ranks(2).run(_load_without_latest, folder=str(tmp_path)) == [(None, None)] * 2
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_full_disk_is_told_by_all_ranks(ranks, five_windows, failing, tmp_path):
+    """By a limit on the size of files, which torch's writer meets as it meets a full disk."""
+    results = ranks(2).run(_fail_to_save, folder=str(tmp_path), failing=failing)
+    for (message, waited, unchanged, losses), expected in zip(results, five_windows):
+        assert message.startswith("CheckpointNotSaved: ACCO: the checkpoint in ")
+        assert f"rank {failing}: {tmp_path}/saved/" in message and f"rank {1 - failing}: " not in message
+        assert "could not be written: File too large (EFBIG)" in message and "B free there" in message
+        assert unchanged and waited < 20
+        assert losses == expected
+    assert (tmp_path / "latest").read_text() == "after"
+
+
+def test_a_client_state_that_cannot_be_pickled_is_told_by_all_ranks(ranks, five_windows, tmp_path):
+    results = ranks(2).run(_fail_to_save, folder=str(tmp_path), failing=None)
+    for (message, _, unchanged, losses), expected in zip(results, five_windows):
+        assert "CheckpointNotSaved" in message and "rank 0: " in message and "cannot pickle 'module' object" in message
+        assert unchanged and losses == expected
+
+
+def _save_into(folder):
+    engine = start(training.ds_config(4))
+    try:
+        engine.save_checkpoint(folder)
+        message = "saved"
+    except RuntimeError as error:
+        message = str(error)
+    engine.destroy()
+    return message
+
+
+def test_a_folder_that_cannot_be_made_is_told_by_all_ranks(ranks, tmp_path):
+    (tmp_path / "file").touch()
+    for message in ranks(2).run(_save_into, folder=str(tmp_path / "file" / "folder")):
+        assert "rank 0: " in message and "rank 1: " in message and "Not a directory (ENOTDIR)" in message
 
 
 # ---- killed
 
 
-def _killed_while_saving(folder, victim):
+def _killed_while_saving(folder, victim, tag):
     """Saves, trains, and is killed in the middle of writing its shard of the next checkpoint."""
     import torch.distributed as dist
 
-    engine = _start(training.ds_config(4, comm_timeout_s=20))
+    engine = start(training.ds_config(4, comm_timeout_s=20))
     training.run_windows(engine, 2)
     engine.save_checkpoint(folder, tag="whole")
     training.run_windows(engine, 2, first_window=2)
@@ -574,19 +476,21 @@ def _killed_while_saving(folder, victim):
             os.kill(os.getpid(), signal.SIGKILL)
 
     engine.checkpoint_engine.save = die
-    engine.save_checkpoint(folder, tag="half")
+    engine.save_checkpoint(folder, tag=tag)
 
 
+@pytest.mark.parametrize("tag", ["half", "whole"])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_kill_while_saving_leaves_the_previous_one(ranks, victim, tmp_path):
+def test_a_kill_while_saving_leaves_the_previous_one(ranks, victim, tag, tmp_path):
+    """Also where the previous one has the same tag."""
     pool = RankPool(2)
     try:
-        pool.start(_killed_while_saving, folder=str(tmp_path), victim=victim)
+        pool.start(_killed_while_saving, folder=str(tmp_path), victim=victim, tag=tag)
         with pytest.raises(AssertionError, match=f"rank {victim} died with exit code -9"):
             pool.collect(ranks=[victim])
     finally:
         pool.close()
-    assert (tmp_path / "half").is_dir()
+    assert (tmp_path / tag).is_dir()
     assert (tmp_path / "latest").read_text() == "whole"
     run = dict(config=training.ds_config(4), folder=str(tmp_path), groups=2, windows=1, first_window=2)
     for state, _ in ranks(2).run(_load_and_go_on, **run):

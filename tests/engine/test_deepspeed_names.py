@@ -31,18 +31,24 @@ USED_METHODS = [name for name, member in vars(Engine).items() if inspect.isfunct
 EXISTING = {
     "deepspeed": "__version__ add_config_arguments init_distributed initialize",
     "deepspeed.accelerator": "get_accelerator",
+    "deepspeed.checkpoint": "SubparamShape",
     "deepspeed.constants": "default_pg_timeout",
     "deepspeed.ops.adam": "DeepSpeedCPUAdam FusedAdam",
     "deepspeed.runtime.config": "DeepSpeedConfig",
     "deepspeed.runtime.engine": "DeepSpeedEngine DeepSpeedZeroOptimizer ZERO_OPTIMIZATION",
+    "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine": "TorchCheckpointEngine",
+    "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine:TorchCheckpointEngine": "save commit",
+    "deepspeed.runtime.fp16.loss_scaler": "DynamicLossScaler LossScaler",
+    "deepspeed.runtime.zero.config": "ZeroStageEnum",
     "deepspeed.runtime.zero.stage_1_and_2": "DeepSpeedZeroOptimizer",
     "deepspeed.runtime.zero.utils": "ZERO_SUPPORTED_OPTIMIZERS",
     "deepspeed.utils": "safe_get_full_fp32_param safe_get_full_grad safe_get_full_optimizer_state",
     "deepspeed.utils.logging": "LoggerFactory",
+    "deepspeed.utils.tensor_fragment": "fragment_address",
     "deepspeed.utils.logging:LoggerFactory": "create_logger",
     # wrapped or called by engine/
     ENGINE: "_configure_optimizer _configure_zero_optimizer _do_optimizer_sanity_check _take_model_step "
-    f"load_checkpoint set_train_batch_size {' '.join(USED_METHODS)}",
+    f"load_checkpoint save_checkpoint set_train_batch_size {' '.join(USED_METHODS)}",
     # overridden by AccoZeroOptimizer or called by it
     ZERO: "_lazy_init_hp_params_optimizer_state _link_all_hp_params _restore_from_bit16_weights _update_scale "
     "backward_epilogue destroy load_state_dict loss_scale offload_states@0.17.6 process_gradients "
@@ -55,7 +61,7 @@ ASSIGNED = {
     ENGINE: " ".join(Engine.__annotations__),
     ZERO: "_global_grad_norm _hp_optimizer_states_linked bit16_groups bit16_groups_flat clip_grad "
     "communication_data_type dp_process_group dtype gradient_accumulation_dtype gradient_predivide_factor optimizer "
-    "overflow postscale_gradients single_partition_of_fp32_groups loss_scaler "
+    "overflow partition_count postscale_gradients single_partition_of_fp32_groups loss_scaler "
     "timers _param_slice_mappings groups_padding param_names round_robin_bit16_padding@0.19 "
     "gradient_average@0.19 sequence_parallel_size compute_grad_norm@0.19 _coalesce_grad_reduction@0.19",
     "deepspeed.runtime.config:DeepSpeedConfig": "_param_dict managed_gradient_accumulation@0.19 zero_config",
@@ -243,7 +249,7 @@ def test_what_we_use_of_the_engine_is_listed():
         tree = ast.parse(path.read_text())
         used |= _used_of(tree, "engine", "engine_class", "self._engine()")
     assert used <= _listed(ENGINE), f"not listed: {sorted(used - _listed(ENGINE))}"
-    checkpoint = ast.parse((ENGINE_ROOM / "checkpoint_check.py").read_text())
+    checkpoint = ast.parse((ENGINE_ROOM / "checkpoint_shards.py").read_text())
     ours = {
         method.name for method in ast.walk(_class_of("zero_optimizer", "AccoZeroOptimizer")) if hasattr(method, "name")
     }
