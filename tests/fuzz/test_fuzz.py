@@ -10,4 +10,4 @@ def test_command_lines():
 
 
 def test_results():
-    assert not list(findings("results", seed=1, count=200))
+    assert not list(findings("results", seed=1, count=150))

@@ -91,6 +91,19 @@ def test_refuses(arguments, capsys):
     assert stop.value.code == 2 and "usage: ds_acco" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--numel", "1e18"], "--numel 1,000,000,000,000,000,000 is not allowed; allowed: up to "),
+        (["--json", "no/such/folder.json"], "--json no/such/folder.json is not allowed; allowed: a file in a folder"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr("deepspeed_acco.tools.kernel_benchmark.measure", pytest.fail)
+    assert cli.main(["kernels", "--device", "cpu", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
 def _python(*arguments):
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

@@ -928,6 +928,11 @@ def test_inputs_from_results(tmp_path, capsys):
         ({"reference": None}, "has no measured C and R. Run `ds_acco compare` again"),
         ({"reference": {"failed": "no sync"}}, "has no measured C and R: no sync."),
         ({"n": "8"}, "n is '8'; allowed: a whole number"),
+        ({"samples_per_step": 7}, "samples_per_step is 7; allowed: multiples of 16, n x world_size"),
+        ({"samples_per_step": 0}, "samples_per_step is 0; allowed: multiples of 16"),
+        ({"device": "tpu"}, f"plan: --results {path}: device = 'tpu' is not allowed; allowed: cpu, cuda"),
+        ({"reference": {"compute_s": -2.0, "round_s": 0.7}}, "reference.compute_s is -2.0; allowed: a number from"),
+        ({"reference": {"compute_s": 2.0, "round_s": 1e29}}, "the measured round took 1e+29 s; allowed: up to"),
     ):
         path.write_text(json.dumps(results | change))
         assert main(["plan", "--results", str(path)]) == 2

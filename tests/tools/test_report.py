@@ -451,6 +451,15 @@ def _broken(change):
             _broken(lambda r: r["configs"][0]["step_s"].update(median=float("nan"))),
             r"configs\[0\].step_s.median is nan; allowed: a number",
         ),
+        (
+            _broken(lambda r: r["configs"][0]["step_s"].update(median=-1.0)),
+            r"configs\[0\].step_s.median is -1.0; allowed: a number from 1e-30 to 1e\+30",
+        ),
+        (
+            _broken(lambda r: r.update(passes=10**400)),
+            r"passes is 1000.*0000; allowed: a whole number from 0 to 1e\+30",
+        ),
+        ("[" * 5000 + "]" * 5000, "it is nested too deeply"),
         (_broken(lambda r: r.update(verdict="fine")), "verdict is 'fine'; allowed: a list"),
         (_broken(lambda r: r.update(passes=True)), "passes is True; allowed: a whole number"),
     ],
@@ -632,6 +641,16 @@ def _two_runs(folder):
             "rank0.jsonl, line 1: there is no key 'rank'",
         ),
         (lambda folder: (folder / "rank0.jsonl").write_text(""), "rank0.jsonl is empty"),
+        (
+            lambda folder: _write_jsonl(
+                folder / "rank0.jsonl", {"rank": 0, "n": 0, "micro_batch": 1, "samples_per_step": 1}
+            ),
+            "rank0.jsonl, line 1: n is 0; allowed: a whole number >= 1",
+        ),
+        (
+            lambda folder: _write_csv(folder, "round_ms", [8, 1e300]),
+            r"round_ms.csv, line 2 is '8,1e\+300'; allowed: samples >= 0 and a value, both up to 1e\+30",
+        ),
         (
             lambda folder: _write_csv(folder, "round_ms", [8, "fast"]),
             "round_ms.csv, line 2 is '8,fast'; allowed: samples and",
