@@ -151,9 +151,9 @@ def run(seed: int, count: int) -> Iterator[str]:
 def _wrong_in_json(folder: Path, words: list[str]) -> str:
     """Says which word of a JSON that was written is no JSON."""
     wrong: list[str] = []
-    for word in words:
-        path = folder / word.partition("=")[2]
-        if word.startswith("--json=") and path.is_file() and path.parent == folder and path.suffix != ".json":
+    names = {word.removeprefix("--json=") for word in words if word.startswith("--json=")}
+    for path in folder.iterdir():
+        if path.name in names and path.suffix != ".json" and path.is_file():
             with contextlib.suppress(ValueError):  # a file that was there before
                 json.loads(path.read_text(), parse_constant=wrong.append)
     return f"{wrong[0]} is written" if wrong else ""
