@@ -435,9 +435,14 @@ def _numbers_in(value):
 
 def _shown_of(content: dict):
     """The numbers of a file that a table may show: as they are, in percent, in millions, of 1e-9; and what is derived
-    of a comparison: R/C, seconds of a step beyond C, samples a second over those of what only computes."""
+    of a comparison: R/C, seconds of a step beyond C, samples a second over those of what only computes; of a sweep:
+    ZeRO-0's step over the others'."""
     for number in _numbers_in(content):
         yield from (number, 100 * number, number / 1e6, 1e9 * number)
+    for point in content.get("points", []):
+        for figures in point.values():
+            if isinstance(figures, dict):
+                yield point["zero0"]["step_s"] / figures["step_s"]
     if "reference" not in content:
         return
     alone = content["reference"]
