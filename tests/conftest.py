@@ -1,3 +1,4 @@
+import gc
 import os
 import re
 import subprocess
@@ -61,7 +62,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
-    """Starts to build the operators where that was not done yet, beside the tests that need none."""
+    """Starts to build the operators where that was not done yet, beside the tests that need none. What is imported now
+    stays, so that collections of garbage need not walk through it."""
+    gc.collect()
+    gc.freeze()
     if not session.config.option.collectonly and any(map(_needs_operators, session.items)):
         _BUILDS[:] = filter(None, [start_build()])
 

@@ -31,6 +31,17 @@ _OF_NUMPY = [
     numpy.float64(0).__reduce__()[0],
     *{type(numpy.dtype(code)) for code in "?bhilqBHILQefd"},
 ]
+
+
+def _member(kind: Any, name: str) -> Any:
+    """Returns a member of an enumeration: all that ``getattr`` is let do. Python before 3.11.4 pickles members so."""
+    if kind is not ZeroStageEnum:
+        raise pickle.UnpicklingError(f"GLOBAL getattr was not an allowed function for {kind!r}")
+    return ZeroStageEnum[name]
+
+
+_member.__module__, _member.__qualname__ = "builtins", "getattr"  # by which torch finds it
+
 _NOT_PLAIN = re.compile(r"GLOBAL (\S+) (was not an allowed|whose module)")
 _UNPICKLER_ERROR = re.compile(r"WeightsUnpickler error:\s*(.+)")
 
@@ -47,7 +58,8 @@ def read(path: str) -> Any:
             ``torch.serialization.add_safe_globals``.
     """
     # Those that the user has added stay: leaving the context would remove them, too.
-    added = [known for known in _OF_PYTHON + _OF_DEEPSPEED + _OF_NUMPY if known not in serialization.get_safe_globals()]
+    known = [*_OF_PYTHON, *_OF_DEEPSPEED, *_OF_NUMPY, _member]
+    added = [each for each in known if each not in serialization.get_safe_globals()]
     try:
         _require_intact(path)
         with serialization.safe_globals(added):

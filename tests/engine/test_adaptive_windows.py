@@ -356,6 +356,7 @@ def _train_until_stopped(config, victim, window_of_death):
 
 
 @pytest.mark.distributed
+@pytest.mark.full  # the fault matrix has the like
 def test_a_rank_that_stops_for_good_is_an_error_on_all_others():
     timeout_s = 5
     pool = RankPool(3)

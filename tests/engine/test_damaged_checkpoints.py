@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from deepspeed_acco.engine.checkpoint_files import read
 from tests.support import training
@@ -471,6 +472,26 @@ def test_code_in_a_checkpoint_does_not_run(ranks, name, tmp_path):
     message = ranks(1).run(_load_client_state, folder=str(tmp_path), allowed=[])[0]
     assert f"{name} names posix.system, which is no plain data" in message and "add_safe_globals" not in message
     assert not ran.exists()
+
+
+class Attribute:
+    """Is pickled as Python before 3.11.4 pickles a member of an enumeration."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_getattr_gives_a_member_of_deepspeeds_enumeration_and_nothing_else(ranks, tmp_path):
+    """It would give any method of any class that is allowed."""
+    ranks(1).run(_save_with, folder=str(tmp_path), client_state={})
+    _edit(tmp_path / "saved" / MODEL, lambda content: content.update(note=Attribute(ZeroStageEnum, "gradients")))
+    assert ranks(1).run(_load_client_state, folder=str(tmp_path), allowed=[])[0]["note"] is ZeroStageEnum.gradients
+    _edit(tmp_path / "saved" / MODEL, lambda content: content.update(note=Attribute(collections.Counter, "update")))
+    message = ranks(1).run(_load_client_state, folder=str(tmp_path), allowed=[])[0]
+    assert f"{MODEL} names getattr, which is no plain data" in message
 
 
 def test_a_class_of_the_user_is_named_and_can_be_allowed(ranks, tmp_path):

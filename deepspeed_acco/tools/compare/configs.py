@@ -180,7 +180,7 @@ def _check_acco(config: Mapping[str, Any], params: Mapping[str, Any], n: Any) ->
     with _quiet():
         from ...engine import checks
 
-        checks.check_json(config)
+        checks.check_json({key: value for key, value in config.items() if value != AUTO})
     AdamWKeys(**{key: params[key] for key in ADAMW_KEYS if key in params and params[key] != AUTO})
     settings = Settings(**{key: params[key] for key in ACCO_KEYS if key in params})
     if n != AUTO:
