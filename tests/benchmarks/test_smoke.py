@@ -146,7 +146,10 @@ def test_ranks_per_host(tmp_path):
     assert (tmp_path / "results.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("name", ["adaptive_quality", "convergence", "sweep_75mbit"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.full) for name in ("adaptive_quality", "convergence")] + ["sweep_75mbit_2x2"],
+)
 def test_committed_results_are_drawn_again_without_a_measurement(name, tmp_path):
     out = tmp_path / f"{name}.json"
     shutil.copy(RESULTS / f"{name}.json", out)

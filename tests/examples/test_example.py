@@ -1,6 +1,7 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The example on two ranks with every JSON of ds_configs, once as a user starts it: through DeepSpeed's launcher."""
+"""The example on two ranks with every JSON of ds_configs, with ``full`` also as a user
+starts it: through DeepSpeed's launcher."""
 
 import importlib
 import json
@@ -52,9 +53,10 @@ def rates(lr: float, steps: int) -> list[float]:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(400)
-def test_acco_end_to_end(tmp_path):
+@pytest.mark.parametrize("start", [run_script, pytest.param(launch, marks=pytest.mark.full)])
+def test_acco_end_to_end(tmp_path, start):
     (tmp_path / "metrics.jsonl").write_text("of an earlier run\n")
-    out, lines = train(tmp_path, "acco", "--steps", 20, start=launch)
+    out, lines = train(tmp_path, "acco", "--steps", 20, start=start)
     config = json.loads(CONFIGS["acco"].read_text())
     samples = 2 * config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
 

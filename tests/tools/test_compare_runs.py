@@ -210,6 +210,7 @@ def _processes_with(text: str) -> list[str]:
 
 
 @pytest.mark.distributed
+@pytest.mark.full
 def test_a_comparison_and_one_that_fails(operators, tmp_path, capfd):
     script = tmp_path / "train.py"
     script.write_text(TRAIN)
@@ -315,7 +316,8 @@ finally:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full), signal.SIGKILL]
+    "number",
+    [*(pytest.param(number, marks=pytest.mark.full) for number in (signal.SIGINT, signal.SIGTERM)), signal.SIGKILL],
 )
 def test_a_signal_ends_every_process(tmp_path, number):
     """Ranks that ignore it, and grandchildren in sessions of their own, are ended, too; one that holds a lock can give
