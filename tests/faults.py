@@ -36,7 +36,6 @@ TIMEOUT_S = 3
 SLACK_S = 2.0  # beyond comm_timeout_s
 PAUSE_S = 1.0
 LIMIT_S = 60
-VICTIM = 1
 MICRO_BATCHES = 4
 FAULTY_WINDOW, LOOKING_WINDOW, LAST_WINDOW = 2, 3, 5
 
@@ -112,6 +111,11 @@ class Cell:
 
     def __str__(self) -> str:
         return f"{self.mode}: {self.fault} in {self.place}"
+
+    @property
+    def victim(self) -> int:
+        """Returns the rank that it happens to: rank 0 alone writes the module's file."""
+        return 0 if self.place == "save: module" else 1
 
 
 def cells(modes=MODES, kinds=FAULTS, places=PLACES) -> Iterator[Cell]:
@@ -216,7 +220,7 @@ def train(mode: str, cell: Cell | None, folder: str, replay=None, is_inline: boo
 
     from deepspeed_acco.runtime.lanes import RoundFailed
 
-    is_victim = dist.get_rank() == VICTIM
+    is_victim = cell is not None and dist.get_rank() == cell.victim
     trigger = _Trigger(cell, is_victim)
     _watch(trigger)
     params = {**MODES[mode].params, "comm_timeout_s": TIMEOUT_S, **({"lane": "inline"} if is_inline else {})}
@@ -312,9 +316,9 @@ def _is_stopped(process) -> bool:
     return Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
 
 
-def _continue_after_a_while(pool: RankPool) -> None:
-    process, deadline = pool.processes[VICTIM], time.monotonic() + LIMIT_S
-    while time.monotonic() < deadline and not pool.answers(VICTIM):
+def _continue_after_a_while(pool: RankPool, victim: int) -> None:
+    process, deadline = pool.processes[victim], time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline and not pool.answers(victim):
         if _is_stopped(process):
             time.sleep(PAUSE_S)
             os.kill(process.pid, signal.SIGCONT)
@@ -339,10 +343,9 @@ def run(mode: str, cell: Cell | None = None, **arguments) -> list[dict | None]:
         try:
             pool.start(train, mode=mode, cell=cell, folder=folder, **arguments)
             if cell is not None and cell.fault == "stop and continue":
-                _continue_after_a_while(pool)
-            left = [
-                rank for rank in range(world_size) if rank != VICTIM or cell is None or not FAULTS[cell.fault].is_gone
-            ]
+                _continue_after_a_while(pool, cell.victim)
+            gone = {cell.victim} if cell is not None and FAULTS[cell.fault].is_gone else set()
+            left = [rank for rank in range(world_size) if rank not in gone]
             ends = dict(zip(left, pool.collect(ranks=left, limit_s=LIMIT_S)))
         finally:
             for process in pool.processes:
@@ -375,7 +378,7 @@ def judge(cell: Cell, slack_s: float = SLACK_S) -> tuple[str, list[str]]:
             if end["digest"] != expected:
                 wrong.append(f"rank {rank} ended with other weights")
             continue
-        if rank == VICTIM and fault.own and fault.own in end["error"]:
+        if rank == cell.victim and fault.own and fault.own in end["error"]:
             continue
         waits.append(end["waited"])
         if end["is_lost"]:
@@ -395,8 +398,8 @@ def _is_named(cell: Cell, text: str) -> bool:
         return "the data-parallel ranks differ" in text and "'lr'" in text
     if cell.fault == "full disk":
         return os.strerror(errno.ENOSPC) in text and "saved" in text
-    if cell.fault == "exception" and "was not saved" in text:
-        return f"rank {VICTIM}: " in text and "the user's own mistake" in text
+    if FAULTS[cell.fault].own and "was not saved" in text:
+        return f"rank {cell.victim}: " in text and FAULTS[cell.fault].own in text
     return f"another rank has ended, or did not answer within comm_timeout_s = {TIMEOUT_S} s" in text
 
 
