@@ -44,6 +44,7 @@ def test_env(native, capsys):
     assert "kernels on cpu:" in printed and "native" in printed
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("deepspeeds_own", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_kernels(native, capsys, tmp_path, monkeypatch, deepspeeds_own):
     """With DeepSpeed's own Adam, which is compiled for a minute, and where it cannot be built."""
