@@ -13,7 +13,11 @@ import torch
 
 
 def _backends(group) -> list:
-    return [group._get_backend(torch.device(device)) for device in group._device_types]
+    """Returns those whose timeout can be set, gloo and NCCL, also out of the wrapper that torch puts around them with
+    TORCH_DISTRIBUTED_DEBUG=DETAIL. With any other backend its own timeout holds."""
+    backends = [group._get_backend(torch.device(device)) for device in group._device_types]
+    unwrapped = [getattr(backend, "wrapped_pg", backend) for backend in backends]
+    return [each for each in unwrapped if hasattr(each, "options") and hasattr(each, "_set_default_timeout")]
 
 
 @contextmanager

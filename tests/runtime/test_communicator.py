@@ -379,3 +379,37 @@ def test_storages_stay_within_the_formula(ranks, precision, wire, w, g, c, world
     for total, padded in ranks(world_size).run(_own_bytes, config=config):
         allowed = (w + g + max(c, w) + 16 / world_size) * padded
         assert allowed - 1 <= total <= allowed + 64, "the alignment of the flat buffer may add some bytes"
+
+
+def _timeouts(debug):
+    """A group's timeout before, inside and after a bounded block, in seconds."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    from deepspeed_acco.runtime.waits import at_most
+
+    dist.set_debug_level(getattr(dist.DebugLevel, debug))
+    group = dist.new_group(timeout=timedelta(seconds=70))
+    backend = group._get_backend(torch.device("cpu"))
+    assert hasattr(backend, "wrapped_pg") == (debug == "DETAIL")
+    backend = getattr(backend, "wrapped_pg", backend)
+    found = [backend.options._timeout.total_seconds()]
+    with at_most(7, [group]):
+        found.append(backend.options._timeout.total_seconds())
+        dist.barrier(group)
+    found.append(backend.options._timeout.total_seconds())
+    dist.destroy_process_group(group)
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("debug", ["OFF", "DETAIL"])
+def test_a_bounded_wait_leaves_the_groups_own_timeout(debug):
+    """With DETAIL torch puts every group into another one."""
+    pool = RankPool(2)
+    try:
+        assert pool.run(_timeouts, debug=debug) == [[70, 7, 70]] * 2
+    finally:
+        pool.close()
