@@ -13,11 +13,10 @@ import torch
 
 
 def _backends(group) -> list:
-    """Returns those whose timeout can be set, gloo and NCCL, also out of the wrapper that torch puts around them with
-    TORCH_DISTRIBUTED_DEBUG=DETAIL. With any other backend its own timeout holds."""
+    """Returns those whose timeout can be set: gloo and NCCL. With any other, and inside the checks that torch puts
+    around a group with TORCH_DISTRIBUTED_DEBUG=DETAIL, the group's own timeout holds."""
     backends = [group._get_backend(torch.device(device)) for device in group._device_types]
-    unwrapped = [getattr(backend, "wrapped_pg", backend) for backend in backends]
-    return [each for each in unwrapped if hasattr(each, "options") and hasattr(each, "_set_default_timeout")]
+    return [backend for backend in backends if hasattr(backend, "_set_default_timeout")]
 
 
 @contextmanager
