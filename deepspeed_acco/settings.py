@@ -7,10 +7,10 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
-from .algorithm.schedules import DEFAULT, SCHEDULES, names_of
+from .algorithm.schedules import AUTO, DEFAULT, DEFAULT_OF_ONE, SCHEDULES, chosen, names_of
 
 Lane = Literal["auto", "inline"]
 Accumulation = Literal["fixed", "adaptive"]
@@ -39,18 +39,20 @@ def _quoted(names: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Choice:
-    """Allows one of the names: those that the collection has now, since rows may be added to SCHEDULES."""
+    """Allows one of the names: those that the collection has now, since rows may be added to SCHEDULES; or a word."""
 
     names: Collection[str]
+    words: tuple[str, ...] = ()
 
     def check(self, key: str, value: Any) -> None:
-        if not isinstance(value, str) or value not in self.names:
-            near = difflib.get_close_matches(str(value), self.names, n=1)
+        allowed = [*self.words, *self.names]
+        if not isinstance(value, str) or value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, n=1)
             hint = f'Did you mean "{near[0]}"?' if near else "Set one of these."
-            raise _refuse(key, value, ", ".join(_quoted(self.names)), hint)
+            raise _refuse(key, value, ", ".join(_quoted(allowed)), hint)
 
     def schema(self) -> dict[str, Any]:
-        return {"enum": list(self.names)}
+        return {"enum": [*self.words, *self.names]}
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,12 @@ class Settings:
         ValueError: for a value that is not allowed, or not together with another, naming the key as the JSON spells it.
     """
 
-    schedule: str = _key(DEFAULT.name, _Choice(SCHEDULES), "which rounds run behind which computation")
+    schedule: str = _key(
+        AUTO,
+        _Choice(SCHEDULES, words=(AUTO,)),
+        f"which rounds run behind which computation; {AUTO}: {DEFAULT.name} where gradient_accumulation_steps >= "
+        f"{DEFAULT.least_micro_batches}, else {DEFAULT_OF_ONE.name}",
+    )
     estimate_fraction: float | Auto = _key(
         0.5,
         _Number(is_low_open=True, below=1.0, words=get_args(Auto)),
@@ -221,6 +228,11 @@ class Settings:
 
     def __post_init__(self):
         _check_keys(self)
+        if self.max_window is not None and not self.is_adaptive:
+            fix = 'Remove it, or set accumulation to "adaptive".'
+            raise _refuse("max_window", self.max_window, 'none with accumulation = "fixed"', fix)
+        if self.schedule == AUTO:
+            return
         schedule = SCHEDULES[self.schedule]
         if not schedule.has_two_phases:
             remove = f"Remove it, or set the schedule to {names_of(lambda row: row.has_two_phases)}"
@@ -231,13 +243,24 @@ class Settings:
             if self.estimate_bits:
                 fix = f"{remove}: the others make no estimate, and a COMMIT is sent in full."
                 raise _refuse("estimate_comm", self.estimate_comm, f'"full" with schedule = "{self.schedule}"', fix)
-        if self.max_window is not None and not self.is_adaptive:
-            fix = 'Remove it, or set accumulation to "adaptive".'
-            raise _refuse("max_window", self.max_window, 'none with accumulation = "fixed"', fix)
         if self.is_adaptive and not schedule.overlaps:
             overlapping = names_of(lambda row: row.overlaps)
             fix = f'Set the schedule to {overlapping}: "{self.schedule}" has no round to accumulate behind.'
             raise _refuse("accumulation", self.accumulation, f'"fixed" with schedule = "{self.schedule}"', fix)
+
+    def of_window(self, n: int) -> Settings:
+        """Returns the settings for windows of n micro-batches, where the schedule is no more "auto".
+
+        Raises:
+            ValueError: the schedule that "auto" stands for does not take another key's value.
+        """
+        schedule = chosen(self.schedule, n)
+        try:
+            return replace(self, schedule=schedule)
+        except ValueError as refusal:
+            raise ValueError(
+                f'{refusal} (gradient_accumulation_steps = {n}: there "{AUTO}" is "{schedule}")'
+            ) from None
 
     @property
     def is_adaptive(self) -> bool:

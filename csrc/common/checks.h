@@ -8,6 +8,7 @@
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 
+#include "common/local_prediction.h"
 #include "common/quantize.h"
 
 namespace acco {
@@ -78,6 +79,42 @@ inline void check_messages(at::ArrayRef<at::Tensor> messages, const at::Tensor& 
   for (const at::Tensor& message : messages) {
     check_records(message, total, bits, "a message");
   }
+}
+
+// `roots` are those of the blocks of the elements of `like`, in shards of `shard_numel`.
+inline void check_roots(const at::Tensor& roots, const at::Tensor& like, int64_t shard_numel) {
+  check_flat(like, like, "exp_avg_sq or newest");
+  TORCH_CHECK_VALUE(shard_numel > 0 ? like.numel() % shard_numel == 0 : like.numel() == 0, "deepspeed_acco: ",
+                    like.numel(), " elements are not whole shards of ", shard_numel);
+  const int64_t shards = shard_numel > 0 ? like.numel() / shard_numel : 0;
+  const int64_t blocks = shards * pieces_of(shard_numel, kRootNumel);
+  check_flat(roots, roots, "roots");
+  TORCH_CHECK_VALUE(roots.numel() == blocks, "deepspeed_acco: roots has ", roots.numel(), " elements, expected ",
+                    blocks, ", one for each block of ", kRootNumel);
+  TORCH_CHECK_VALUE(roots.scalar_type() == at::kFloat, "deepspeed_acco: roots must be float32, got ",
+                    roots.scalar_type());
+  TORCH_CHECK_VALUE(roots.device() == like.device(), "deepspeed_acco: roots is on ", roots.device(), ", expected ",
+                    like.device());
+}
+
+inline void check_exp_avg_sq(const at::Tensor& exp_avg_sq) {
+  TORCH_CHECK_VALUE(exp_avg_sq.scalar_type() == at::kFloat, "deepspeed_acco: the state must be float32, got ",
+                    exp_avg_sq.scalar_type());
+}
+
+inline void check_prediction(const at::Tensor& newest, const at::Tensor& before, const at::Tensor& grad,
+                             const at::Tensor& roots, const at::Tensor& step, const at::Tensor& grad_scale,
+                             const at::Tensor& is_finite, const at::Tensor& live, int64_t shard_numel) {
+  check_roots(roots, newest, shard_numel);
+  check_flat(before, newest, "before");
+  check_flat(grad, newest, "grad");
+  check_flat(live, newest, "live");
+  TORCH_CHECK_VALUE(before.scalar_type() == newest.scalar_type() && live.scalar_type() == newest.scalar_type(),
+                    "deepspeed_acco: newest, before and live must have one dtype, got ", newest.scalar_type(), ", ",
+                    before.scalar_type(), " and ", live.scalar_type());
+  check_scalar(step, newest, at::kFloat, "step");
+  check_scalar(grad_scale, newest, at::kFloat, "grad_scale");
+  check_scalar(is_finite, newest, at::kBool, "is_finite");
 }
 
 }  // namespace acco

@@ -22,6 +22,11 @@ TORCH_LIBRARY(deepspeed_acco, m) {
       "Tensor grad_scale, Tensor is_finite, float lr, float beta1, float beta2, float eps, float weight_decay, "
       "Tensor live, Tensor(a!) records, int bits, int max_blocks=0) -> ()");
   m.def("add_change(Tensor records, Tensor is_added, Tensor(a!) live, int bits) -> ()");
+  m.def("block_roots(Tensor exp_avg_sq, Tensor step, float beta2, float eps, Tensor(a!) roots) -> ()");
+  // `live` may be the same tensor as `newest`.
+  m.def(
+      "predict_locally(Tensor newest, Tensor(a!) before, Tensor grad, Tensor roots, Tensor step, float lr, float beta1, "
+      "float beta2, Tensor grad_scale, Tensor is_finite, Tensor(b!) live, int shard_numel) -> ()");
   // For `ds_acco kernels` only: the reads and writes of the two rounds, and no arithmetic.
   m.def("traffic_estimate(Tensor master, Tensor exp_avg, Tensor exp_avg_sq, Tensor grad, Tensor(a!) out) -> ()");
   m.def(

@@ -65,4 +65,21 @@ cudaError_t launch_estimate_change(const float* master, const float* exp_avg, co
 cudaError_t launch_add_change(const uint8_t* records, const bool* is_added, MutableArray live, int64_t numel, int bits,
                               cudaStream_t stream);
 
+// The schedule `local`; `numel` elements are whole shards.
+cudaError_t launch_block_roots(const float* exp_avg_sq, int64_t numel, const float* step, double beta2, double eps,
+                               float* roots, cudaStream_t stream);
+
+struct Prediction {
+  Array newest;
+  MutableArray before, live;
+  Array grad;
+  const float* roots;
+  const float* step;
+  const float* grad_scale;
+  const bool* is_finite;
+  int64_t numel, shard_numel;
+};
+
+cudaError_t launch_predict_locally(const Prediction& operands, const Hyper& hyper, cudaStream_t stream);
+
 }  // namespace acco::cuda

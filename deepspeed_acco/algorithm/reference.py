@@ -9,7 +9,7 @@ lines in one table.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,19 @@ class WindowReport:
     skipped: bool
 
 
+@dataclass(frozen=True)
+class Moving:
+    """Holds what ``local`` knows at a window's end: true weights and AdamW state without the gradients of the window,
+    which still travel, and each rank's own ones."""
+
+    newest: list[Tensor]
+    before: list[Tensor]  # the true weights one step before
+    exp_avg_sq: list[Tensor]
+    step: int
+    hyper: list[ReferenceHyper]
+    own: list[list[Tensor]]  # by rank: the mean of its gradients, before clipping
+
+
 @dataclass
 class Reference:
     """Trains with every schedule of ACCO in one process.
@@ -55,8 +68,9 @@ class Reference:
         stands_on_true_after_skip: fp16, where a skipped COMMIT is known before it is launched.
         estimate_bits: an ESTIMATE's gradients, of a host, and its change of the weights are quantized to so many bits;
             None: not.
-        loss_scale: with ``estimate_bits``, what multiplies the delivered gradients (``send`` takes it away itself).
-        shard_numels: with ``estimate_bits``, elements of one rank's shard of each group: blocks restart there.
+        loss_scale: what multiplies the delivered gradients (``send`` takes it away itself).
+        shard_numels: with ``estimate_bits`` and ``local``, elements of one rank's shard of each group: blocks restart
+            there.
     """
 
     theta: list[Tensor]
@@ -86,6 +100,7 @@ class Reference:
         self.previous = self.theta  # dpu: the true weights one window ago
         self.prediction = self.theta  # wp: where this window stands
         self.next_prediction = self.theta  # wp: where the next one stands
+        self.moving: Moving | None = None  # local: what each rank moves on by; None: it stands on the true weights
 
     def run_window(
         self,
@@ -107,16 +122,17 @@ class Reference:
         counts_of = list(counts)
         in_a_of = [min(a, count) for count in counts_of] if isinstance(a, int) else list(a)
         lines = LINES["sync" if runs_sync else self.schedule]
-        first = lines.phase_a(self)
-        second = first if lines.phase_b is None else lines.phase_b(self)
-        first, second = ([self.see(tensor) for tensor in weights] for weights in (first, second))
+        first = [self._seen(lines.phase_a(self, rank)) for rank in range(self.world_size)]
+        second = first
+        if lines.phase_b is not None:
+            second = [self._seen(lines.phase_b(self, rank)) for rank in range(self.world_size)]
         is_short = not is_adaptive and counts_of == in_a_of
 
         totals, in_a = [], []
         for rank in range(self.world_size):
             total = sum_of_a = [torch.zeros_like(tensor) for tensor in self.theta]
             for micro_batch in range(counts_of[rank]):
-                weights = first if micro_batch < in_a_of[rank] else second
+                weights = first[rank] if micro_batch < in_a_of[rank] else second[rank]
                 delivered = gradient(weights, rank, self.window, micro_batch)
                 total = [self.accumulate(held, new) for held, new in zip(total, delivered)]
                 if micro_batch + 1 == in_a_of[rank]:
@@ -127,6 +143,16 @@ class Reference:
         mean = [part / over for part in self._sum(totals, None)]
         mean_a = [part * (n / sum(in_a_of)) for part in self._sum(in_a, self.estimate_bits)]
 
+        shares = [n / count if is_adaptive and count else 1.0 for count in counts_of]
+        own = [[part.double() * (share / self.loss_scale) for part in total] for total, share in zip(totals, shares)]
+        moving = Moving(
+            self.theta,
+            self.theta if self.moving is None else self.moving.newest,
+            self.exp_avg_sq,
+            self.step,
+            [replace(hyper) for hyper in self.hyper],
+            own,
+        )
         estimated = self._adamw(mean_a, self.theta, self.exp_avg, self.exp_avg_sq, self.step)
         committed = self._adamw(mean, self.theta, self.exp_avg, self.exp_avg_sq, self.step)
         norm = _norm(mean)
@@ -141,6 +167,7 @@ class Reference:
         )
         self.estimate = self.theta if stands_on_true else self._installed(estimated, before)
         self.previous = self.theta if stands_on_true else before
+        self.moving = None if stands_on_true else moving
         if stands_on_true:
             self.prediction = self.next_prediction = self.theta
         else:
@@ -148,7 +175,31 @@ class Reference:
             self.prediction = self.next_prediction
             self.next_prediction = self.theta if predicted is None else predicted[0]
         self.window += 1
-        return WindowReport(first, second, norm, skipped)
+        return WindowReport(first[0], second[0], norm, skipped)
+
+    def _seen(self, weights: list[Tensor]) -> list[Tensor]:
+        return [self.see(tensor) for tensor in weights]
+
+    def moved_on(self, rank: int) -> list[Tensor]:
+        """Returns where ``rank`` computes a window of ``local`` at: the newest true weights that it knows, a step on."""
+        at = self.moving
+        if at is None:
+            return self.theta
+        norm = _norm(at.own[rank])
+        is_finite = bool(torch.isfinite(torch.tensor(norm)))
+        clip = 1.0 / max(1.0, (norm + 1e-6) / self.clip_grad) if self.clip_grad > 0 and is_finite else 1.0
+        results = []
+        for group, h in enumerate(at.hyper):
+            newest, before = (self.see(weights[group]).double() for weights in (at.newest, at.before))
+            kept, added = 1 - h.beta1**at.step, 1 - h.beta1 ** (at.step + 1)
+            moved = newest + h.beta1 * kept / added * (newest - before)
+            if is_finite:
+                root = _roots(at.exp_avg_sq[group], self.shard_numels[group], 1 - h.beta2**at.step) + h.eps
+                step = (1 - h.beta1) / added * clip * at.own[rank][group] / root.clamp(min=torch.finfo(torch.float32).tiny)
+                most = (1 - h.beta1) / added * ((1 - h.beta2 ** (at.step + 1)) / (1 - h.beta2)) ** 0.5
+                moved = moved - h.lr * step.clamp(-most, most)
+            results.append(moved)
+        return results
 
     def _sum(self, of_ranks: list[list[Tensor]], bits: int | None) -> list[Tensor]:
         """Returns the sum over the ranks of what they send: over each host, then over the hosts."""
@@ -206,13 +257,13 @@ class Reference:
         return results
 
 
-Weights = Callable[[Reference], list[Tensor]]
+Weights = Callable[[Reference, int], list[Tensor]]
 
 
 @dataclass(frozen=True)
 class Lines:
-    """Says at which weights a schedule computes: those of phase A, and of phase B where there is one. ``blocks``: the
-    next window stands on the weights that this one's COMMIT makes."""
+    """Says at which weights a schedule computes on a rank: those of phase A, and of phase B where there is one.
+    ``blocks``: the next window stands on the weights that this one's COMMIT makes."""
 
     phase_a: Weights
     phase_b: Weights | None = None
@@ -220,10 +271,11 @@ class Lines:
 
 
 LINES = {
-    "acco": Lines(lambda at: at.estimate, lambda at: at.theta),
-    "wp": Lines(lambda at: at.prediction),
-    "dpu": Lines(lambda at: at.previous),
-    "sync": Lines(lambda at: at.theta, blocks=True),
+    "acco": Lines(lambda at, rank: at.estimate, lambda at, rank: at.theta),
+    "local": Lines(lambda at, rank: at.moved_on(rank)),
+    "wp": Lines(lambda at, rank: at.prediction),
+    "dpu": Lines(lambda at, rank: at.previous),
+    "sync": Lines(lambda at, rank: at.theta, blocks=True),
 }
 
 
@@ -242,6 +294,14 @@ def quantized(values: Tensor, bits: int, shard_numel: int) -> Tensor:
             else:
                 parts.append((block / scale).round() * scale if scale > 0 else torch.zeros_like(block))
     return torch.cat(parts)
+
+
+def _roots(squares: Tensor, shard_numel: int, correction: float) -> Tensor:
+    """Returns for each element the root of the corrected mean of its block of 256, in which the zeros count that fill
+    the last shard; 0 before the first step."""
+    filled = torch.cat([squares, squares.new_zeros(-squares.numel() % shard_numel)])
+    means = [block.mean().expand_as(block) for shard in filled.split(shard_numel) for block in shard.split(256)]
+    return (torch.cat(means)[: squares.numel()] / correction).sqrt() if correction else torch.zeros_like(squares)
 
 
 def _norm(gradients: Sequence[Tensor]) -> float:

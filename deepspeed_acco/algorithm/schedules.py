@@ -14,12 +14,14 @@ this order: finish the running round, install the weights it gathered, start the
                                ^               ^                    ^
                     installs true[t]   installs estimate[t+1]   installs true[t+1]
 
-``dpu`` (delayed update) computes window t at true[t-1] over COMMIT t-1; ``wp`` (weight prediction) computes it at
-prediction[t] over PREDICT t-1, which is COMMIT t-1 followed by a discarded second step; ``sync`` waits for COMMIT t::
+The others have one round. ``dpu`` (delayed update) computes window t at true[t-1] over COMMIT t-1; ``local`` (local
+prediction) likewise, but each rank goes on from true[t-1] by the step that it predicts alone, of the momentum and of
+its own gradient of window t-1; ``wp`` (weight prediction) computes window t at prediction[t] over PREDICT t-1, which is
+COMMIT t-1 followed by a discarded second step; ``sync`` waits for COMMIT t::
 
-    compute |     window t     |    window t+1    |          compute | window t |          | window t+1 |
-    rounds  | COMMIT t-1 (dpu) |  COMMIT t (dpu)  |          rounds             | COMMIT t |  (sync)
-            | PREDICT t-1 (wp) |  PREDICT t (wp)  |
+    compute |        window t         |       window t+1        |       compute | window t |          | window t+1 |
+    rounds  | COMMIT t-1 (dpu, local) |  COMMIT t (dpu, local)  |       rounds             | COMMIT t |  (sync)
+            |    PREDICT t-1 (wp)     |     PREDICT t (wp)      |
 
 A phase ends after a fixed number of micro-batches or, with adaptive windows, when its rank has a least number of them
 and the round behind it is finished. Every rank decides for itself; all run the same rounds in the same order, and a
@@ -33,7 +35,7 @@ round begins when the last rank has come to it::
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 
@@ -61,10 +63,12 @@ class Round:
     writes_state: bool  # master, exp_avg, exp_avg_sq and step
     predicts: bool  # gathers the result of a second, discarded step instead of the true weights
     leaves_true_weights: Place  # where the true weights are between its end and the installation
+    predicts_locally: bool = False  # while it runs, each rank trains at what it alone predicts of its result
 
 
 ESTIMATE = Round("ESTIMATE", reduces=Phase.A, writes_state=False, predicts=False, leaves_true_weights=Place.LIVE)
 COMMIT = Round("COMMIT", reduces=None, writes_state=True, predicts=False, leaves_true_weights=Place.COMM)
+COMMIT_FORESEEN = replace(COMMIT, predicts_locally=True)
 PREDICT = Round("PREDICT", reduces=None, writes_state=True, predicts=True, leaves_true_weights=Place.SHARDS)
 
 
@@ -97,16 +101,31 @@ class Schedule:
         """Tells whether looking at the true weights gathers them, so that all ranks must look."""
         return self.at_window_end.leaves_true_weights is Place.SHARDS
 
+    @property
+    def predicts_locally(self) -> bool:
+        """Tells whether each rank trains at weights of its own, which it predicts alone."""
+        return self.at_window_end.predicts_locally
+
 
 # The one table: a new schedule is a row here and its lines in reference.py. All others ask for properties of the row.
 SCHEDULES = {
     "acco": Schedule("acco", at_phase_b=ESTIMATE, at_window_end=COMMIT, blocks=False),
+    "local": Schedule("local", at_phase_b=None, at_window_end=COMMIT_FORESEEN, blocks=False),
     "wp": Schedule("wp", at_phase_b=None, at_window_end=PREDICT, blocks=False),
     "dpu": Schedule("dpu", at_phase_b=None, at_window_end=COMMIT, blocks=False),
     "sync": Schedule("sync", at_phase_b=None, at_window_end=COMMIT, blocks=True),
 }
-DEFAULT = SCHEDULES["acco"]
+DEFAULT = SCHEDULES["acco"]  # of windows with room for its phases
+DEFAULT_OF_ONE = SCHEDULES["local"]  # of windows of one micro-batch
+AUTO = "auto"  # the name that stands for one of both
 BLOCKING = SCHEDULES["sync"]  # ZeRO-1 itself: for the windows of a warm-up, and to measure C and R
+
+
+def chosen(name: str, n: int) -> str:
+    """Returns the schedule that ``name`` stands for in windows of n micro-batches: itself, unless it is AUTO."""
+    if name != AUTO:
+        return name
+    return (DEFAULT if n >= DEFAULT.least_micro_batches else DEFAULT_OF_ONE).name
 
 
 def schedule_of_window(name: str, window: int, overlap_warmup_steps: int) -> Schedule:

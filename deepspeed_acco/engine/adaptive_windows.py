@@ -18,7 +18,7 @@ from ..algorithm.window import Limits, Position
 from ..runtime.communicator import Communicator
 from ..runtime.driver import RoundDriver
 from ..runtime.lanes import InlineLane
-from ..runtime.round import Contribution
+from ..runtime.round_inputs import Contribution
 from ..settings import Settings, max_window_micro_batches
 from .auto_fraction import AutoFraction
 from .deepspeed_engine import Engine

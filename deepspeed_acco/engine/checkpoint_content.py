@@ -188,6 +188,8 @@ ACCO = {
     "grad_norm": Kind("a number >= 0", lambda value: is_number(value) and not value < 0),
     "weights": list_of(TENSOR),
     "predictions": list_of(TENSOR),
+    "before": list_of(TENSOR).or_missing(),  # of the schedule local, as the roots
+    "roots": list_of(TENSOR).or_missing(),
     "run": TEXT.or_missing(),
     "rank": WHOLE.or_missing(),
     "global_steps": WHOLE.or_missing(),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..algorithm.schedules import SCHEDULES
+from ..runtime.communicator import ranks_of
 from . import checkpoint_content as content
 from .checkpoint_content import require, require_scaler, require_tensor
 from .checkpoint_files import CheckpointRefused, read, read_mapping
@@ -180,19 +181,28 @@ def _check_key(state, optimizer, path) -> str:
             "Install a newer deepspeed_acco, or pass load_optimizer_states=False"
         )
     require(state, content.ACCO, where)
-    predicts = SCHEDULES[state["schedule"]].at_window_end.predicts if state["schedule"] in SCHEDULES else True
-    live = optimizer.bit16_groups_flat
-    for name in ("weights", "predictions"):
-        shards = state[name]
-        if len(shards) not in ((0, len(live)) if predicts or name == "weights" else (0,)):
-            raise CheckpointRefused(f"{where} has {len(shards)} {name}. The file was edited: load another checkpoint")
-        for index, shard in enumerate(shards):
-            require_tensor(shard, f"{where}: {name} of parameter group {index}", dtype=live[index].dtype, is_flat=True)
-    if state["predictions"] and not state["weights"]:
-        raise CheckpointRefused(
-            f"{where} has predictions without weights. The file was edited: load another checkpoint"
-        )
-    resume, reason = from_state(state, optimizer.settings.schedule, optimizer.shard_numels())
+    row, live = SCHEDULES.get(state["schedule"]), optimizer.bit16_groups_flat
+    may_have = {
+        "weights": True,
+        "predictions": row is None or row.at_window_end.predicts,
+        **dict.fromkeys(("before", "roots"), row is None or row.predicts_locally),
+    }
+    for name, may in may_have.items():
+        tensors = state.get(name, [])
+        if len(tensors) not in ((0, len(live)) if may else (0,)):
+            raise CheckpointRefused(f"{where} has {len(tensors)} {name}. The file was edited: load another checkpoint")
+        for index, tensor in enumerate(tensors):
+            dtype, lowest = (torch.float32, 0.0) if name == "roots" else (live[index].dtype, -math.inf)
+            of = f"{where}: {name} of parameter group {index}"
+            require_tensor(tensor, of, dtype=dtype, lowest=lowest, is_flat=True)
+    needed = [("predictions", "weights"), ("before", "weights"), ("before", "roots"), ("roots", "before")]
+    if row is not None and row.predicts_locally:
+        needed.append(("weights", "before"))
+    for name, other in needed:
+        if state.get(name) and not state.get(other):
+            raise CheckpointRefused(f"{where} has {name} without {other}. The file was edited: load another checkpoint")
+    ranks = ranks_of(optimizer.dp_process_group)
+    resume, reason = from_state(state, optimizer.settings.schedule, optimizer.shard_numels(), ranks)
     saved_by = f"run {state.get('run', 'unknown')}, estimate_fraction {state.get('estimate_fraction')}"
     if resume is None:
         return f"{reason}, {saved_by}"

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..optim.local_prediction import block_count
 from ..runtime.communicator import Communicator
 from ..runtime.states import ResumeState
 
@@ -25,7 +26,8 @@ def to_state(resume: ResumeState, schedule: str, window: int) -> dict[str, Any]:
     """Returns what is saved under :data:`KEY`: plain tensors, numbers and one word.
 
     ``weights`` and ``predictions`` are this rank's shards, 1-D in the weights' dtype, one per parameter group with its
-    padding; empty where training stands on the true weights and nothing is predicted.
+    padding; empty where training stands on the true weights and nothing is predicted. Of ``local`` ``weights`` are
+    whole, since no rank has those of another, and there are ``before`` and ``roots``, this rank's shards.
     """
     return {
         "version": FORMAT,
@@ -34,6 +36,7 @@ def to_state(resume: ResumeState, schedule: str, window: int) -> dict[str, Any]:
         "grad_norm": resume.grad_norm,
         "weights": resume.live,
         "predictions": resume.predictions,
+        **({"before": resume.before, "roots": resume.roots} if resume.before else {}),
     }
 
 
@@ -43,17 +46,24 @@ def origin(comm: Communicator) -> dict[str, Any]:
 
 
 def from_state(
-    state: Mapping[str, Any] | None, schedule: str, shard_numels: list[int]
+    state: Mapping[str, Any] | None, schedule: str, shard_numels: list[int], ranks: int
 ) -> tuple[ResumeState | None, str]:
     """Returns what training stood on, or None and why it must begin at the true weights."""
     if state is None:
         return None, "the checkpoint has none (it is another optimizer's)"
     if state["schedule"] != schedule:
         return None, f'the checkpoint was saved with the schedule "{state["schedule"]}"'
-    for shards in (state["weights"], state["predictions"]):
-        if shards and [shard.numel() for shard in shards] != shard_numels:
+    before, roots = state.get("before", []), state.get("roots", [])
+    expected = {
+        "weights": [ranks * numel for numel in shard_numels] if before else shard_numels,
+        "predictions": shard_numels,
+        "before": shard_numels,
+        "roots": [block_count(numel) for numel in shard_numels],
+    }
+    for name, numels in expected.items():
+        if state.get(name) and [tensor.numel() for tensor in state[name]] != numels:
             return None, "this version of DeepSpeed pads the shards differently"
-    return ResumeState(state["weights"], state["predictions"], state["grad_norm"]), ""
+    return ResumeState(state["weights"], state["predictions"], state["grad_norm"], before, roots), ""
 
 
 def without_tensor_steps(base: dict[str, Any]) -> dict[str, Any]:

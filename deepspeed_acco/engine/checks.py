@@ -219,7 +219,7 @@ def check_engine(engine: Engine, optimizer: ACCO) -> None:
 
 def check_window(n: int, settings: Settings) -> None:
     """Raises ValueError where a window of n micro-batches has no room for the schedule or the settings."""
-    require_room(SCHEDULES[settings.schedule], n)
+    require_room(SCHEDULES[settings.of_window(n).schedule], n)
     if settings.is_adaptive:
         max_window_micro_batches(n, settings.max_window)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from ..algorithm.schedules import Phase, Schedule
 from ..algorithm.window import Limits, Position
-from ..runtime.round import Contribution
+from ..runtime.round_inputs import Contribution
 from .auto_fraction import AutoFraction
 from .deepspeed_engine import Engine
 

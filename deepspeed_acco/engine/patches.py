@@ -151,6 +151,8 @@ def _wrap_configure_zero(original):
     def configure_zero_optimizer(engine, optimizer):
         if not isinstance(optimizer, ACCO):
             return original(engine, optimizer)
+        given = optimizer.settings.schedule
+        optimizer.settings = optimizer.settings.of_window(engine.gradient_accumulation_steps())
         with _rebound(ds_engine, "DeepSpeedZeroOptimizer", AccoZeroOptimizer):
             wrapper = original(engine, optimizer)
         if not isinstance(wrapper, AccoZeroOptimizer):
@@ -160,7 +162,7 @@ def _wrap_configure_zero(original):
             )
         wrapper.attach(engine)
         engine.tput_timer.config.synchronized = False
-        _log_start(engine, wrapper)
+        _log_start(engine, wrapper, given)
         return wrapper
 
     return configure_zero_optimizer
@@ -261,7 +263,8 @@ def _wrap_set_train_batch_size(original):
     return set_train_batch_size
 
 
-def _log_start(engine: Engine, wrapper: AccoZeroOptimizer) -> None:
+def _log_start(engine: Engine, wrapper: AccoZeroOptimizer, given: str) -> None:
+    """Logs one line of how the run trains; ``given``: the schedule as it was named."""
     if engine.global_rank != 0:
         return
     settings = wrapper.settings
@@ -271,7 +274,7 @@ def _log_start(engine: Engine, wrapper: AccoZeroOptimizer) -> None:
         a = phase_a_micro_batches(n, settings.first_estimate_fraction)
         window = f"a={a} b={n - a} estimate_comm={settings.estimate_comm}"
     logger().info(
-        f"ACCO: schedule={settings.schedule} {window} accumulation={settings.accumulation} lane={wrapper.lane_name} "
+        f"ACCO: schedule={settings.schedule}{'' if given == settings.schedule else f' ({given})'} {window} accumulation={settings.accumulation} lane={wrapper.lane_name} "
         f"own buffers={describe_bytes(wrapper.own_bytes())} per rank, kernels={native.kernels_name(engine.device)}; "
         "timers.throughput.synchronized set to false"
     )

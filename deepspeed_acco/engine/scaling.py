@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..optim.adamw import AdamWHyper
 from ..runtime.communicator import max_over_ranks
-from ..runtime.round import Contribution, RoundInputs
+from ..runtime.round_inputs import Contribution, RoundInputs
 
 
 def round_inputs(optimizer, renormalize: float, window: int, contribution: Contribution | None) -> RoundInputs:

@@ -14,7 +14,7 @@ import torch
 from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from ..algorithm.schedules import Phase, Schedule, blocks_at_end, schedule_of_window
+from ..algorithm.schedules import SCHEDULES, Phase, Schedule, blocks_at_end, schedule_of_window
 from ..algorithm.window import Position
 from ..optim import native
 from ..optim.adamw import AdamWShard
@@ -25,7 +25,7 @@ from ..runtime.communicator import Communicator
 from ..runtime.driver import RoundDriver
 from ..runtime.lanes import make_lane
 from ..runtime.layout import GroupLayout
-from ..runtime.round import RoundInputs
+from ..runtime.round_inputs import RoundInputs
 from ..runtime.written import Fingerprint
 from . import checkpoint_check, checkpoint_state, owners
 from .adaptive_windows import AdaptiveWindows
@@ -96,6 +96,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             self.gradient_accumulation_dtype,
             self.communication_data_type,
             self.settings.estimate_bits,
+            SCHEDULES[self.settings.schedule].predicts_locally,
         )
         masters = self.single_partition_of_fp32_groups
         self._shards = [AdamWShard.fresh(master, self.optimizer.state[master]) for master in masters]
@@ -359,7 +360,9 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             resume, reason = None, "a universal checkpoint holds no others"
         else:
             state = state_dict_list[self._comm.rank].get(checkpoint_state.KEY)
-            resume, reason = checkpoint_state.from_state(state, self.settings.schedule, self.shard_numels())
+            resume, reason = checkpoint_state.from_state(
+                state, self.settings.schedule, self.shard_numels(), self._comm.world_size
+            )
             if state is not None:
                 self.progress.restart(state["window"])
                 self._fraction.from_state(state.get("estimate_fraction"))

@@ -97,6 +97,7 @@ def _is_registered() -> bool:
 
 _fakes: list[torch.library.Library] = []
 _QUANTIZED = ("quantize", "dequantize_sum", "adamw_estimate_change", "add_change")
+_LOCAL = ("block_roots", "predict_locally")
 
 
 def _register_fakes() -> None:
@@ -104,7 +105,7 @@ def _register_fakes() -> None:
     if _fakes:
         return
     library = torch.library.Library(_NAMESPACE, "FRAGMENT")
-    for name in ("adamw_estimate", "adamw_commit", *_QUANTIZED, "pack", "traffic_estimate", "traffic_commit"):
+    for name in ("adamw_estimate", "adamw_commit", *_QUANTIZED, *_LOCAL, "pack", "traffic_estimate", "traffic_commit"):
         torch.library.register_fake(f"{_NAMESPACE}::{name}", lambda *_, **__: None, lib=library)
     torch.library.register_fake(
         f"{_NAMESPACE}::grad_sumsq", lambda grad: grad.new_empty((), dtype=torch.float64), lib=library

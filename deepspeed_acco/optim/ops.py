@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import adamw, flat, quantization
+from . import adamw, flat, local_prediction, quantization
 from .adamw import AdamWHyper, AdamWShard
 from .native import reason_against
 
@@ -108,3 +108,40 @@ def add_change(records: Tensor, is_added: Tensor, live: Tensor, bits: int) -> No
         quantization.add_change(records, is_added, live, bits)
     else:
         torch.ops.deepspeed_acco.add_change(records, is_added, live, bits)
+
+
+# ---- the prediction of the schedule local; arguments as in local_prediction.py
+
+
+@torch.no_grad()
+def block_roots(exp_avg_sq: Tensor, step: Tensor, beta2: float, eps: float, roots: Tensor) -> None:
+    """Does what :func:`local_prediction.block_roots` does, in one pass."""
+    if reason_against(exp_avg_sq.device):
+        local_prediction.block_roots(exp_avg_sq, step, beta2, eps, roots)
+    else:
+        torch.ops.deepspeed_acco.block_roots(exp_avg_sq, step, beta2, eps, roots)
+
+
+@torch.no_grad()
+def predict_locally(
+    newest: Tensor,
+    before: Tensor,
+    grad: Tensor,
+    roots: Tensor,
+    step: Tensor,
+    hyper: AdamWHyper,
+    grad_scale: Tensor,
+    is_finite: Tensor,
+    live: Tensor,
+    shard_numel: int,
+) -> None:
+    """Does what :func:`local_prediction.predict_locally` does, in one pass."""
+    if reason_against(newest.device):
+        local_prediction.predict_locally(
+            newest, before, grad, roots, step, hyper, grad_scale, is_finite, live, shard_numel
+        )
+        return
+    numbers = (hyper.lr, hyper.beta1, hyper.beta2)
+    torch.ops.deepspeed_acco.predict_locally(
+        newest, before, grad, roots, step, *numbers, grad_scale, is_finite, live, shard_numel
+    )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..optim import ops
 from ..optim.flat import pieces
+from ..optim.local_prediction import block_count
 from ..optim.quantization import are_finite, message_bytes, message_stride
 from .encoding import Encoding
 from .layout import GroupLayout
@@ -31,6 +32,8 @@ class FlatBuffers:
         live: the flat live weights, one 1-D tensor per group, all of one dtype.
         layouts: how each group is sharded.
         accumulation_dtype, comm_dtype: dtypes of A and of the gradients in X.
+        predicts_locally: the schedule ``local`` needs the true weights before the newest, in the order of X, and a root
+            for each block of all shards (optim/local_prediction.py).
         estimate_bits: an ESTIMATE sends gradients and changes of weights between hosts as records of so many bits a
             value (optim/quantization.py); 0: as a COMMIT.
 
@@ -45,6 +48,7 @@ class FlatBuffers:
         accumulation_dtype: torch.dtype,
         comm_dtype: torch.dtype,
         estimate_bits: int = 0,
+        predicts_locally: bool = False,
     ):
         device = live[0].device
         self.live = [flat.detach() for flat in live]  # older DeepSpeed versions keep the graph of the flattening
@@ -63,6 +67,12 @@ class FlatBuffers:
             flat[layout.comm_shard_of(layout.rank)] for flat, layout in zip(self.comm_weights, self.layouts)
         ]
         self.live_shards = [flat[layout.shard_of(layout.rank)] for flat, layout in zip(self.live, self.layouts)]
+        self.before: list[Tensor] = []
+        self.roots: list[Tensor] = []
+        if predicts_locally:
+            self.before = [torch.zeros_like(flat) for flat in self.live]
+            counts = [layout.world_size * block_count(layout.shard_numel) for layout in layouts]
+            self.roots = [torch.zeros(count, dtype=torch.float32, device=device) for count in counts]
 
     def encoding(self, bits: int) -> Encoding:
         """Returns how gradients travel that are sent in so many bits."""
@@ -97,6 +107,11 @@ class FlatBuffers:
         """Copies the weights in X to P: parameters, their views and DeepSpeed's mappings keep pointing at P."""
         for live, gathered in self._runs():
             live.copy_(gathered)
+
+    def take_out(self) -> None:
+        """Copies the weights in P to X."""
+        for live, gathered in self._runs():
+            gathered.copy_(live)
 
     def _runs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields parts of P and of X that belong together and cover both."""
@@ -138,12 +153,12 @@ class FlatBuffers:
                 gathered[at] = kept
 
     def own_bytes(self) -> int:
-        """Returns the bytes of A, X and the reduced shards: what this library adds to weights and optimizer state."""
-        return sum(tensor.nbytes for tensor in (self._comm, *self.grads, *self.reduced))
+        """Returns the bytes of all but P: what this library adds to weights and optimizer state."""
+        return sum(tensor.nbytes for tensor in self.tensors()) - sum(flat.nbytes for flat in self.live)
 
     def tensors(self) -> list[Tensor]:
-        """Returns P, A, X and the reduced shards, each once."""
-        return [self._comm, *self.live, *self.grads, *self.reduced]
+        """Returns P, A, X, the reduced shards and what a local prediction needs, each once."""
+        return [self._comm, *self.live, *self.grads, *self.reduced, *self.before, *self.roots]
 
 
 def _records_bytes(layout: GroupLayout, bits: int) -> int:

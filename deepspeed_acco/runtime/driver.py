@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from ..algorithm.schedules import COMMIT, PREDICT, Place, Round, names_of
+from ..algorithm.schedules import COMMIT, COMMIT_FORESEEN, PREDICT, Place, Round, names_of
 from ..optim.adamw import AdamWShard
 from ..optim.huge_pages import use_huge_pages
 from .buffers import FlatBuffers
@@ -22,7 +22,8 @@ from .clock import HostValue
 from .communicator import Communicator
 from .lanes import InlineLane
 from .outcomes import OutcomeLog
-from .round import RoundInputs, RoundOutcome, RoundWork
+from .round import RoundOutcome, RoundWork
+from .round_inputs import RoundInputs
 from .states import Look, ResumeState, RoundState
 from .written import Fingerprint
 
@@ -93,7 +94,12 @@ class RoundDriver:
             blocks, self._is_overwritten = True, False
             self.finish()
             self._round = None
-        self._install_arrived()
+        if following.predicts_locally and not blocks:
+            self.finish()
+            self._work.prediction.install(inputs, has_newest=self._round is not None)
+            self._note_weights()
+        else:
+            self._install_arrived()
         self._work.pack(following, inputs.pre_scale, clears=clears)
         self._round, self._state = following, RoundState.IN_FLIGHT
         self._rounds_started += 1
@@ -140,19 +146,16 @@ class RoundDriver:
         place = self.true_weights_place
         if place is Place.SHARDS:
             self._gather_masters()
-        if self._round is not None and place is not Place.LIVE:
-            self._install(self._round)
-        self._round, self._state = None, RoundState.IDLE
+        if place is Place.LIVE:
+            self._round = None
+        self._install_arrived()
 
     def _install_arrived(self):
         self.finish()
         if self._round is not None:
-            self._install(self._round)
+            self._work.install(self._round)
+            self._note_weights()
         self._round, self._state = None, RoundState.IDLE
-
-    def _install(self, this: Round):
-        self._work.install(this)
-        self._note_weights()
 
     def _note_weights(self, version: int | None = None):
         """Takes the live weights as they stand for this package's own: new ones, unless ``version`` is given."""
@@ -254,6 +257,8 @@ class RoundDriver:
         norm, place = float(self.grad_norm), self.true_weights_place
         if place is Place.LIVE or self.are_written:  # what training stood on is nowhere
             return ResumeState([], [], norm)
+        if self._round is not None and self._round.predicts_locally:
+            return self._work.prediction.resume_state(norm, is_shown=self._look is not None)
         live, pending = self._buffers.live_shards, self._buffers.comm_shards
         if self._look is not None:  # exchanged
             live, pending = pending, self._look.predictions or []
@@ -268,10 +273,14 @@ class RoundDriver:
         self.outcomes.last_commit = RoundOutcome(COMMIT, norm, true, true)
         if not state.live:
             return
-        self._gather(state.live)
-        self._buffers.exchange()
-        self._note_weights()
+        self._gather(state.before or state.live)
         self._round, self._state = COMMIT, RoundState.ARRIVED
+        if state.before:
+            self._work.prediction.restore(state)
+            self._round = COMMIT_FORESEEN
+        else:
+            self._buffers.exchange()
+        self._note_weights()
         if state.predictions:
             self._gather(state.predictions)
             self._round = PREDICT

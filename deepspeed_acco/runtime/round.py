@@ -18,29 +18,10 @@ from .buffers import FlatBuffers
 from .clock import HostValue
 from .communicator import Communicator
 from .encoding import Encoding
+from .local_prediction import LocalPrediction
+from .round_inputs import Contribution, RoundInputs
 
 _ROUNDED_NUMEL = 2**20  # master weights that are rounded at a time
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """Holds what one rank reports to the others in a round of an adaptive window."""
-
-    micro_batches: int  # whose gradients it sends
-    nominal: int  # micro-batches of all ranks for which ``grad_scale`` makes the mean
-    is_data_over: bool  # it has no micro-batch after these
-
-
-@dataclass(frozen=True)
-class RoundInputs:
-    """Holds what a round takes along when it is launched; later changes (LR scheduler, loss scale) do not reach it."""
-
-    hyper: tuple[AdamWHyper, ...]  # one per parameter group
-    pre_scale: float  # multiplies the gradients before they are summed over the ranks
-    grad_scale: float  # multiplies the sum: together they make the mean gradient without loss scale
-    clip_grad: float  # largest global norm; 0: no clipping
-    window: int  # number of the window whose gradients it takes
-    contribution: Contribution | None = None  # None: every rank sends as many micro-batches as every other
 
 
 @dataclass(frozen=True)
@@ -82,6 +63,7 @@ class RoundWork:
         self._buffers = buffers
         self._shards = shards
         self._comm = comm
+        self.prediction = LocalPrediction(buffers, shards, comm)
 
     def _bits(self, this: Round) -> int:
         """Returns in how many bits a value goes to other hosts; 0: in full. Only what is thrown away after half a step
@@ -134,7 +116,10 @@ class RoundWork:
                 adamw_commit(*arguments)
             if this.predicts or not (this.writes_state or bits):
                 adamw_estimate(*arguments)
-        comm.all_gather(buffers.comm_records if bits else buffers.comm_weights)
+        if this.predicts_locally:
+            self.prediction.write_own_roots(inputs.hyper)
+        roots = buffers.roots if this.predicts_locally else []
+        comm.all_gather([*(buffers.comm_records if bits else buffers.comm_weights), *roots])
         error = HostValue(self._measure_estimate(inputs, is_finite)) if measures else None
         sent = comm.sent_bytes - sent_before
         return RoundOutcome(this, norm.float(), HostValue(is_finite), HostValue(is_same_round), error, counts, sent)

@@ -28,9 +28,9 @@ ROWS = {
     "leap": Schedule("leap", at_phase_b=ESTIMATE, at_window_end=PREDICT, blocks=False),
 }
 NEW_LINES = {
-    "twin": Lines(lambda at: at.estimate, lambda at: at.theta),
-    "late": Lines(lambda at: at.previous),
-    "leap": Lines(lambda at: at.estimate, lambda at: at.next_prediction),
+    "twin": Lines(lambda at, rank: at.estimate, lambda at, rank: at.theta),
+    "late": Lines(lambda at, rank: at.previous),
+    "leap": Lines(lambda at, rank: at.estimate, lambda at, rank: at.next_prediction),
 }
 SAME = {"twin": "acco", "late": "dpu"}
 
@@ -73,7 +73,7 @@ def test_it_trains_as_its_lines_say(ranks, new_rows, name):
         assert records[0]["losses"] == same["losses"], "bit for bit"
         assert all(mine.equal(theirs) for mine, theirs in zip(records[0]["weights"], same["weights"]))
     else:  # an oracle that cannot tell it from the others would prove nothing
-        for other in ("acco", "wp", "dpu", "sync"):
+        for other in ("acco", "local", "wp", "dpu", "sync"):
             run = oracle.run_reference(schedule=other, world_size=2, windows=WINDOWS, n=4, a=3, clip=2.0)
             assert oracle.distance(run["weights"], expected["weights"]) > 100 * TOLERANCE
 
@@ -102,12 +102,12 @@ def test_the_command_plans_with_it(new_rows, capsys):
     printed = capsys.readouterr().out
     table, sweep = printed.split("PREDICTION over ranks")
     new = ["twin", "twin-int8", "twin-int4", "late", "leap", "leap-int8", "leap-int4"]
-    modes = ["acco", "acco-int8", "acco-int4", "wp", "dpu", "sync", *new]
+    modes = ["acco", "acco-int8", "acco-int4", "local", "wp", "dpu", "sync", *new]
     firsts = [line.split(" ")[0] for line in table.split("\nsamples/s")[0].splitlines()]
     assert [word for word in firsts if word in modes] == modes
     swept = [name for name in modes if "int8" not in name]
     assert sweep.splitlines()[1].split("s/step")[1].split() == [*swept, "ACCO", "GiB/rank"]
-    assert "wp, dpu and late have one round and hide it until R = C" in printed
+    assert "local, wp, dpu and late have one round and hide it until R = C" in printed
     assert main([*arguments, "--n", "1"]) == 0
     assert "twin" not in capsys.readouterr().out, "there is no room for a second phase"
 

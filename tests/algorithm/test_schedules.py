@@ -2,6 +2,7 @@ import pytest
 
 from deepspeed_acco.algorithm.schedules import (
     COMMIT,
+    COMMIT_FORESEEN,
     ESTIMATE,
     PREDICT,
     SCHEDULES,
@@ -25,6 +26,7 @@ def test_schedules():
     rounds = {name: (s.at_phase_b, s.at_window_end, s.blocks) for name, s in SCHEDULES.items()}
     assert rounds == {
         "acco": (ESTIMATE, COMMIT, False),
+        "local": (None, COMMIT_FORESEEN, False),
         "wp": (None, PREDICT, False),
         "dpu": (None, COMMIT, False),
         "sync": (None, COMMIT, True),
@@ -37,7 +39,8 @@ def test_warmup_windows_are_sync():
 
 def test_a_window_that_ends_in_phase_a_blocks_only_where_there_is_a_phase_b():
     blocking = {name: [blocks_at_end(s, phase) for phase in Phase] for name, s in SCHEDULES.items()}
-    assert blocking == {"acco": [True, False], "wp": [False, False], "dpu": [False, False], "sync": [True, True]}
+    behind = dict.fromkeys(("local", "wp", "dpu"), [False, False])
+    assert blocking == {"acco": [True, False], **behind, "sync": [True, True]}
 
 
 EVENTS = {

@@ -67,6 +67,6 @@ def test_cuda_ops_are_valid_cpp(tmp_path):
     standard = [flag for flag in op_builder.cxx_args() if flag.startswith("-std")]
     command = ["c++", "-fsyntax-only", *standard, *(f"-I{folder}" for folder in folders)]
     both = tmp_path / "both.cpp"
-    both.write_text('#include "cuda/adamw_cuda.cpp"\n#include "cuda/quantize_cuda.cpp"\n')
+    both.write_text('#include "cuda/adamw_cuda.cpp"\n#include "cuda/quantize_cuda.cpp"\n#include "cuda/local_prediction_cuda.cpp"\n')
     done = subprocess.run([*command, str(both)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -82,10 +82,10 @@ def run_reference(
         send: replaces the rounding of what is communicated.
         spoil: ``spoil(rank, window, micro_batch)`` multiplies that micro-batch's targets.
         drop: ``drop(micro_batch)``: that micro-batch's gradient is thrown away.
-        estimate_bits, shard_numels, ranks_per_host: see Reference.
+        estimate_bits, ranks_per_host: see Reference. shard_numels: likewise, where DeepSpeed has other ones.
         keep: called as ``keep(reference, report)`` after every window.
     Returns:
-        dict with losses (rank 0, every micro-batch), norms, weights (trainable parameters in the module's order).
+        dict with losses (rank 0, every micro-batch) and those of all ranks, norms, weights (trainable parameters in the module's order).
     """
     kind, _, accumulation = precision.partition("+")
     dtype = DTYPES[kind] if kind != "fp32" else torch.float64
@@ -94,7 +94,7 @@ def run_reference(
     parameters, hyper = groups_of(module, groups)
     for h in hyper:
         h.eps = h.eps if eps is None else eps
-    losses = []
+    losses = [[] for _ in range(world_size)]
     scale = [1.0]
     n_of = n if isinstance(n, list) else [n] * windows
     a_of = a if isinstance(a, list) else [a] * windows
@@ -108,8 +108,7 @@ def run_reference(
         x, y = data(rank, window, micro_batch)
         y = y if spoil is None else y * spoil(rank, window, micro_batch)
         loss = module(x.to(dtype), y.to(dtype))
-        if rank == 0:
-            losses.append(loss.item())
+        losses[rank].append(loss.item())
         # In the loss's own dtype, as the engine does: at 2**16 fp16 overflows here.
         (loss / n_of[window] * scale[0]).backward()
         return [
@@ -135,6 +134,7 @@ def run_reference(
             return (total * (scale[0] / world_size)).to(dtype).double() * (world_size / scale[0])
         return total.to(dtype)
 
+    numels = [sum(p.numel() for p in group) for group in parameters]
     # The engine casts the module before it copies the master weights.
     rounded_start = make_network(seed).to(DTYPES[kind])
     reference = Reference(
@@ -150,7 +150,7 @@ def run_reference(
         pass_on=pass_on,
         stands_on_true_after_skip=dtype is torch.float16,
         estimate_bits=estimate_bits,
-        shard_numels=shard_numels,
+        shard_numels=shard_numels or [-(-numel // (2 * world_size)) * 2 for numel in numels],  # as DeepSpeed pads
     )
     norms, lowest_lr = [], [h.lr for h in hyper]
     for window in range(windows):
@@ -172,7 +172,8 @@ def run_reference(
         for param, value in zip(group, _split(flat, group)):
             by_parameter[id(param)] = value
     return {
-        "losses": losses,
+        "losses": losses[0],
+        "losses_of_ranks": losses,
         "norms": norms,
         "weights": [by_parameter[id(p)] for p in module.parameters() if p.requires_grad],
     }

@@ -262,7 +262,7 @@ def require_alike(configs: Mapping[str, Mapping[str, Any]], world_size: int) -> 
 def measures_reference(config: Mapping[str, Any]) -> bool:
     """Tells whether a JSON's runs measure C and R: its schedule overlaps nothing."""
     optimizer = config.get("optimizer", {})
-    row = SCHEDULES.get(str(optimizer.get("params", {}).get("schedule", DEFAULT.name)))
+    row = SCHEDULES.get(str(optimizer.get("params", {}).get("schedule", AUTO)))
     return optimizer.get("type") == "ACCO" and row is not None and row.blocks
 
 

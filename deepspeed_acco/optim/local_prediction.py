@@ -1,0 +1,97 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""Predicts the next weights on one rank alone, in plain PyTorch: what the schedule ``local`` trains at.
+
+AdamW's next step is known but for the other ranks' gradients: its momentum is the last step, and a rank's own gradient
+stands for the mean, over one root for each block of 256 elements, since exp_avg_sq itself is sharded::
+
+    predicted = newest + momentum * (newest - before) - clamp(coefficient * grad / root, most)
+    momentum = beta1 (1 - beta1^t) / (1 - beta1^(t+1))    coefficient = lr (1 - beta1) / (1 - beta1^(t+1))
+    most = coefficient * sqrt((1 - beta2^(t+1)) / (1 - beta2))
+
+t counts the commits. ``most`` is the farthest that one gradient can move a weight in AdamW, that of a weight which
+never had one before. Blocks restart at every shard, and a shard's last one may be shorter.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .adamw import AdamWHyper
+from .flat import piece_numel, pieces
+
+BLOCK = 256
+_SMALLEST = torch.finfo(torch.float32).tiny
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def block_count(shard_numel: int) -> int:
+    """Returns the number of blocks, and of roots, of a shard of so many elements."""
+    return -(-shard_numel // BLOCK)
+
+
+@torch.no_grad()
+def block_roots(exp_avg_sq: Tensor, step: Tensor, beta2: float, eps: float, roots: Tensor) -> None:
+    """Writes to ``roots`` what AdamW divides by, one number for each block of a shard: the root of the mean of its
+    exp_avg_sq, corrected for its bias, plus ``eps``; positive also where that is 0.
+
+    Args:
+        exp_avg_sq: fp32, 1-D. step: fp32, 0-dim, the number of commits. roots: fp32, 1-D, :func:`block_count`.
+    """
+    taken = step.double()
+    correction = torch.where(taken > 0, 1 - beta2**taken, 1.0)
+    numel = piece_numel(exp_avg_sq.device)
+    assert numel % BLOCK == 0
+    for start, length in pieces(exp_avg_sq.numel(), numel):
+        part, first = exp_avg_sq[start : start + length], start // BLOCK
+        whole = length // BLOCK * BLOCK
+        means = part[:whole].view(-1, BLOCK).mean(dim=1, dtype=torch.float64)
+        if whole < length:
+            means = torch.cat([means, part[whole:].mean(dtype=torch.float64).view(1)])
+        root = (means / correction).sqrt_().add_(eps)
+        roots[first : first + means.numel()] = root.clamp_(min=_SMALLEST)
+
+
+@torch.no_grad()
+def predict_locally(
+    newest: Tensor,
+    before: Tensor,
+    grad: Tensor,
+    roots: Tensor,
+    step: Tensor,
+    hyper: AdamWHyper,
+    grad_scale: Tensor,
+    is_finite: Tensor,
+    live: Tensor,
+    shard_numel: int,
+) -> None:
+    """Writes to ``live`` the predicted weights, and to ``before`` the newest ones.
+
+    Args:
+        newest, before, live: true weights, those one commit earlier, and the live ones; 1-D of one dtype, whole shards.
+            ``newest`` and ``live`` may be the same.
+        grad: this rank's gradient of as many elements, any floating dtype.
+        roots: fp32, 1-D, :func:`block_roots` of these shards, one after the other.
+        step: fp32, 0-dim, the number of commits behind ``newest``.
+        grad_scale: fp32, 0-dim, multiplies ``grad`` (mean, loss scale and clip factor in one).
+        is_finite: bool, 0-dim; where False the gradient has no part in the prediction.
+    """
+    taken = step.double()
+    share = 1 / (1 - hyper.beta1 ** (taken + 1))
+    momentum = (hyper.beta1 * (1 - hyper.beta1**taken) * share).float()
+    coefficient = hyper.lr * (1 - hyper.beta1) * share
+    most = (coefficient * ((1 - hyper.beta2 ** (taken + 1)) / (1 - hyper.beta2)).sqrt()).float()
+    factors = (coefficient.float() * grad_scale / roots).clamp_(max=_LARGEST)
+    blocks = block_count(shard_numel)
+    for shard in range(newest.numel() // shard_numel):
+        for start, length in pieces(shard_numel, piece_numel(newest.device)):
+            begin, first = shard * shard_numel + start, shard * blocks + start // BLOCK
+            at = slice(begin, begin + length)
+            factor = factors[first : first + block_count(length)].repeat_interleave(BLOCK)[:length]
+            moved = torch.minimum(torch.maximum(grad[at].float() * factor, -most), most)
+            moved = torch.where(is_finite, moved, 0.0)
+            weights = newest[at].float()
+            predicted = (weights - before[at].float()).mul_(momentum).add_(weights).sub_(moved)
+            before[at] = weights
+            live[at] = predicted

@@ -1,0 +1,138 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""Lets a rank train at what it alone predicts of the running COMMIT (schedule ``local``; optim/local_prediction.py has
+the arithmetic)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..optim import ops
+from ..optim.adamw import AdamWHyper, AdamWShard
+from ..optim.local_prediction import block_count
+from .buffers import FlatBuffers
+from .communicator import Communicator
+from .round_inputs import RoundInputs
+from .states import ResumeState
+
+
+class LocalPrediction:
+    """Keeps the roots of all shards, and writes predictions into the live weights.
+
+    Args:
+        buffers: with room for the weights before the newest and for roots.
+    """
+
+    def __init__(self, buffers: FlatBuffers, shards: list[AdamWShard], comm: Communicator):
+        self._buffers = buffers
+        self._shards = shards
+        self._comm = comm
+
+    def own_roots(self) -> list[Tensor]:
+        """Returns this rank's part of the roots, fp32, one 1-D view per group."""
+        layouts = self._buffers.layouts
+        return [roots[_roots_of(layout.comm_shard_of(layout.rank), layout)] for layout, roots in self._with_layouts()]
+
+    def _with_layouts(self):
+        return zip(self._buffers.layouts, self._buffers.roots)
+
+    def write_own_roots(self, hyper: tuple[AdamWHyper, ...]) -> None:
+        """Writes this rank's roots, behind a COMMIT's update, for the all-gather."""
+        for shard, group, roots in zip(self._shards, hyper, self.own_roots()):
+            ops.block_roots(shard.exp_avg_sq, shard.step, group.beta2, group.eps, roots)
+
+    def gather_roots(self) -> None:
+        """Fetches the other ranks' roots while no round is in flight; every rank must call it."""
+        self._comm.all_gather(self._buffers.roots, is_look=True)
+
+    @torch.no_grad()
+    def install(self, inputs: RoundInputs, has_newest: bool) -> None:
+        """Writes the prediction into the live weights, of the gradients in A, which stay.
+
+        Args:
+            inputs: of the COMMIT of these gradients, which is about to start.
+            has_newest: X has the newest true weights. Else the live ones are that, whose step is not known, and every
+                rank must call this: the roots may be out of date.
+        """
+        buffers = self._buffers
+        if not has_newest:
+            self.write_own_roots(inputs.hyper)
+            self.gather_roots()
+            buffers.take_out()
+            for before, newest in zip(buffers.before, buffers.comm_weights):
+                before.copy_(newest)
+        scale, is_finite = self._own_scale(inputs)
+        for (layout, roots), live, newest, before, grads, shard, hyper in zip(
+            self._with_layouts(),
+            buffers.live,
+            buffers.comm_weights,
+            buffers.before,
+            buffers.grads,
+            self._shards,
+            inputs.hyper,
+        ):
+            for in_flat, in_comm in layout.runs():
+                ops.predict_locally(
+                    newest[in_comm],
+                    before[in_comm],
+                    grads[in_flat],
+                    roots[_roots_of(in_comm, layout)],
+                    shard.step,
+                    hyper,
+                    scale,
+                    is_finite,
+                    live[in_flat],
+                    layout.shard_numel,
+                )
+
+    def _own_scale(self, inputs: RoundInputs) -> tuple[Tensor, Tensor]:
+        """Returns what makes this rank's sum in A the mean of its own gradients, clipped by their own norm (fp32,
+        0-dim), and whether all of them are finite (bool, 0-dim)."""
+        factor = inputs.pre_scale * inputs.grad_scale
+        if inputs.contribution is None:
+            factor *= self._comm.world_size
+        else:
+            factor *= inputs.contribution.nominal / max(1, inputs.contribution.micro_batches)
+        norm = ops.sum_of_squares(self._buffers.grads).sqrt() * factor
+        scale = torch.full_like(norm, factor)
+        if inputs.clip_grad > 0:
+            scale /= ((norm + 1e-6) / inputs.clip_grad).clamp(min=1.0)
+        return scale.float(), norm.isfinite()
+
+    # ---- checkpoints
+
+    def resume_state(self, grad_norm: float, is_shown: bool) -> ResumeState:
+        """Returns what :meth:`restore` takes: with the whole weights that this rank trains at, which no other has.
+
+        Args:
+            is_shown: the true weights are exchanged with them for a look.
+        """
+        buffers = self._buffers
+        live = [
+            buffers.true_copy(group, 0, flat.numel()) if is_shown else flat.clone()
+            for group, flat in enumerate(buffers.live)
+        ]
+        before = [
+            flat[layout.comm_shard_of(layout.rank)].clone() for flat, layout in zip(buffers.before, buffers.layouts)
+        ]
+        return ResumeState(live, [], grad_norm, before, [roots.clone() for roots in self.own_roots()])
+
+    def restore(self, state: ResumeState) -> None:
+        """Takes over what a checkpoint kept; the live weights are the true ones, and X has those before the newest.
+        Every rank must call it."""
+        buffers = self._buffers
+        for before, gathered in zip(buffers.before, buffers.comm_weights):
+            before.copy_(gathered)
+        for own, kept in zip(self.own_roots(), state.roots):
+            own.copy_(kept)
+        self.gather_roots()
+        buffers.take_out()
+        for target, kept in zip(buffers.live, state.live):
+            target.copy_(kept)
+
+
+def _roots_of(in_comm: slice, layout) -> slice:
+    """Returns where the roots of these whole shards lie, in the order of X."""
+    numel, blocks = layout.shard_numel, block_count(layout.shard_numel)
+    return slice(in_comm.start // numel * blocks, in_comm.stop // numel * blocks)
