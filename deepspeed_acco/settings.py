@@ -274,7 +274,7 @@ class Settings:
 
     def without_effect(self) -> dict[str, str]:
         """Returns the keys that were set and change nothing beside the others, each with the reason."""
-        schedule = SCHEDULES[self.schedule]
+        schedule = SCHEDULES.get(self.schedule, DEFAULT)  # of "auto" only a window's size tells
         reasons = {
             "estimate_fraction": "" if schedule.has_two_phases else f'the schedule "{self.schedule}" has one phase',
             "overlap_warmup_steps": "" if schedule.overlaps else f'the schedule "{self.schedule}" overlaps nothing',

@@ -30,7 +30,7 @@ def test_defaults_are_those_of_adamw():
     assert mine.pop("bias_correction") is True  # FusedAdam's, for those who load our checkpoints
     assert mine == {key: theirs[key] for key in mine}
     settings = _make().settings
-    assert (settings.schedule, settings.estimate_fraction, settings.overlap_warmup_steps) == ("acco", 0.5, 0)
+    assert (settings.schedule, settings.estimate_fraction, settings.overlap_warmup_steps) == ("auto", 0.5, 0)
     assert (settings.accumulation, settings.lane, settings.comm_timeout_s) == ("fixed", "auto", None)
     assert (settings.max_window, settings.lr_follows) == (None, "samples")
 
@@ -91,7 +91,7 @@ def test_a_misspelt_auto_is_told_what_is_meant():
         _make(estimate_fraction="Auto")
 
 
-@pytest.mark.parametrize("schedule", ["wp", "dpu", "sync"])
+@pytest.mark.parametrize("schedule", ["local", "wp", "dpu", "sync"])
 @pytest.mark.parametrize(
     ("key", "value"), [("estimate_comm", "int4"), ("estimate_fraction", "auto"), ("estimate_fraction", "measured")]
 )
@@ -132,7 +132,7 @@ def test_a_schedule_is_a_row_of_the_table(monkeypatch):
         Settings(schedule="waits", accumulation="adaptive")
     with pytest.raises(ValueError, match='set the schedule to "acco" or "twin"'):
         Settings(schedule="dpu", estimate_comm="int4")
-    assert _key_schema("schedule")["enum"] == ["acco", "wp", "dpu", "sync", "twin", "waits"]
+    assert _key_schema("schedule")["enum"] == ["auto", "acco", "local", "wp", "dpu", "sync", "twin", "waits"]
 
 
 def _key_schema(key):

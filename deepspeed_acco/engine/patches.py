@@ -264,7 +264,11 @@ def _wrap_set_train_batch_size(original):
 
 
 def _log_start(engine: Engine, wrapper: AccoZeroOptimizer, given: str) -> None:
-    """Logs one line of how the run trains; ``given``: the schedule as it was named."""
+    """Prints how the run trains to the log, on rank 0.
+
+    Args:
+        given: the schedule as the user named it.
+    """
     if engine.global_rank != 0:
         return
     settings = wrapper.settings

@@ -43,7 +43,7 @@ class LocalPrediction:
             ops.block_roots(shard.exp_avg_sq, shard.step, group.beta2, group.eps, roots)
 
     def gather_roots(self) -> None:
-        """Fetches the other ranks' roots while no round is in flight; every rank must call it."""
+        """Fills in the other ranks' roots while no round is in flight; every rank must call it."""
         self._comm.all_gather(self._buffers.roots, is_look=True)
 
     @torch.no_grad()

@@ -107,7 +107,9 @@ CASES = [
     ("acco", 3, 2.0, 2, 5),
     ("acco", 4, 0.0, 1, 2),
     ("wp", 3, 0.0, 1, 4),
-    ("dpu", 2, 2.0, 2, 1),
+    ("local", 2, 2.0, 2, 1),
+    ("local", 3, 0.0, 1, 4),
+    pytest.param("dpu", 2, 2.0, 2, 1, marks=pytest.mark.full),
 ]
 
 
@@ -156,7 +158,7 @@ def test_replayed_windows_have_the_same_bits(ranks):
     assert len({window.micro_batches for window in first[0]["windows"]}) > 1
 
 
-@pytest.mark.parametrize("schedule", ["acco", "wp"])
+@pytest.mark.parametrize("schedule", ["acco", "local"])
 def test_a_resumed_run_goes_on_where_it_was(ranks, tmp_path, schedule):
     config = ds_config(2, schedule=schedule)
     speeds = [{"slowness": [1, 2]}, {"slowness": [6, 3]}]

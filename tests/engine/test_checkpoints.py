@@ -68,11 +68,12 @@ def _resume(config, precision, groups, folder):
 
 
 PRECISIONS = ("fp32", "bf16", "bf16+fp32", "fp16", "fp16static")
-SCHEDULES = ("acco", "wp", "dpu", "sync")
+SCHEDULES = ("acco", "local", "wp", "dpu", "sync")
 
 
 RESUMED = [
     *(("acco", precision) for precision in PRECISIONS),
+    *(("local", "bf16"), ("local", "fp16"), ("local", "bf16+fp32")),
     *(("wp", "bf16"), ("wp", "fp16"), ("dpu", "bf16+fp32"), ("dpu", "fp16static"), ("sync", "fp32"), ("sync", "fp16")),
 ]
 
@@ -89,7 +90,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(ranks, precision, schedule, tmp_
     _check_resumed(ranks(2).run(_resume, config=config, precision=precision, groups=2, folder=str(tmp_path)))
 
 
-@pytest.mark.parametrize("schedule", ["acco", "wp"])
+@pytest.mark.parametrize("schedule", ["acco", "local", "wp"])
 def test_a_resumed_run_over_two_levels_is_the_uninterrupted_one(ranks, schedule, tmp_path):
     config = training.ds_config(4, 2.0, schedule=schedule, ranks_per_host=2)
     _check_resumed(ranks(4).run(_resume, config=config, precision="fp32", groups=2, folder=str(tmp_path)))
@@ -310,7 +311,7 @@ def _live_after_load(config, folder, groups, precision, read="whole_state", **op
     return loaded, state, losses
 
 
-@pytest.mark.parametrize("schedule", ["acco", "wp", "dpu"])
+@pytest.mark.parametrize("schedule", ["acco", "local", "wp"])
 def test_adamw_goes_on_at_the_true_weights(ranks, schedule, tmp_path):
     """What stock DeepSpeed loads from a run whose training stood elsewhere."""
     config = training.ds_config(4, precision="bf16", schedule=schedule)

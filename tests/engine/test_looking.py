@@ -8,7 +8,7 @@ import torch
 from tests.support import oracle, training
 
 pytestmark = pytest.mark.timeout(300)
-SCHEDULES = ("acco", "wp", "dpu", "sync")
+SCHEDULES = ("acco", "local", "wp", "dpu", "sync")
 EXACT = ("losses", "norms", "replicas", "skipped")
 
 

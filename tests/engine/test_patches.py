@@ -59,7 +59,14 @@ REFUSED = {
         ["zero_optimization.zenflow"],
     ),
     "elastic": ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, ["elastic_checkpoint = True"]),
-    "one micro-batch": ({"gradient_accumulation_steps": 1}, ["gradient_accumulation_steps = 1", "allowed: >= 2"]),
+    "one micro-batch": (
+        {"gradient_accumulation_steps": 1, "params": {"schedule": "acco"}},
+        ["gradient_accumulation_steps = 1", "allowed: >= 2", 'use the schedule "local"'],
+    ),
+    "an estimate of one micro-batch": (
+        {"gradient_accumulation_steps": 1, "params": {"estimate_comm": "int4"}},
+        ["estimate_comm = 'int4'", 'gradient_accumulation_steps = 1: there "auto" is "local"'],
+    ),
     "sparse": ({"sparse_gradients": True}, ["sparse_gradients = True"]),
     "amp": ({"amp": {"enabled": True}}, ["amp.enabled = True"]),
     "hybrid": ({"hybrid_engine": {"enabled": True}}, ["hybrid_engine.enabled = True"]),

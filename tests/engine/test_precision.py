@@ -20,7 +20,7 @@ PRECISIONS = ("bf16", "bf16+fp32", "fp16", "fp16static", "fp16+fp32")
 
 def _references(precision, scales, **arguments):
     common = dict(world_size=2, windows=WINDOWS, n=4, a=2, precision=precision, scales=scales, **arguments)
-    return {name: oracle.run_reference(schedule=name, **common) for name in ("acco", "wp", "dpu", "sync")}
+    return {name: oracle.run_reference(schedule=name, **common) for name in ("acco", "local", "wp", "dpu", "sync")}
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def _references(precision, scales, **arguments):
     [
         pytest.param(precision, schedule, marks=pytest.mark.full if (place + number) % 2 else ())
         for place, precision in enumerate(PRECISIONS)
-        for number, schedule in enumerate(("acco", "wp", "dpu", "sync"))
+        for number, schedule in enumerate(("acco", "local", "wp", "dpu", "sync"))
     ],
 )
 def test_sixteen_bit(ranks, precision, schedule, capsys):
@@ -51,7 +51,7 @@ def test_sixteen_bit(ranks, precision, schedule, capsys):
     assert mine < TOLERANCE
     assert min(distances.values()) > 10 * mine
     for record in records[1:]:
-        assert record["replicas"] == records[0]["replicas"]
+        assert (record["replicas"] == records[0]["replicas"]) == (schedule != "local")
 
 
 @pytest.mark.parametrize("wire", ["bf16", "fp16", "fp32"])
@@ -109,6 +109,7 @@ def _steps_with_bad_gradient(config, bad_window, bad_micro_batch, windows, lr_de
 
 BAD_GRADIENTS = [
     *(("acco", 0, "fp32"), ("acco", 3, "bf16"), ("acco", 3, "fp16static")),
+    *(("local", 0, "bf16"), ("local", 3, "fp16static"), ("local", 3, "fp32")),
     *(("wp", 0, "bf16"), ("wp", 3, "fp32"), ("wp", 3, "fp16static")),
     *(("dpu", 0, "fp16static"), ("dpu", 3, "fp32"), ("dpu", 3, "bf16")),
     *(("sync", 0, "bf16"), ("sync", 3, "fp16static"), ("sync", 3, "fp32")),
@@ -119,7 +120,7 @@ BAD_GRADIENTS = [
     ("schedule", "bad_micro_batch", "precision"),
     [
         pytest.param(*case, marks=() if case in BAD_GRADIENTS else pytest.mark.full)
-        for case in itertools.product(("acco", "wp", "dpu", "sync"), (0, 3), ("fp32", "bf16", "fp16static"))
+        for case in itertools.product(("acco", "local", "wp", "dpu", "sync"), (0, 3), ("fp32", "bf16", "fp16static"))
     ],
 )
 def test_gradient_that_is_not_finite(ranks, precision, schedule, bad_micro_batch):
@@ -147,7 +148,7 @@ def test_gradient_that_is_not_finite(ranks, precision, schedule, bad_micro_batch
         assert mine.equal(theirs)
 
 
-@pytest.mark.parametrize("schedule", ["acco", "wp", "dpu"])
+@pytest.mark.parametrize("schedule", ["acco", "local", "wp", "dpu"])
 def test_after_a_skipped_commit_like_the_reference(ranks, schedule):
     config = training.ds_config(4, 2.0, schedule=schedule)
     records = ranks(2).run(_steps_with_bad_gradient, config=config, bad_window=2, bad_micro_batch=3, windows=6)

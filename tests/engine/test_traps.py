@@ -88,7 +88,7 @@ def _full_state(config, windows):
     return weights, states, doubled
 
 
-@pytest.mark.parametrize("schedule", ["acco", "wp", "dpu"])
+@pytest.mark.parametrize("schedule", ["acco", "local", "wp"])
 def test_safe_get_and_set_wait_for_the_round(ranks, schedule):
     weights, states, doubled = ranks(2).run(_full_state, config=training.ds_config(4, schedule=schedule), windows=4)[0]
     kept = []
@@ -268,7 +268,7 @@ def _continue_from_a_checkpoint(folder, config, windows):
     return saved, loaded, live, same, after["losses"]
 
 
-@pytest.mark.parametrize("schedule", ["acco", "wp", "dpu", "sync"])
+@pytest.mark.parametrize("schedule", ["acco", "local", "wp", "dpu", "sync"])
 def test_a_loaded_checkpoint_shows_the_true_weights(ranks, schedule, tmp_path):
     config = training.ds_config(4, schedule=schedule)
     results = ranks(2).run(_continue_from_a_checkpoint, folder=str(tmp_path), config=config, windows=4)

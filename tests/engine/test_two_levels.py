@@ -109,7 +109,9 @@ CASES = [  # schedule, ranks, of each host, precision, clipping, groups, n
     ("acco", 6, 2, "fp32", 2.0, 2, 4),
     ("acco", 6, 3, "bf16", 0.0, 1, 5),
     ("wp", 4, 2, "fp32", 0.0, 2, 2),
-    ("dpu", 4, 2, "bf16+fp32", 2.0, 1, 2),
+    ("local", 6, 3, "fp32", 2.0, 2, 3),
+    ("local", 4, 2, "bf16+fp32", 2.0, 1, 2),
+    pytest.param("dpu", 4, 2, "bf16+fp32", 2.0, 1, 2, marks=pytest.mark.full),
     ("sync", 4, 4, "fp32", 2.0, 2, 2),
     pytest.param("acco", 4, 2, "fp16static", 2.0, 2, 4, marks=pytest.mark.full),
     pytest.param("acco", 8, 4, "fp32", 2.0, 1, 4, marks=pytest.mark.full),
@@ -136,10 +138,12 @@ def test_equals_the_reference(ranks, schedule, world_size, k, precision, clip, g
         **arguments,
     )
     tolerance = TOLERANCES.get(precision, TOLERANCE_16_BIT)
-    assert oracle.distance(records[0]["weights"], reference["weights"]) < tolerance
-    for record in records[1:]:
-        assert record["replicas"] == records[0]["replicas"]
-        assert all(mine.equal(theirs) for mine, theirs in zip(record["live"], records[0]["live"]))
+    for record, losses in zip(records, reference["losses_of_ranks"]):
+        assert oracle.distance(record["weights"], reference["weights"]) < tolerance
+        assert record["losses"] == pytest.approx(losses, rel=1e-5 if precision == "fp32" else 3e-2)
+        if schedule != "local":
+            assert record["replicas"] == records[0]["replicas"]
+            assert all(mine.equal(theirs) for mine, theirs in zip(record["live"], records[0]["live"]))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +178,7 @@ def _live_bits(record):
 
 @pytest.mark.parametrize(
     ("schedule", "estimate_comm", "precision"),
-    [("acco", "full", "bf16"), ("acco", "int4", "fp32"), ("wp", "full", "fp32")],
+    [("acco", "full", "bf16"), ("acco", "int4", "fp32"), ("local", "full", "bf16"), ("wp", "full", "fp32")],
 )
 def test_lanes_and_looks_give_the_same_bits(ranks, schedule, estimate_comm, precision):
     params = dict(schedule=schedule, ranks_per_host=2) | ({"estimate_comm": "int4"} if estimate_comm != "full" else {})

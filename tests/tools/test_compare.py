@@ -756,7 +756,7 @@ def params(**keys):
         (lambda c: c.update(gradient_clipping="1"), "gradient_clipping is '1'; allowed: a number >= 0"),
         (lambda c: c.update(zero_optimization={"stage": 9}), "DeepSpeed refuses it: ValidationError"),
         (params(lr="x"), "optimizer.params.lr = 'x' is not allowed; allowed: a number >= 0"),
-        (params(schedule="acc"), 'allowed: "acco", "wp"'),
+        (params(schedule="acc"), 'allowed: "auto", "acco", "local"'),
         (params(nonsense=1), "unknown key optimizer.params.nonsense"),
         (params(lr="auto"), 'optimizer.params.lr is "auto", which HF Trainer and Accelerate fill in'),
         ((CONFIGS / "acco_auto.json").read_text(), 'is "auto", which HF Trainer and Accelerate fill in'),

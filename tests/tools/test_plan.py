@@ -336,6 +336,7 @@ def test_two_hosts_of_eight_at_25_gbit():
         ("acco", 0.0),  # A = B = 4 s, R = 3 s
         ("acco-int8", 0.0),
         ("acco-int4", 0.0),
+        ("local", 0.0),
         ("wp", 0.0),
         ("dpu", 0.0),
     ],
@@ -353,6 +354,7 @@ def test_bytes_on_the_wire():
     norm = 2 * 16 * 3 / 4
     assert sent["dpu"] == sent["wp"] == sent["sync"] == 3000 + norm  # RS + AG
     assert sent["acco"] == 2 * sent["dpu"]
+    assert sent["local"] == pytest.approx(sent["dpu"] + 1500 * 4 / 256 / 2)  # a root for 256 weights of 2 bytes
     assert sent["zero0"] == 3000 + norm
     assert sent["zero1"] == 4500 + norm
     assert sent["zero2"] == 4 * 3000 + 1500 + norm
@@ -391,6 +393,7 @@ def test_a_quantized_estimate_by_hand():
     assert predict("acco-int4", SMALL, slow(), given).step_s == pytest.approx(3.0 + NORM_S + 2.0)
     assert [row.name for row in plan.predict_all(SMALL, slow(), replace(work, n=1))] == [
         *plan.STAGES,
+        "local",
         "wp",
         "dpu",
         "sync",
@@ -722,7 +725,7 @@ def test_the_command(tmp_path, capsys):
     assert f'Use ACCO: {setting}, "gradient_accumulation_steps": 8; 1.31x' in printed
     assert "From the bandwidth alone a round would take 563 ms, -13 % against the measured one." in printed
     written = json.loads(report.read_text())
-    modes = ["acco", "acco-int8", "acco-int4", "wp", "dpu", "sync"]
+    modes = ["acco", "acco-int8", "acco-int4", "local", "wp", "dpu", "sync"]
     assert [row["name"] for row in written["rows"]] == [*plan.STAGES, *modes]
     assert written["round_s"] == pytest.approx(0.648)
     assert written["cluster"]["memory_bytes"] is None
@@ -744,8 +747,9 @@ def test_the_command_says_what_to_set_with_one_phase(capsys):
     one = ["plan", "--params", "1e7", "--ranks", "2", "--micro-batch-ms", "500", "--n", "1", "--round-ms", "400"]
     assert main([*one, "--estimate-fraction", "0.5"]) == 0
     printed = capsys.readouterr().out
-    assert 'Use ACCO: {"schedule": "wp"}, "gradient_accumulation_steps": 1; ' in printed
-    assert "n = 1 has no second phase" in printed and "here is wp, at a price" in printed
+    assert 'Use ACCO: {"schedule": "local"}, "gradient_accumulation_steps": 1; ' in printed
+    assert 'n = 1 has no second phase for acco, so "auto" takes local' in printed
+    assert "here is local, at a price" in printed
 
 
 def test_a_fraction_that_is_printed_gives_the_split_that_was_chosen(capsys):

@@ -404,7 +404,7 @@ def test_a_new_row_of_schedules_has_its_page(tmp_path, figures, monkeypatch):
     results = _results()
     results["configs"][0]["schedule"] = "twin"
     page = _Page(report.write(_written(tmp_path, results)).read_text())
-    assert "max(A, R) + max(B, R) for acco and twin, max(C, R) for wp and dpu, C + R for sync." in page.text
+    assert "max(A, R) + max(B, R) for acco and twin, max(C, R) for local, wp and dpu, C + R for sync." in page.text
     assert "ACCO · twin" in page.text and f"Why {NASTY} is not faster" in page.text
     assert figures[0].axes[0].containers[1][0].get_width() == 0.125
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...algorithm.schedules import BLOCKING, DEFAULT, SCHEDULES
+from ...algorithm.schedules import BLOCKING, SCHEDULES
 from ...settings import ACCO_KEYS, ADAMW_KEYS, AdamWKeys, Settings
 from ..typed_json import load
 from ..words import shown

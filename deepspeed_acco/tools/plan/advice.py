@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ...algorithm.schedules import DEFAULT, ESTIMATE, SCHEDULES, Schedule
+from ...algorithm.schedules import AUTO, DEFAULT, DEFAULT_OF_ONE, ESTIMATE, SCHEDULES, Schedule
 from ...algorithm.step_time import best_split
 from ...settings import ESTIMATE_COMMS
 from .model import (
@@ -160,7 +160,8 @@ def advise(model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1
 
     window = best_window(model, cluster, work, micro_batch_size)
     default = predict(DEFAULT.name, model, cluster, window) if window else None
-    delayed = predict(delayed_schedules()[0].name, model, cluster, work)
+    one_round = [predict(schedule.name, model, cluster, work) for schedule in delayed_schedules()]
+    delayed = next((one for one in one_round if one.memory_bytes <= cluster.memory_bytes), one_round[-1])
     if cluster.ranks == 1:
         said.append("One rank communicates nothing: there is nothing to hide.")
         return use_stage()
@@ -180,8 +181,8 @@ def advise(model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1
         said.append(_LOCAL_SGD)
     if window is None or default is None:
         said.append(
-            f"n = 1 has no second phase for {DEFAULT.name}: set gradient_accumulation_steps = 2 and halve the "
-            "micro-batch."
+            f'n = 1 has no second phase for {DEFAULT.name}, so "{AUTO}" takes {DEFAULT_OF_ONE.name}; or set '
+            "gradient_accumulation_steps = 2 and halve the micro-batch."
         )
     else:
         chosen = default

@@ -32,6 +32,7 @@ _PIECE_BYTES = 4 * 2**20  # of a rank's messages on gloo that travel at a time (
 _REDUCE_ON_HOST_S = 50e-6  # to synchronize with the device and to launch one reduce of a partition; an assumption
 _NORM_BYTES = 16
 _SCALE_BYTES = 2 / 256  # bf16, one for each block of a quantized ESTIMATE (optim/quantization.py)
+_ROOT_BYTES = 4 / 256  # fp32, one for each block, which local gathers (optim/local_prediction.py)
 _REDUCE_BUCKET = 500_000_000  # parameters: DeepSpeed, zero/config.py, reduce_bucket_size
 _GATHER_BUCKET = 50_000_000  # likewise, stage3_prefetch_bucket_size
 _COMMIT_TRAFFIC, _ESTIMATE_TRAFFIC = 28, 16  # bytes of memory per parameter that AdamW reads and writes
@@ -390,7 +391,9 @@ def exchange(cluster: Cluster, whole_bytes: float) -> Cost:
 # ---- rounds and steps
 
 
-def round_communication(model: Model, cluster: Cluster, estimate_comm: str = "full") -> Cost:
+def round_communication(
+    model: Model, cluster: Cluster, estimate_comm: str = "full", this: Round = COMMIT
+) -> Cost:
     """Returns what a round of ACCO moves: reduce-scatter, all-reduce of the norm, all-gather (runtime/round.py), with
     gloo as in runtime/messages.py, with NCCL as in runtime/collectives.py.
 
@@ -398,11 +401,13 @@ def round_communication(model: Model, cluster: Cluster, estimate_comm: str = "fu
         estimate_comm: other than ``full``: that of an ESTIMATE which sends gradients and changes of weights in blocks
             of codes, directly, since sums of codes cannot be passed round a ring (optim/quantization.py). With two
             levels gradients become codes between the hosts only, and the codes of the changes are passed on inside.
+        this: one that is predicted locally gathers the roots of exp_avg_sq with the weights.
     """
     bits = ESTIMATE_COMMS[estimate_comm]
     gradients, weights = model.comm_bytes * model.numel, model.weight_bytes * model.numel
     coded = (bits / 8 + _SCALE_BYTES) * model.numel
     sent, gathered = (coded, coded) if bits else (gradients, weights)
+    gathered += _ROOT_BYTES * model.numel * this.predicts_locally
     norm = all_reduce(cluster, _NORM_BYTES)
     if not cluster.has_two_levels:
         scatter = exchange if bits else acco_reduce_scatter
@@ -428,7 +433,7 @@ def round_s(model: Model, cluster: Cluster, work: Work, this: Round = COMMIT, es
     memory traffic of what the round updates. ``estimate_comm`` is an ESTIMATE's."""
     traffic = _COMMIT_TRAFFIC * this.writes_state + _ESTIMATE_TRAFFIC * (this.predicts or not this.writes_state)
     update = model.numel / cluster.ranks * work.update_s_per_parameter * traffic / _COMMIT_TRAFFIC
-    return round_communication(model, cluster, estimate_comm if this is ESTIMATE else "full").seconds + update
+    return round_communication(model, cluster, estimate_comm if this is ESTIMATE else "full", this).seconds + update
 
 
 @dataclass(frozen=True)
@@ -461,8 +466,10 @@ def memory_bytes(name: str, model: Model, ranks: int) -> float:
     (ZeRO, arXiv 1910.02054, section 3; ACCO's buffers: runtime/buffers.py)."""
     w, g, c, whole = model.weight_bytes, model.accumulation_bytes, model.comm_bytes, model.numel
     shard = -(-whole // ranks)
-    if name in modes():
-        return (w + g + max(c, w)) * whole + 16 * shard
+    mode = modes().get(name)
+    if mode is not None:
+        before = (w + _ROOT_BYTES) * mode.schedule.predicts_locally  # true weights of one commit earlier, and roots
+        return (w + g + max(c, w) + before) * whole + 16 * shard
     stage = int(name[4])
     if stage == 0:
         return (w + g + (8 if w == 4 else 16)) * whole
@@ -559,7 +566,7 @@ def predict(name: str, model: Model, cluster: Cluster, work: Work) -> Prediction
         communication, exposed = _stage(name, model, cluster, work)
         step = compute + exposed
         return _prediction(name, communication, exposed, step, memory, None)
-    communication, a = round_communication(model, cluster), work.n
+    communication, a = round_communication(model, cluster, this=mode.schedule.at_window_end), work.n
     if mode.schedule.has_two_phases:
         communication += round_communication(model, cluster, mode.estimate_comm)
         a = split_of(name, model, cluster, work)
