@@ -258,9 +258,7 @@ class Settings:
         try:
             return replace(self, schedule=schedule)
         except ValueError as refusal:
-            raise ValueError(
-                f'{refusal} (gradient_accumulation_steps = {n}: there "{AUTO}" is "{schedule}")'
-            ) from None
+            raise ValueError(f'{refusal} (gradient_accumulation_steps = {n}: there "{AUTO}" is "{schedule}")') from None
 
     @property
     def is_adaptive(self) -> bool:

@@ -54,6 +54,7 @@ class Mode:
 
 MODES = {
     "acco": Mode(),
+    "local": Mode({"schedule": "local"}),
     "wp": Mode({"schedule": "wp"}),
     "sync": Mode({"schedule": "sync"}),
     "int4": Mode({"estimate_comm": "int4"}, "bf16"),

@@ -34,6 +34,7 @@ MODES: dict[str, dict] = {
     "acco": {},
     "int4-auto": {"estimate_comm": "int4", "estimate_fraction": "auto"},
     "adaptive": {"accumulation": "adaptive"},
+    "local-bf16": {"schedule": "local"},
     "wp-bf16": {"schedule": "wp"},
     "sync": {"schedule": "sync"},
     "engines": {},

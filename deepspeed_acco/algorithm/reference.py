@@ -181,13 +181,14 @@ class Reference:
         return [self.see(tensor) for tensor in weights]
 
     def moved_on(self, rank: int) -> list[Tensor]:
-        """Returns where ``rank`` computes a window of ``local`` at: the newest true weights that it knows, a step on."""
+        """Returns where ``rank`` computes a window of ``local``: the newest true weights that it knows, moved on."""
         at = self.moving
         if at is None:
             return self.theta
         norm = _norm(at.own[rank])
         is_finite = bool(torch.isfinite(torch.tensor(norm)))
         clip = 1.0 / max(1.0, (norm + 1e-6) / self.clip_grad) if self.clip_grad > 0 and is_finite else 1.0
+        smallest = torch.finfo(torch.float32).tiny
         results = []
         for group, h in enumerate(at.hyper):
             newest, before = (self.see(weights[group]).double() for weights in (at.newest, at.before))
@@ -195,9 +196,9 @@ class Reference:
             moved = newest + h.beta1 * kept / added * (newest - before)
             if is_finite:
                 root = _roots(at.exp_avg_sq[group], self.shard_numels[group], 1 - h.beta2**at.step) + h.eps
-                step = (1 - h.beta1) / added * clip * at.own[rank][group] / root.clamp(min=torch.finfo(torch.float32).tiny)
-                most = (1 - h.beta1) / added * ((1 - h.beta2 ** (at.step + 1)) / (1 - h.beta2)) ** 0.5
-                moved = moved - h.lr * step.clamp(-most, most)
+                most = ((1 - h.beta2 ** (at.step + 1)) / (1 - h.beta2)) ** 0.5
+                step = (clip * at.own[rank][group] / root.clamp(min=smallest)).clamp(-most, most)
+                moved = moved - h.lr * (1 - h.beta1) / added * step
             results.append(moved)
         return results
 

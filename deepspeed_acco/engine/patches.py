@@ -151,7 +151,7 @@ def _wrap_configure_zero(original):
     def configure_zero_optimizer(engine, optimizer):
         if not isinstance(optimizer, ACCO):
             return original(engine, optimizer)
-        given = optimizer.settings.schedule
+        named = optimizer.settings.schedule
         optimizer.settings = optimizer.settings.of_window(engine.gradient_accumulation_steps())
         with _rebound(ds_engine, "DeepSpeedZeroOptimizer", AccoZeroOptimizer):
             wrapper = original(engine, optimizer)
@@ -162,7 +162,7 @@ def _wrap_configure_zero(original):
             )
         wrapper.attach(engine)
         engine.tput_timer.config.synchronized = False
-        _log_start(engine, wrapper, given)
+        _log_start(engine, wrapper, named)
         return wrapper
 
     return configure_zero_optimizer
@@ -263,11 +263,11 @@ def _wrap_set_train_batch_size(original):
     return set_train_batch_size
 
 
-def _log_start(engine: Engine, wrapper: AccoZeroOptimizer, given: str) -> None:
+def _log_start(engine: Engine, wrapper: AccoZeroOptimizer, named: str) -> None:
     """Prints how the run trains to the log, on rank 0.
 
     Args:
-        given: the schedule as the user named it.
+        named: the schedule in the user's words.
     """
     if engine.global_rank != 0:
         return
@@ -277,8 +277,9 @@ def _log_start(engine: Engine, wrapper: AccoZeroOptimizer, given: str) -> None:
     if SCHEDULES[settings.schedule].has_two_phases:
         a = phase_a_micro_batches(n, settings.first_estimate_fraction)
         window = f"a={a} b={n - a} estimate_comm={settings.estimate_comm}"
+    schedule = settings.schedule if named == settings.schedule else f"{settings.schedule} ({named})"
     logger().info(
-        f"ACCO: schedule={settings.schedule}{'' if given == settings.schedule else f' ({given})'} {window} accumulation={settings.accumulation} lane={wrapper.lane_name} "
+        f"ACCO: schedule={schedule} {window} accumulation={settings.accumulation} lane={wrapper.lane_name} "
         f"own buffers={describe_bytes(wrapper.own_bytes())} per rank, kernels={native.kernels_name(engine.device)}; "
         "timers.throughput.synchronized set to false"
     )

@@ -31,7 +31,6 @@ class LocalPrediction:
 
     def own_roots(self) -> list[Tensor]:
         """Returns this rank's part of the roots, fp32, one 1-D view per group."""
-        layouts = self._buffers.layouts
         return [roots[_roots_of(layout.comm_shard_of(layout.rank), layout)] for layout, roots in self._with_layouts()]
 
     def _with_layouts(self):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..algorithm.schedules import Round
-from ..optim.adamw import AdamWHyper, AdamWShard, sums_of_error_and_step
+from ..optim.adamw import AdamWShard, sums_of_error_and_step
 from ..optim.flat import pieces
 from ..optim.ops import adamw_commit, adamw_estimate, adamw_estimate_change, sum_of_squares
 from .buffers import FlatBuffers

@@ -46,7 +46,7 @@ for name in ("FusedAdamBuilder", "CPUAdamBuilder", "ShareMemCommBuilder"):
     get_accelerator().create_op_builder(name).load()
 native.prepare(torch.device("cpu"))
 """  # before the tests, whose limits are no limits for a compiler
-SCHEDULES = ("stock", "sync", "acco", "dpu", "wp")
+SCHEDULES = ("stock", "sync", "acco", "local", "dpu", "wp")
 STUCK_S = 150  # for a test without any progress
 GRACE_S = 30  # for the other ranks after one has failed
 

@@ -18,7 +18,9 @@ EXAMPLE = ROOT / "examples" / "train_gpt.py"
 ALL_CONFIGS = {path.stem: path for path in sorted((ROOT / "ds_configs").glob("*.json"))}
 AUTO_CONFIGS = ("acco_auto", "zero1_auto")  # for trainers that fill the "auto" values: test_trainers.py
 CONFIGS = {name: path for name, path in ALL_CONFIGS.items() if name not in AUTO_CONFIGS}
-ACCO_CONFIGS = ("acco", "acco_adaptive", "acco_bf16", "acco_int4", "acco_int8", "dpu", "local", "one_micro_batch", "sync", "wp")
+ACCO_CONFIGS = (
+    *("acco", "acco_adaptive", "acco_bf16", "acco_int4", "acco_int8", "dpu", "local", "one_micro_batch", "sync", "wp"),
+)
 STOCK_CONFIGS = ("zero0", "zero1", "zero2", "zero3")
 TINY = ("--preset", "tiny", "--seq_len", "32", "--seed", "3")
 KEYS = ["step", "samples", "loss", "val_loss", "grad_norm", "lr", "seconds"]

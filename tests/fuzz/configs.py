@@ -46,7 +46,7 @@ WORDS = {  # what may stand there, or nearly
     ],
     PARAMS + "eps": [0, 1e-8, "1e-8"],
     PARAMS + "weight_decay": [0, 0.1, 5],
-    PARAMS + "schedule": ["acco", "wp", "dpu", "sync", "ACCO", "wp ", ["acco"]],
+    PARAMS + "schedule": ["auto", "acco", "local", "wp", "dpu", "sync", "ACCO", "wp ", ["acco"]],
     PARAMS + "estimate_fraction": [0.3, 0.999999, "measured", "Auto", [0.5]],
     PARAMS + "overlap_warmup_steps": [0, 1, 3, 2.0, "3"],
     PARAMS + "accumulation": ["fixed", "adaptive", "Adaptive"],

@@ -87,9 +87,7 @@ def test_opcheck(native):
         torch.library.opcheck(op, arguments)
 
 
-@pytest.mark.parametrize(
-    ("name", "written"), [("block_roots", ["roots"]), ("predict_locally", ["before", "live"])]
-)
+@pytest.mark.parametrize(("name", "written"), [("block_roots", ["roots"]), ("predict_locally", ["before", "live"])])
 def test_schemas_say_what_is_written(native, name, written):
     schema = getattr(torch.ops.deepspeed_acco, name).default._schema
     assert [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write] == written

@@ -33,7 +33,10 @@ def test_indices_beyond_32_bits():
         ("adamw", "sm_80"),
         *(
             pytest.param(*case, marks=pytest.mark.full)
-            for case in (("quantize", "sm_90"), ("adamw", "sm_90"), ("quantize", "sm_80"))
+            for case in (
+                *(("quantize", "sm_90"), ("adamw", "sm_90"), ("quantize", "sm_80")),
+                *(("local_prediction", "sm_80"), ("local_prediction", "sm_90")),
+            )
         ),
     ],
 )
@@ -49,7 +52,7 @@ def test_cuda_kernels_compile(tmp_path, name, architecture):
 @pytest.mark.full
 def test_cuda_ops_are_valid_cpp(tmp_path):
     """The torch side; the CPU build of torch lacks one generated header of macros, for which an empty one stands in.
-    Both files as one, since reading torch's headers takes most of the time."""
+    All files as one, since reading torch's headers takes most of the time."""
     from torch.utils.cpp_extension import include_paths
 
     macros = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
@@ -67,6 +70,7 @@ def test_cuda_ops_are_valid_cpp(tmp_path):
     standard = [flag for flag in op_builder.cxx_args() if flag.startswith("-std")]
     command = ["c++", "-fsyntax-only", *standard, *(f"-I{folder}" for folder in folders)]
     both = tmp_path / "both.cpp"
-    both.write_text('#include "cuda/adamw_cuda.cpp"\n#include "cuda/quantize_cuda.cpp"\n#include "cuda/local_prediction_cuda.cpp"\n')
+    names = ("adamw_cuda.cpp", "quantize_cuda.cpp", "local_prediction_cuda.cpp")
+    both.write_text("".join(f'#include "cuda/{name}"\n' for name in names))
     done = subprocess.run([*command, str(both)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

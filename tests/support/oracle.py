@@ -85,7 +85,8 @@ def run_reference(
         estimate_bits, ranks_per_host: see Reference. shard_numels: likewise, where DeepSpeed has other ones.
         keep: called as ``keep(reference, report)`` after every window.
     Returns:
-        dict with losses (rank 0, every micro-batch) and those of all ranks, norms, weights (trainable parameters in the module's order).
+        dict with losses (rank 0, every micro-batch) and those of all ranks, norms, weights (trainable parameters in the
+        module's order).
     """
     kind, _, accumulation = precision.partition("+")
     dtype = DTYPES[kind] if kind != "fp32" else torch.float64

@@ -657,7 +657,7 @@ def test_the_split_is_the_one_that_auto_takes(n, estimate_comm, monkeypatch):
     for cluster, update_s, total_s in itertools.product(clusters, (0.0, 0.02), (1.0, 5.0, 9.0, 23.0, 70.0)):
         work = Work(total_s / n, n, update_s)
         driver = _MeasuredRank(plan.figures_of(name, SMALL, cluster, work), n, monkeypatch)
-        settings = Settings(estimate_fraction="auto", estimate_comm=estimate_comm)
+        settings = Settings(schedule="acco", estimate_fraction="auto", estimate_comm=estimate_comm)
         split = AutoFraction(settings, driver, driver.comm, driver.lane)
         for window in range(WINDOWS_TO_MEASURE):
             split.at_window_end(window, n, n, logs=False)

@@ -391,9 +391,7 @@ def exchange(cluster: Cluster, whole_bytes: float) -> Cost:
 # ---- rounds and steps
 
 
-def round_communication(
-    model: Model, cluster: Cluster, estimate_comm: str = "full", this: Round = COMMIT
-) -> Cost:
+def round_communication(model: Model, cluster: Cluster, estimate_comm: str = "full", this: Round = COMMIT) -> Cost:
     """Returns what a round of ACCO moves: reduce-scatter, all-reduce of the norm, all-gather (runtime/round.py), with
     gloo as in runtime/messages.py, with NCCL as in runtime/collectives.py.
 
