@@ -75,6 +75,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         # Without this attribute the engine itself refuses coalesce_grad_reduction(), which drives the parent's buckets.
         if hasattr(self, "_coalesce_grad_reduction"):
             del self._coalesce_grad_reduction
+        self.torch_autocast_gradscaler = None  # another engine's: DeepSpeed keeps autocast's dtype for the process
         self.settings = init_optimizer.settings
         self.last_micro_batches = 0
         self.progress = Progress()

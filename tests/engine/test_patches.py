@@ -86,6 +86,14 @@ REFUSED = {
 }
 
 
+def test_a_refused_autocast_does_not_scale_the_gradients_of_the_next_engine(ranks):
+    config = training.ds_config(4)
+    expected = ranks(1).run(training.train, config=config, windows=4)[0]
+    ranks(1).run(_try, config=config | REFUSED["fp16 autocast"][0])
+    after = ranks(1).run(training.train, config=config, windows=4)[0]
+    assert (after["losses"], after["norms"]) == (expected["losses"], expected["norms"])
+
+
 @pytest.mark.parametrize("kind", ["json", "instance", "callable"])
 @pytest.mark.parametrize("what", list(REFUSED))
 def test_refused_as_a_value_error(ranks, what, kind):
