@@ -238,4 +238,4 @@ def test_leaving_is_clean(tmp_path, how, schedule):
 def test_the_harness_reports_a_failing_rank():
     pool = RankPool(2)
     with pytest.raises(RankError, match="(?s)rank 0: ValueError.*rank 1: ValueError"):
-        pool.run(training.start_engine, config=training.ds_config(1))
+        pool.run(training.start_engine, config=training.ds_config(1, schedule="acco"))
