@@ -93,7 +93,7 @@ class Runs:
             command[-1] = self.config(config)
             folder = self.folder / key
             arguments = (*SMALL, "--data", self.text, *arguments, out_option, folder)
-            start = launch if key == "hf_trainer.py-acco_auto" or name == "launched" else run_script
+            start = launch if name == "launched" else run_script
             done = start(*command, *arguments, ranks=RANKS)
             assert done.returncode == 0, done.stdout + done.stderr
             assert "Traceback" not in done.stderr, done.stderr
@@ -218,7 +218,15 @@ def test_accelerate_learns_as_with_adamw(runs):
     assert_as_good(loop_log(acco, "val_loss"), loop_log(adamw, "val_loss"), at_first=loop_log(adamw, "loss")[0])
 
 
-@pytest.mark.full  # the HF Trainer's first run is always launched
+@pytest.mark.full
+def test_hf_trainer_through_the_launcher(runs):
+    forked, launched = runs.hf("acco_auto"), runs.hf("acco_auto", name="launched")
+    for key in ("loss", "grad_norm", "eval_loss"):
+        assert hf_log(forked, key) == hf_log(launched, key)
+    assert_same_weights(weights(forked), weights(launched))
+
+
+@pytest.mark.full
 def test_accelerate_through_the_launcher(runs):
     forked, launched = runs.accelerate("acco_auto"), runs.accelerate("acco_auto", name="launched")
     for key in ("loss", "grad_norm", "lr", "val_loss"):
