@@ -27,6 +27,13 @@ def acco(h, beta, fraction):
     return weights - momentum, momentum, estimate
 
 
+def local(h, beta):
+    weights, momentum, gradient = np.eye(3)  # the gradient still travels; every rank has it, where there is no noise
+    momentum = beta * momentum + (1 - beta) * gradient
+    weights = weights - momentum  # the commit, and what each rank predicted of it
+    return weights, momentum, h * weights
+
+
 def wp(h, beta):
     weights, momentum, prediction, gradient = np.eye(4)
     momentum = beta * momentum + (1 - beta) * gradient
@@ -55,7 +62,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--beta1", type=float, default=0.9, help="(default: %(default)s)")
     arguments = parser.parse_args()
-    limits = {schedule.__name__: limit(schedule, arguments.beta1) for schedule in (sync, wp, dpu)}
+    limits = {schedule.__name__: limit(schedule, arguments.beta1) for schedule in (sync, local, wp, dpu)}
     for fraction in (0.25, 0.5, 0.625, 0.75):
         limits[f"acco, estimate_fraction {fraction:g}"] = limit(acco, arguments.beta1, fraction)
     rows = [{"schedule": name, "largest_lr_times_curvature": round(value, 2)} for name, value in limits.items()]

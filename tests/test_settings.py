@@ -2,6 +2,7 @@ import inspect
 import json
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -114,6 +115,23 @@ def test_what_only_an_estimate_has_is_refused_elsewhere(schedule, key, value):
 )
 def test_what_changes_nothing_is_known(params, expected):
     assert list(Settings(**params).without_effect()) == expected
+
+
+@pytest.mark.parametrize(("n", "schedule"), [(1, "local"), (2, "acco"), (3, "acco"), (64, "acco")])
+def test_auto_stands_for_the_schedule_that_the_window_has_room_for(n, schedule):
+    given = Settings(accumulation="adaptive", max_window=64, comm_timeout_s=5)
+    assert given.schedule == "auto"
+    assert given.of_window(n) == replace(given, schedule=schedule)
+    for name in ("acco", "wp", "sync"):
+        assert Settings(schedule=name).of_window(n).schedule == name
+
+
+@pytest.mark.parametrize(("key", "value"), [("estimate_comm", "int8"), ("estimate_fraction", "auto")])
+def test_what_auto_comes_to_must_take_the_other_keys(key, value):
+    given = Settings(**{key: value})
+    assert getattr(given.of_window(2), key) == value
+    with pytest.raises(ValueError, match=f'{key} = \'{value}\' is not allowed.*steps = 1: there "auto" is "local"'):
+        given.of_window(1)
 
 
 def test_the_signature_has_every_key():

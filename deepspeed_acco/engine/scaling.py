@@ -12,6 +12,11 @@ from ..runtime.communicator import max_over_ranks
 from ..runtime.round_inputs import Contribution, RoundInputs
 
 
+def hyper_of(optimizer) -> tuple[AdamWHyper, ...]:
+    """Returns the hyper-parameters that each parameter group of DeepSpeed's optimizer has now."""
+    return tuple(AdamWHyper.from_group(group) for group in optimizer.param_groups)
+
+
 def round_inputs(optimizer, renormalize: float, window: int, contribution: Contribution | None) -> RoundInputs:
     """Captures what a round needs now of DeepSpeed's optimizer: learning rates and scales.
 
@@ -26,9 +31,8 @@ def round_inputs(optimizer, renormalize: float, window: int, contribution: Contr
     else:
         pre_scale = 1.0 / optimizer.gradient_predivide_factor
     grad_scale = renormalize / (optimizer.divisor * pre_scale * optimizer.loss_scale)
-    hyper = tuple(AdamWHyper.from_group(group) for group in optimizer.param_groups)
     clip_grad = float(optimizer.clip_grad)  # a whole number of a JSON may have more digits than torch's integers
-    return RoundInputs(hyper, pre_scale, grad_scale, clip_grad, window, contribution)
+    return RoundInputs(hyper_of(optimizer), pre_scale, grad_scale, clip_grad, window, contribution)
 
 
 def has_overflow(optimizer, accumulated: list[Tensor]) -> bool:

@@ -43,7 +43,7 @@ from .hosts import agree_on_levels
 from .log import logger
 from .monitor import LANE_TIMERS, Monitor, lane_timers
 from .progress import Progress
-from .scaling import has_overflow, round_inputs
+from .scaling import has_overflow, hyper_of, round_inputs
 from .skipped_steps import SkippedSteps
 from .true_weights import TrueWeights
 
@@ -104,7 +104,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         self._bound = BoundParameters(self.bit16_groups, live)
         fingerprint = Fingerprint(live, self._bound.sampled_places())
         self.driver = RoundDriver(self._buffers, self._shards, self._comm, self._lane, fingerprint)
-        self.driver.lay_out_pages()
+        self.driver.take_state(hyper_of(self))
         self._skips = SkippedSteps(self.driver.outcomes)
         self._fraction = AutoFraction(self.settings, self.driver, self._comm, self._lane)
         self.windows = (
@@ -418,7 +418,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         # torch's Optimizer.load_state_dict replaces the state tensors: point at the ones that are there now.
         for shard, master in zip(self._shards, self.single_partition_of_fp32_groups):
             shard.adopt(self.optimizer.state[master])
-        self.driver.lay_out_pages()
+        self.driver.take_state(hyper_of(self))
         self.optimizer.complete_groups()
 
     # ---- the end

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..algorithm.schedules import COMMIT, COMMIT_FORESEEN, PREDICT, Place, Round, names_of
-from ..optim.adamw import AdamWShard
+from ..optim.adamw import AdamWHyper, AdamWShard
 from ..optim.huge_pages import use_huge_pages
 from .buffers import FlatBuffers
 from .clock import HostValue
@@ -72,12 +72,12 @@ class RoundDriver:
         self._in_step = self.outcomes.reader()
         self._versions = itertools.count(1)
 
-    def lay_out_pages(self) -> None:
-        """Asks for large pages for everything that a round walks through; again whenever a tensor of the shards was
-        replaced."""
+    def take_state(self, hyper: tuple[AdamWHyper, ...]) -> None:
+        """Prepares for the shards' state as it is now, at the start and when it was replaced; every rank calls it."""
         for shard in self._shards:
             use_huge_pages((shard.master, shard.exp_avg, shard.exp_avg_sq))
         use_huge_pages(self._buffers.tensors())
+        self._work.prediction.renew_roots(hyper)
 
     # ---- boundaries
 

@@ -41,9 +41,15 @@ class LocalPrediction:
         for shard, group, roots in zip(self._shards, hyper, self.own_roots()):
             ops.block_roots(shard.exp_avg_sq, shard.step, group.beta2, group.eps, roots)
 
-    def gather_roots(self) -> None:
-        """Fills in the other ranks' roots while no round is in flight; every rank must call it."""
-        self._comm.all_gather(self._buffers.roots, is_look=True)
+    def renew_roots(self, hyper: tuple[AdamWHyper, ...]) -> None:
+        """Makes the roots those of the state as it is, where there are any; every rank must call it, while no round is
+        in flight."""
+        self.write_own_roots(hyper)
+        self._gather_roots()
+
+    def _gather_roots(self):
+        if self._buffers.roots:
+            self._comm.all_gather(self._buffers.roots, is_look=True)
 
     @torch.no_grad()
     def install(self, inputs: RoundInputs, has_newest: bool) -> None:
@@ -51,13 +57,10 @@ class LocalPrediction:
 
         Args:
             inputs: of the COMMIT of these gradients, which is about to start.
-            has_newest: X has the newest true weights. Else the live ones are that, whose step is not known, and every
-                rank must call this: the roots may be out of date.
+            has_newest: X has the newest true weights. Else the live ones are that, and the last step is not known.
         """
         buffers = self._buffers
         if not has_newest:
-            self.write_own_roots(inputs.hyper)
-            self.gather_roots()
             buffers.take_out()
             for before, newest in zip(buffers.before, buffers.comm_weights):
                 before.copy_(newest)
@@ -125,7 +128,7 @@ class LocalPrediction:
             before.copy_(gathered)
         for own, kept in zip(self.own_roots(), state.roots):
             own.copy_(kept)
-        self.gather_roots()
+        self._gather_roots()
         buffers.take_out()
         for target, kept in zip(buffers.live, state.live):
             target.copy_(kept)

@@ -116,9 +116,9 @@ class RoundWork:
                 adamw_commit(*arguments)
             if this.predicts or not (this.writes_state or bits):
                 adamw_estimate(*arguments)
-        if this.predicts_locally:
+        roots = buffers.roots if this.writes_state else []
+        if roots:
             self.prediction.write_own_roots(inputs.hyper)
-        roots = buffers.roots if this.predicts_locally else []
         comm.all_gather([*(buffers.comm_records if bits else buffers.comm_weights), *roots])
         error = HostValue(self._measure_estimate(inputs, is_finite)) if measures else None
         sent = comm.sent_bytes - sent_before

@@ -64,6 +64,7 @@ def test_estimate_error(tmp_path):
     assert all(row["commit_ns_per_param"] > 0 and row["error_ns_per_param"] > 0 for row in results["rows"])
 
 
+@pytest.mark.full  # convergence and the error of the estimate train the same example
 def test_estimate_bits(tmp_path):
     results = benchmark("estimate_bits", tmp_path, "--steps", 1, "--seeds", 1, "--modes", "sync", "2", *TINY)
     sync, two_bits = (run["val_loss"] for run in results["runs"])

@@ -105,7 +105,7 @@ SPEEDS = {  # of each rank, window by window
 CASES = [
     ("acco", 2, 0.0, 1, 4),
     ("acco", 3, 2.0, 2, 5),
-    ("acco", 4, 0.0, 1, 2),
+    pytest.param("acco", 4, 0.0, 1, 2, marks=pytest.mark.full),
     ("wp", 3, 0.0, 1, 4),
     ("local", 2, 2.0, 2, 1),
     ("local", 3, 0.0, 1, 4),

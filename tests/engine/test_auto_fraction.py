@@ -37,7 +37,7 @@ def clock(monkeypatch):
 
 
 def _fraction(driver, **settings):
-    return AutoFraction(Settings(**settings), driver, driver.comm, driver.lane)
+    return AutoFraction(Settings(schedule="acco", **settings), driver, driver.comm, driver.lane)
 
 
 def _run(split, windows, n=10, first=0):

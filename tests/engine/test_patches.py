@@ -86,6 +86,27 @@ REFUSED = {
 }
 
 
+def _first_line_of_log(config):
+    import logging
+
+    from deepspeed_acco.engine.log import logger
+
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda line: told.append(line.getMessage())
+    logger().addHandler(handler)
+    training.start_engine(config).destroy()
+    logger().removeHandler(handler)
+    return told[0]
+
+
+def test_the_start_says_which_schedule_auto_is(ranks):
+    for n, said in ((1, "ACCO: schedule=local (auto) n=1 "), (4, "ACCO: schedule=acco (auto) a=2 b=2 ")):
+        assert ranks(1).run(_first_line_of_log, config=training.ds_config(n))[0].startswith(said)
+    named = ranks(1).run(_first_line_of_log, config=training.ds_config(4, schedule="local"))[0]
+    assert named.startswith("ACCO: schedule=local n=4 ")
+
+
 def test_a_refused_autocast_does_not_scale_the_gradients_of_the_next_engine(ranks):
     config = training.ds_config(4)
     expected = ranks(1).run(training.train, config=config, windows=4)[0]

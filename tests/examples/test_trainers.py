@@ -249,6 +249,7 @@ def test_accelerate_resumes_exactly(runs, config):
     assert_same_weights(weights(whole), weights(resumed))
 
 
+@pytest.mark.full
 def test_accelerate_with_an_optimizer_and_a_scheduler_of_the_client(runs):
     named, built = runs.accelerate("acco_auto"), runs.accelerate("client")
     for key in ("loss", "grad_norm", "lr", "val_loss"):

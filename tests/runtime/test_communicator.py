@@ -382,6 +382,16 @@ def test_storages_stay_within_the_formula(ranks, precision, wire, w, g, c, world
         assert allowed - 1 <= total <= allowed + 64, "the alignment of the flat buffer may add some bytes"
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_local_holds_the_weights_once_more_and_the_roots(ranks, world_size):
+    from tests.support import training
+
+    configs = [training.ds_config(1, precision="bf16", schedule=schedule) for schedule in ("local", "wp")]
+    (local, padded), (wp, _) = (ranks(world_size).run(_own_bytes, config=config)[0] for config in configs)
+    roots = world_size * -(-padded // world_size // 256)
+    assert local - wp == 2 * padded + 4 * roots
+
+
 def _wait_for_a_late_rank(debug):
     """Rank 1 comes to the first barrier two seconds late and to the second never; returns rank 0's last wait."""
     from datetime import timedelta

@@ -143,7 +143,7 @@ print(torch.optim.ACCO is deepspeed_acco.ACCO, hasattr(deepspeed_acco, "acco"))
     assert _python("-c", script).splitlines()[-1] == "True False"
 
 
-@pytest.mark.parametrize("program", ["/opt/ds_acco/train.py", ""])
+@pytest.mark.parametrize("program", ["/opt/ds_acco/train.py", pytest.param("", marks=pytest.mark.full)])
 def test_every_other_program_registers(program):
     script = f"import sys; sys.argv[0] = {program!r}; import deepspeed_acco, torch; print(torch.optim.ACCO.__name__)"
     assert _python("-c", script).splitlines()[-1] == "ACCO"

@@ -317,7 +317,7 @@ finally:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "number",
-    [*(pytest.param(number, marks=pytest.mark.full) for number in (signal.SIGINT, signal.SIGTERM)), signal.SIGKILL],
+    [pytest.param(number, marks=pytest.mark.full) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)],
 )
 def test_a_signal_ends_every_process(tmp_path, number):
     """Ranks that ignore it, and grandchildren in sessions of their own, are ended, too; one that holds a lock can give

@@ -217,6 +217,7 @@ def test_the_page_of_a_comparison(tmp_path):
     assert "nan" not in page.text.lower() and "None" not in page.text and "in its own units" not in page.text
 
 
+@pytest.mark.full
 def test_the_same_results_give_the_same_bytes(tmp_path):
     path = _written(tmp_path, _results())
     assert report.write(path).read_bytes() == report.write(path, tmp_path / "again.html").read_bytes()
@@ -345,6 +346,7 @@ def test_a_run_that_diverged(tmp_path, figures):
     assert _lines(figures[1].axes[0])[1] == ([0.0], [5.5]) and "nan" not in page.text.lower()
 
 
+@pytest.mark.full
 def test_many_configurations_stay_apart(tmp_path, figures, monkeypatch):
     everything, draw = [], pictures.data_uri
     monkeypatch.setattr(pictures, "data_uri", lambda figure: everything.append(figure) or draw(figure))
