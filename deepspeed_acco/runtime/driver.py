@@ -237,8 +237,8 @@ class RoundDriver:
         self._comm.all_gather(self._buffers.comm_weights, is_look=True)
 
     def bounded(self, work: str, *groups) -> AbstractContextManager[None]:
-        """Bounds what ``work`` may wait for other ranks, as :meth:`Communicator.bounded`; no round is in flight or the
-        groups are DeepSpeed's."""
+        """Bounds what ``work`` may wait for, as :meth:`Communicator.bounded`; raises where a round has failed."""
+        self._lane.raise_failure()
         return self._comm.bounded(work, *groups)
 
     # ---- checkpoints
