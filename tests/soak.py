@@ -103,7 +103,7 @@ def train(mode: str, steps: int, folder: str) -> list[Usage]:
 def _config(mode: str, folder: str) -> dict:
     from tests.support import training
 
-    precision = "bf16" if mode == "wp-bf16" else "fp32"
+    precision = "bf16" if mode.endswith("-bf16") else "fp32"
     config = training.ds_config(2, clip=1.0, precision=precision, comm_timeout_s=60, **MODES[mode])
     config["scheduler"] = {"type": "WarmupLR", "params": {"warmup_num_steps": 100}}
     config["csv_monitor"] = {"enabled": True, "output_path": folder, "job_name": mode}
