@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from ..algorithm.schedules import SCHEDULES
+from ..algorithm.schedules import DEFAULT, SCHEDULES, names_of
 from ..algorithm.window import require_room
 from ..optimizer import ACCO
 from ..settings import (
@@ -237,11 +237,22 @@ def require_one_dtype(flats: list[torch.Tensor]) -> None:
 
 
 def require_own_batches(settings: Settings, sequence_parallel: float) -> None:
-    """Raises ValueError for adaptive windows where several ranks compute every micro-batch together."""
+    """Raises ValueError where several ranks compute every micro-batch together, and each would count for itself, or
+    predict its own weights for its part."""
+    together = "these ranks compute every micro-batch together"
     refuse_if(
         settings.is_adaptive and sequence_parallel > 1,
         "sequence parallelism",
         int(sequence_parallel),
         '1 with accumulation = "adaptive"',
-        'Set optimizer.params.accumulation to "fixed": these ranks compute every micro-batch together',
+        f'Set optimizer.params.accumulation to "fixed": {together}',
+    )
+    alike = names_of(lambda row: not row.predicts_locally)
+    refuse_if(
+        SCHEDULES[settings.schedule].predicts_locally and sequence_parallel > 1,
+        "sequence parallelism",
+        int(sequence_parallel),
+        f'1 with optimizer.params.schedule = "{settings.schedule}"',
+        f"Set the schedule to {alike} ({DEFAULT.name} needs gradient_accumulation_steps >= "
+        f"{DEFAULT.least_micro_batches}): {together}, so all of them need the same weights",
     )

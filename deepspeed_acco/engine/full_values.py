@@ -33,9 +33,13 @@ def link_full_values(optimizer, params: Iterable[Any]) -> None:
 
     for param in params:
         param.get_full_hp_param = after(RoundDriver.finish, param.get_full_hp_param)
-        param.set_full_hp_param = after(RoundDriver.drain, param.set_full_hp_param)
+        param.set_full_hp_param = after(_drain_for_change, param.set_full_hp_param)
         param.get_full_hp_grad = of_gradient(_full_gradient, param)
         param.set_full_hp_grad = of_gradient(_set_full_gradient, param)
+
+
+def _drain_for_change(driver: RoundDriver) -> None:
+    driver.drain(forgets_step=True)
 
 
 def _own_sum(optimizer, param: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         self._bound = BoundParameters(self.bit16_groups, live)
         fingerprint = Fingerprint(live, self._bound.sampled_places())
         self.driver = RoundDriver(self._buffers, self._shards, self._comm, self._lane, fingerprint)
-        self.driver.take_state(hyper_of(self))
+        self.driver.take_state(hyper_of(self), is_loaded=False)
         self._skips = SkippedSteps(self.driver.outcomes)
         self._fraction = AutoFraction(self.settings, self.driver, self._comm, self._lane)
         self.windows = (
@@ -250,7 +250,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         """Does nothing: the parent would allocate reduction buckets here (DeepSpeed <= 0.18.2)."""
 
     def reduce_gradients(self, pipeline_parallel=False) -> None:
-        """Does nothing: the rounds reduce."""
+        """Does nothing: rounds reduce."""
 
     def backward_epilogue(self, *args, **kwargs) -> None:
         """Notes a backward; called once after each, in every style of accumulation and version of DeepSpeed."""
@@ -397,14 +397,14 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         Raises:
             RuntimeError: always.
         """
-        raise RuntimeError(
-            "ACCO: offload_states() is not supported; keep the states on the device, or train with AdamW"
-        )
+        refusal = "ACCO: offload_states() is not supported; keep the states on the device, or train with AdamW"
+        raise RuntimeError(refusal)
 
     def _restore_from_bit16_weights(self):
         self.driver.finish()
         super()._restore_from_bit16_weights()
         self._adopt_loaded()
+        self.driver.spread_masters()
 
     def update_lp_params(self):
         """Makes the live weights, after a universal checkpoint, from the loaded masters of all ranks."""
@@ -418,7 +418,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         # torch's Optimizer.load_state_dict replaces the state tensors: point at the ones that are there now.
         for shard, master in zip(self._shards, self.single_partition_of_fp32_groups):
             shard.adopt(self.optimizer.state[master])
-        self.driver.take_state(hyper_of(self))
+        self.driver.take_state(hyper_of(self), is_loaded=True)
         self.optimizer.complete_groups()
 
     # ---- the end

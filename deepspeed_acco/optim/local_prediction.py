@@ -22,7 +22,7 @@ from .adamw import AdamWHyper
 from .flat import piece_numel, pieces
 
 BLOCK = 256
-_SMALLEST = torch.finfo(torch.float32).tiny
+SMALLEST_ROOT = torch.finfo(torch.float32).tiny
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -50,7 +50,7 @@ def block_roots(exp_avg_sq: Tensor, step: Tensor, beta2: float, eps: float, root
         if whole < length:
             means = torch.cat([means, part[whole:].mean(dtype=torch.float64).view(1)])
         root = (means / correction).sqrt_().add_(eps)
-        roots[first : first + means.numel()] = root.clamp_(min=_SMALLEST)
+        roots[first : first + means.numel()] = root.clamp_(min=SMALLEST_ROOT)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from . import build
 CHOICE_VARIABLE = "DEEPSPEED_ACCO_KERNELS"
 CHOICES = ("auto", "native", "torch")
 _NAMESPACE = "deepspeed_acco"
-_PROBED = f"{_NAMESPACE}::adamw_commit"
+_PROBED = f"{_NAMESPACE}::predict_locally"  # the youngest: an older library lacks it
 
 _reasons: dict[str, str] = {}  # by device type; empty: native
 

@@ -143,6 +143,18 @@ class FlatBuffers:
                 parts.append(weights[first + offset : last + offset])
         return torch.cat(parts)
 
+    def host_copies(self, of_shown: bool) -> list[Tensor]:
+        """Returns copies in host memory of the weights that training has: those in X where P shows others."""
+        copies = [torch.empty(flat.numel(), dtype=flat.dtype) for flat in self.live]
+        if not of_shown:
+            for copy, live in zip(copies, self.live):
+                copy.copy_(live)
+            return copies
+        for copy, layout, weights in zip(copies, self.layouts, self.comm_weights):
+            for in_flat, in_comm in layout.runs():
+                copy[in_flat] = weights[in_comm]
+        return copies
+
     def exchange(self) -> None:
         """Swaps P and X in place, piece by piece."""
         for live, gathered in self._runs():

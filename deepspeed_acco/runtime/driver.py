@@ -14,12 +14,13 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from ..algorithm.schedules import COMMIT, COMMIT_FORESEEN, PREDICT, Place, Round, names_of
+from ..algorithm.schedules import COMMIT, COMMIT_FORESEEN, PREDICT, Place, Round
 from ..optim.adamw import AdamWHyper, AdamWShard
 from ..optim.huge_pages import use_huge_pages
 from .buffers import FlatBuffers
 from .clock import HostValue
 from .communicator import Communicator
+from .gathering import Gathering
 from .lanes import InlineLane
 from .outcomes import OutcomeLog
 from .round import RoundOutcome, RoundWork
@@ -64,6 +65,7 @@ class RoundDriver:
         self._lane = lane
         self._fingerprint = fingerprint
         self._work = RoundWork(buffers, shards, comm)
+        self._gathering = Gathering(buffers, shards, comm, lane)
         self._state = RoundState.IDLE
         self._round: Round | None = None  # None: idle
         self._look: Look | None = None  # None: nobody looks
@@ -72,12 +74,13 @@ class RoundDriver:
         self._in_step = self.outcomes.reader()
         self._versions = itertools.count(1)
 
-    def take_state(self, hyper: tuple[AdamWHyper, ...]) -> None:
-        """Prepares for the shards' state as it is now, at the start and when it was replaced; every rank calls it."""
+    def take_state(self, hyper: tuple[AdamWHyper, ...], is_loaded: bool) -> None:
+        """Prepares for the shards' state as it is now: fresh, or loaded, by every rank."""
         for shard in self._shards:
             use_huge_pages((shard.master, shard.exp_avg, shard.exp_avg_sq))
         use_huge_pages(self._buffers.tensors())
-        self._work.prediction.renew_roots(hyper)
+        prediction = self._work.prediction
+        (prediction.renew_roots if is_loaded else prediction.fill_roots)(hyper)
 
     # ---- boundaries
 
@@ -96,7 +99,10 @@ class RoundDriver:
             self._round = None
         if following.predicts_locally and not blocks:
             self.finish()
-            self._work.prediction.install(inputs, has_newest=self._round is not None)
+            has_newest = self._round is not None
+            if not has_newest and self.are_written:
+                self._work.prediction.forget_step()
+            self._work.prediction.install(inputs, has_newest)
             self._note_weights()
         else:
             self._install_arrived()
@@ -139,13 +145,19 @@ class RoundDriver:
                 )
             )
 
-    def drain(self) -> None:
-        """Finishes the running round and makes the live weights the newest true ones; an ESTIMATE is dropped."""
+    def drain(self, *, forgets_step: bool = False) -> None:
+        """Finishes the running round and makes the live weights the newest true ones; an ESTIMATE is dropped.
+
+        Args:
+            forgets_step: somebody else writes the masters next.
+        """
+        if forgets_step:
+            self._work.prediction.forget_step()
         self.hide_true()
         self.finish()
         place = self.true_weights_place
         if place is Place.SHARDS:
-            self._gather_masters()
+            self._gathering.masters_for_look()
         if place is Place.LIVE:
             self._round = None
         self._install_arrived()
@@ -190,7 +202,7 @@ class RoundDriver:
         predictions = None
         if place is Place.SHARDS:
             predictions = [shard.clone() for shard in self._buffers.comm_shards]
-            self._gather_masters()
+            self._gathering.masters_for_look()
         self._buffers.exchange()
         self._look = Look(self.weights_version, predictions)
         self._note_weights()
@@ -213,28 +225,14 @@ class RoundDriver:
             # What lies in the communication buffer is older: nothing is installed before the next COMMIT.
             self._round, self._state, self._is_overwritten = None, RoundState.IDLE, True
         if look.predictions is not None:
-            self._gather_for_look(look.predictions)
+            self._gathering.for_look(look.predictions)
 
-    def _gather_masters(self):
-        self._gather_for_look([shard.master.detach() for shard in self._shards])
-
-    def _gather_for_look(self, shards):
-        try:
-            self._gather(shards)
-        except RuntimeError as cause:
-            raise self._lane.fail(
-                RuntimeError(
-                    f"with the schedule {names_of(lambda schedule: schedule.looks_together)} the true weights are "
-                    "gathered from all ranks, and some rank did not join within comm_timeout_s = "
-                    f"{self._comm.timeout_s:g} s. Evaluate, save and read state_dict() on every rank, not on rank 0 "
-                    "alone"
-                )
-            ) from cause
-
-    def _gather(self, shards: list[Tensor]):
-        for target, shard in zip(self._buffers.comm_shards, shards):
-            target.copy_(shard)
-        self._comm.all_gather(self._buffers.comm_weights, is_look=True)
+    def spread_masters(self) -> None:
+        """Makes the live weights those of all ranks' masters, where each rank had its own; every rank must call it."""
+        if self._buffers.before:
+            self._gathering.masters()
+            self._buffers.install()
+            self._note_weights()
 
     def bounded(self, work: str, *groups) -> AbstractContextManager[None]:
         """Bounds what ``work`` may wait for, as :meth:`Communicator.bounded`; raises where a round has failed."""
@@ -273,7 +271,7 @@ class RoundDriver:
         self.outcomes.last_commit = RoundOutcome(COMMIT, norm, true, true)
         if not state.live:
             return
-        self._gather(state.before or state.live)
+        self._gathering.shards(state.before or state.live)
         self._round, self._state = COMMIT, RoundState.ARRIVED
         if state.before:
             self._work.prediction.restore(state)
@@ -282,7 +280,7 @@ class RoundDriver:
             self._buffers.exchange()
         self._note_weights()
         if state.predictions:
-            self._gather(state.predictions)
+            self._gathering.shards(state.predictions)
             self._round = PREDICT
 
     @property

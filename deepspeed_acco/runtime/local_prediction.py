@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..optim import ops
 from ..optim.adamw import AdamWHyper, AdamWShard
-from ..optim.local_prediction import block_count
+from ..optim.local_prediction import SMALLEST_ROOT, block_count
 from .buffers import FlatBuffers
 from .communicator import Communicator
 from .round_inputs import RoundInputs
@@ -28,6 +28,7 @@ class LocalPrediction:
         self._buffers = buffers
         self._shards = shards
         self._comm = comm
+        self._forgets_step = False
 
     def own_roots(self) -> list[Tensor]:
         """Returns this rank's part of the roots, fp32, one 1-D view per group."""
@@ -41,6 +42,11 @@ class LocalPrediction:
         for shard, group, roots in zip(self._shards, hyper, self.own_roots()):
             ops.block_roots(shard.exp_avg_sq, shard.step, group.beta2, group.eps, roots)
 
+    def fill_roots(self, hyper: tuple[AdamWHyper, ...]) -> None:
+        """Makes all roots those of a state that no commit has touched; without the other ranks."""
+        for (_, roots), group in zip(self._with_layouts(), hyper):
+            roots.fill_(max(group.eps, SMALLEST_ROOT))
+
     def renew_roots(self, hyper: tuple[AdamWHyper, ...]) -> None:
         """Makes the roots those of the state as it is, where there are any; every rank must call it, while no round is
         in flight."""
@@ -50,6 +56,10 @@ class LocalPrediction:
     def _gather_roots(self):
         if self._buffers.roots:
             self._comm.all_gather(self._buffers.roots, is_look=True)
+
+    def forget_step(self) -> None:
+        """Notes that the next commit also brings what somebody else wrote, which is no step to repeat."""
+        self._forgets_step = True
 
     @torch.no_grad()
     def install(self, inputs: RoundInputs, has_newest: bool) -> None:
@@ -62,8 +72,10 @@ class LocalPrediction:
         buffers = self._buffers
         if not has_newest:
             buffers.take_out()
+        if not has_newest or self._forgets_step:
             for before, newest in zip(buffers.before, buffers.comm_weights):
                 before.copy_(newest)
+            self._forgets_step &= not has_newest
         scale, is_finite = self._own_scale(inputs)
         for (layout, roots), live, newest, before, grads, shard, hyper in zip(
             self._with_layouts(),
@@ -111,14 +123,16 @@ class LocalPrediction:
             is_shown: the true weights are exchanged with them for a look.
         """
         buffers = self._buffers
-        live = [
-            buffers.true_copy(group, 0, flat.numel()) if is_shown else flat.clone()
-            for group, flat in enumerate(buffers.live)
-        ]
-        before = [
-            flat[layout.comm_shard_of(layout.rank)].clone() for flat, layout in zip(buffers.before, buffers.layouts)
-        ]
-        return ResumeState(live, [], grad_norm, before, [roots.clone() for roots in self.own_roots()])
+        before = [flat[layout.comm_shard_of(layout.rank)] for flat, layout in zip(buffers.before, buffers.layouts)]
+        if self._forgets_step:
+            before = buffers.live_shards if is_shown else buffers.comm_shards
+        return ResumeState(
+            buffers.host_copies(of_shown=is_shown),
+            [],
+            grad_norm,
+            [shard.clone() for shard in before],
+            [roots.clone() for roots in self.own_roots()],
+        )
 
     def restore(self, state: ResumeState) -> None:
         """Takes over what a checkpoint kept; the live weights are the true ones, and X has those before the newest.
@@ -129,6 +143,7 @@ class LocalPrediction:
         for own, kept in zip(self.own_roots(), state.roots):
             own.copy_(kept)
         self._gather_roots()
+        self._forgets_step = False
         buffers.take_out()
         for target, kept in zip(buffers.live, state.live):
             target.copy_(kept)

@@ -53,15 +53,21 @@ DIFFERENCES = {  # name in the error: what one rank has otherwise
     "parameters of group 0": dict(rename=True),
     "parameter group 1": dict(groups=2),
 }
+# From a JSON in which every rank predicts for itself: nothing is sent before the ranks were compared.
+DIFFERENCES_OF_LOCAL = {
+    "optimizer.params": dict(changes={"gradient_accumulation_steps": 2}),  # "auto" is another schedule there
+    "parameter group 1": dict(groups=2),
+}
 
 
 @pytest.mark.distributed
 def test_what_one_rank_has_otherwise_is_named():
     pool = RankPool(3)
     try:
-        assert set(pool.run(_start, config=PLAIN)) == {"no error"}
-        for name, difference in DIFFERENCES.items():
-            messages = pool.run(_start, config=PLAIN, per_rank=[{}, difference, {}])
+        local, cases = training.ds_config(1), [(PLAIN, *case) for case in DIFFERENCES.items()]
+        assert {*pool.run(_start, config=PLAIN), *pool.run(_start, config=local)} == {"no error"}
+        for config, name, difference in [*cases, *((local, *case) for case in DIFFERENCES_OF_LOCAL.items())]:
+            messages = pool.run(_start, config=config, per_rank=[{}, difference, {}])
             for message in messages:
                 assert "ACCO: the data-parallel ranks differ" in message, (name, message)
                 assert f"\n  {name.strip()}: " in message, (name, message)

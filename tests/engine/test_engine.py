@@ -380,6 +380,57 @@ def test_safe_set_full_state_in_the_reference(ranks, schedule, stale_windows):
     assert results[0][0] == pytest.approx(reference["losses"], rel=1e-5)
 
 
+def _set_to_zero(how):
+    """Sets one parameter to 0 in mid-training; returns its largest value in each of the following windows' forwards."""
+    import deepspeed_acco
+
+    engine = training.start_engine(training.ds_config(1, lr=1e-3))
+    training.run_windows(engine, 4)
+    parameter = engine.module.first.weight
+    before = parameter.detach().abs().max().item()
+    if how == "master":
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, torch.zeros_like(parameter))
+    else:
+        with deepspeed_acco.true_weights(engine), torch.no_grad():
+            parameter.zero_()
+        engine.optimizer.refresh_fp32_params()
+    following = []
+    for window in range(4, 9):
+        training.run_windows(engine, 1, first_window=window)
+        following.append(parameter.detach().abs().max().item())
+    engine.destroy()
+    return before, following
+
+
+@pytest.mark.parametrize("how", ["master", "module"])
+def test_local_does_not_repeat_what_the_user_set(ranks, how):
+    for before, following in ranks(2).run(_set_to_zero, how=how):
+        # A window or two at the weights of before, as in ZeRO-1; then at 0, not beyond it.
+        assert before > 0.2 and all(value < 0.02 for value in following[2:]), following
+
+
+def _write_and_refresh():
+    """Writes one layer between two steps, without a look, and makes what stands in the module the master weights."""
+    engine = training.start_engine(training.ds_config(1))
+    training.run_windows(engine, 4)
+    with torch.no_grad():
+        engine.module.last.bias.fill_(0.5)
+    engine.optimizer.refresh_fp32_params()
+    live = training.live_weights(engine)
+    true = training.true_master_weights(engine)
+    engine.destroy()
+    return live, true
+
+
+def test_local_agrees_after_the_module_was_made_the_master(ranks):
+    (live, true), (others, _) = ranks(2).run(_write_and_refresh)
+    assert all(mine.equal(theirs) for mine, theirs in zip(live, others))
+    assert all(mine.equal(theirs) for mine, theirs in zip(live, true))
+    assert any((weights == 0.5).all() for weights in live)
+
+
 def _set_lr(config, windows):
     engine = training.start_engine(config)
     lr = training.HYPER["lr"]
@@ -595,6 +646,20 @@ def test_sequence_parallelism_as_zero1(ranks):
     assert mine["losses"] == pytest.approx(theirs["losses"], rel=2e-6)
     assert mine["norms"] == pytest.approx(theirs["norms"], rel=1e-5)
     assert mine["replicas"] == pytest.approx(theirs["replicas"], rel=1e-5)
+
+
+def _refused_sequence_parallel(config):
+    try:
+        _sequence_parallel(config, windows=1)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_sequence_parallelism_needs_the_same_weights(ranks):
+    for n in (1, 4):
+        message = ranks(2).run(_refused_sequence_parallel, config=training.ds_config(n, schedule="local"))[0]
+        assert 'sequence parallelism = 2 is not allowed; allowed: 1 with optimizer.params.schedule = "local"' in message
 
 
 def test_sequence_parallelism_in_the_reference(ranks):

@@ -208,11 +208,11 @@ def advise(model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1
                     f"{_names(delayed_schedules())} would be {faster:.2f}x as fast as {chosen.name}, at a price: "
                     f"{_QUALITY}"
                 )
-            said.append(_memory_cost(model, cluster.ranks))
+            said.append(_memory_cost(chosen, model, cluster.ranks))
             return use_acco(chosen, window.n, window.estimate_fraction)
     if baseline.step_s >= _WORTH_IT * delayed.step_s:
         said.append(f"What is faster than {baseline.name} here is {delayed.name}, at a price: {_QUALITY}")
-        said.append(_memory_cost(model, cluster.ranks))
+        said.append(_memory_cost(delayed, model, cluster.ranks))
         return use_acco(delayed, work.n, None)
     said.append(f"No schedule is 2 % faster than {baseline.name}.")
     return use_stage()
@@ -282,8 +282,8 @@ def _not_quantized(cluster: Cluster) -> str:
     return f'"estimate_comm": "{COARSEST.estimate_comm}" would not be 2 % faster{why}.'
 
 
-def _memory_cost(model: Model, ranks: int) -> str:
-    own, zero1 = memory_bytes(DEFAULT.name, model, ranks), memory_bytes("zero1", model, ranks)
+def _memory_cost(mode: Prediction, model: Model, ranks: int) -> str:
+    own, zero1 = mode.memory_bytes, memory_bytes("zero1", model, ranks)
     return f"Model states: {own / 2**30:.3g} GiB a rank, {(own - zero1) / 2**30:.3g} GiB more than zero1."
 
 
