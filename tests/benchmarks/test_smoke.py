@@ -54,7 +54,7 @@ def test_stability(tmp_path):
     results = benchmark("stability", tmp_path, "--beta1", 0.5)
     limits = {row["schedule"]: row["largest_lr_times_curvature"] for row in results["rows"]}
     assert limits["sync"] == pytest.approx(6.0, abs=0.01)  # heavy ball: 2 (1 + beta) / (1 - beta)
-    assert all(0 < limit <= limits["sync"] for limit in limits.values()) and len(limits) == 7
+    assert all(0 < limit <= limits["sync"] for limit in limits.values()) and len(limits) == 8
 
 
 @pytest.mark.native
