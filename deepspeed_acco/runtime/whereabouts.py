@@ -6,6 +6,7 @@ the rank."""
 from __future__ import annotations
 
 import threading
+import weakref
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -28,10 +29,7 @@ class Whereabouts:
         self._place = ""
         self._store: Any = None
         with suppress(AttributeError, RuntimeError):  # neither older torch nor every store can
-            # A connection of its own: on a shared one the thread of the rounds would wait behind whatever the main
-            # thread waits for in the store, which may be a rank that waits for this round.
-            store: Any = distributed_c10d._get_default_store()
-            self._store = store.clone()
+            self._store = _connection()
         self.note("at the start")
 
     def note(self, place: str) -> None:
@@ -53,6 +51,7 @@ class Whereabouts:
         reader.join(_READING_S)
         if reader.is_alive():
             self._store = None  # its connection is taken by the thread
+            _connections.clear()
             return ""
         ranks_at: dict[str, list[int]] = {}
         for rank, place in places.items():
@@ -65,6 +64,20 @@ class Whereabouts:
         with suppress(RuntimeError):
             store.wait(self._keys, timedelta(seconds=_READING_S))
             places.update((rank, store.get(key).decode()) for rank, key in enumerate(self._keys))
+
+
+# Of the store of all ranks: this module's own to it. Weak, or the store would outlive the ranks' world.
+_connections: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def _connection() -> Any:
+    """Returns a connection to the store for these notes alone: on torch's own the thread of the rounds would wait
+    behind whatever the main thread waits for, which may be a rank that waits for this round. All engines of a process
+    share it, since torch keeps some kilobytes of each that is closed."""
+    store: Any = distributed_c10d._get_default_store()
+    if store not in _connections:
+        _connections[store] = store.clone()
+    return _connections[store]
 
 
 def _ranks(ranks: list[int]) -> str:
