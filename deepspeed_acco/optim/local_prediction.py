@@ -15,6 +15,8 @@ never had one before. Blocks restart at every shard, and a shard's last one may 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -53,45 +55,52 @@ def block_roots(exp_avg_sq: Tensor, step: Tensor, beta2: float, eps: float, root
         roots[first : first + means.numel()] = root.clamp_(min=SMALLEST_ROOT)
 
 
-@torch.no_grad()
-def predict_locally(
-    newest: Tensor,
-    before: Tensor,
-    grad: Tensor,
-    roots: Tensor,
-    step: Tensor,
-    hyper: AdamWHyper,
-    grad_scale: Tensor,
-    is_finite: Tensor,
-    live: Tensor,
-    shard_numel: int,
-) -> None:
-    """Writes to ``live`` the predicted weights, and to ``before`` the newest ones.
+@dataclass(frozen=True)
+class Operands:
+    """Holds what a prediction reads and writes: whole shards of one parameter group.
 
-    Args:
-        newest, before, live: true weights, those one commit earlier, and the live ones; 1-D of one dtype, whole shards.
-            ``newest`` and ``live`` may be the same.
+    Attributes:
+        newest, before, live: true weights, those one commit earlier, and the live ones; 1-D of one dtype. ``newest``
+            and ``live`` may be the same.
         grad: this rank's gradient of as many elements, any floating dtype.
         roots: fp32, 1-D, :func:`block_roots` of these shards, one after the other.
         step: fp32, 0-dim, the number of commits behind ``newest``.
-        grad_scale: fp32, 0-dim, multiplies ``grad`` (mean, loss scale and clip factor in one).
+        shard_numel: elements of each shard.
+    """
+
+    newest: Tensor
+    before: Tensor
+    live: Tensor
+    grad: Tensor
+    roots: Tensor
+    step: Tensor
+    shard_numel: int
+
+
+@torch.no_grad()
+def predict_locally(on: Operands, hyper: AdamWHyper, grad_scale: Tensor, is_finite: Tensor) -> None:
+    """Writes to ``on.live`` the predicted weights, and to ``on.before`` the newest ones.
+
+    Args:
+        grad_scale: fp32, 0-dim, multiplies ``on.grad`` (mean, loss scale and clip factor in one).
         is_finite: bool, 0-dim; where False the gradient has no part in the prediction.
     """
-    taken = step.double()
+    newest, before, shard_numel = on.newest, on.before, on.shard_numel
+    taken = on.step.double()
     share = 1 / (1 - hyper.beta1 ** (taken + 1))
     momentum = (hyper.beta1 * (1 - hyper.beta1**taken) * share).float()
     coefficient = hyper.lr * (1 - hyper.beta1) * share
     most = (coefficient * ((1 - hyper.beta2 ** (taken + 1)) / (1 - hyper.beta2)).sqrt()).float()
-    factors = (coefficient.float() * grad_scale / roots).clamp_(max=_LARGEST)
+    factors = (coefficient.float() * grad_scale / on.roots).clamp_(max=_LARGEST)
     blocks = block_count(shard_numel)
     for shard in range(newest.numel() // shard_numel):
         for start, length in pieces(shard_numel, piece_numel(newest.device)):
             begin, first = shard * shard_numel + start, shard * blocks + start // BLOCK
             at = slice(begin, begin + length)
             factor = factors[first : first + block_count(length)].repeat_interleave(BLOCK)[:length]
-            moved = torch.minimum(torch.maximum(grad[at].float() * factor, -most), most)
+            moved = torch.minimum(torch.maximum(on.grad[at].float() * factor, -most), most)
             moved = torch.where(is_finite, moved, 0.0)
             weights = newest[at].float()
             predicted = (weights - before[at].float()).mul_(momentum).add_(weights).sub_(moved)
             before[at] = weights
-            live[at] = predicted
+            on.live[at] = predicted

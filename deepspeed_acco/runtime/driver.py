@@ -157,7 +157,7 @@ class RoundDriver:
         self.finish()
         place = self.true_weights_place
         if place is Place.SHARDS:
-            self._gathering.masters_for_look()
+            self._gathering.for_look(self._gathering.own_masters())
         if place is Place.LIVE:
             self._round = None
         self._install_arrived()
@@ -202,7 +202,7 @@ class RoundDriver:
         predictions = None
         if place is Place.SHARDS:
             predictions = [shard.clone() for shard in self._buffers.comm_shards]
-            self._gathering.masters_for_look()
+            self._gathering.for_look(self._gathering.own_masters())
         self._buffers.exchange()
         self._look = Look(self.weights_version, predictions)
         self._note_weights()
@@ -230,7 +230,7 @@ class RoundDriver:
     def spread_masters(self) -> None:
         """Makes the live weights those of all ranks' masters, where each rank had its own; every rank must call it."""
         if self._buffers.before:
-            self._gathering.masters()
+            self._gathering.shards(self._gathering.own_masters())
             self._buffers.install()
             self._note_weights()
 

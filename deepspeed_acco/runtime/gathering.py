@@ -29,13 +29,9 @@ class Gathering:
             target.copy_(shard)
         self._comm.all_gather(self._buffers.comm_weights, is_look=True)
 
-    def masters(self) -> None:
-        """Fills X with all ranks' master weights, rounded to the weights' dtype."""
-        self.shards([shard.master.detach() for shard in self._shards])
-
-    def masters_for_look(self) -> None:
-        """Fills X with the true weights, for a look."""
-        self.for_look([shard.master.detach() for shard in self._shards])
+    def own_masters(self) -> list[Tensor]:
+        """Returns this rank's master weights, to be gathered rounded to the weights' dtype."""
+        return [shard.master.detach() for shard in self._shards]
 
     def for_look(self, shards: list[Tensor]) -> None:
         """Does what :meth:`shards` does, for a look.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..optim import ops
 from ..optim.adamw import AdamWHyper, AdamWShard
-from ..optim.local_prediction import SMALLEST_ROOT, block_count
+from ..optim.local_prediction import SMALLEST_ROOT, Operands, block_count
 from .buffers import FlatBuffers
 from .communicator import Communicator
 from .round_inputs import RoundInputs
@@ -87,18 +87,9 @@ class LocalPrediction:
             inputs.hyper,
         ):
             for in_flat, in_comm in layout.runs():
-                ops.predict_locally(
-                    newest[in_comm],
-                    before[in_comm],
-                    grads[in_flat],
-                    roots[_roots_of(in_comm, layout)],
-                    shard.step,
-                    hyper,
-                    scale,
-                    is_finite,
-                    live[in_flat],
-                    layout.shard_numel,
-                )
+                weights = (newest[in_comm], before[in_comm], live[in_flat])
+                own = (grads[in_flat], roots[_roots_of(in_comm, layout)], shard.step)
+                ops.predict_locally(Operands(*weights, *own, layout.shard_numel), hyper, scale, is_finite)
 
     def _own_scale(self, inputs: RoundInputs) -> tuple[Tensor, Tensor]:
         """Returns what makes this rank's sum in A the mean of its own gradients, clipped by their own norm (fp32,

@@ -40,14 +40,14 @@ PAIRWISE = _pairwise()
 CASES = [pytest.param(*case, marks=() if case in PAIRWISE else pytest.mark.full) for case in EVERYTHING]
 
 
-def check_equal(records, reference, windows, delay, tolerance=TOLERANCE, is_alike=True):
+def check_equal(records, reference, windows, delay, tolerance=TOLERANCE):
     """Weights, losses, norms and replicas of a run against the reference."""
     expected = [0.0] * delay + reference["norms"]
     assert records[0]["norms"] == pytest.approx(expected[:windows], rel=1e-5)
     for record, losses in zip(records, reference["losses_of_ranks"]):
         assert oracle.distance(record["weights"], reference["weights"]) < tolerance
         assert record["losses"] == pytest.approx(losses, rel=1e-5, abs=1e-6)
-    if len(records) > 1 and is_alike:
+    if len(records) > 1 and reference["is_alike"]:
         assert all(record["replicas"] == records[0]["replicas"] for record in records)
         for record in records:
             assert all(mine.equal(theirs) for mine, theirs in zip(record["live"], records[0]["live"]))
@@ -71,7 +71,7 @@ def test_equals_the_reference(ranks, schedule, world_size, clip, groups, n, frac
         clip=clip,
         groups=groups,
     )
-    check_equal(records, reference, STEPS, delay=0 if schedule == "sync" else 1, is_alike=schedule != "local")
+    check_equal(records, reference, STEPS, delay=0 if schedule == "sync" else 1)
     if clip:
         clipped = sum(norm > clip for norm in reference["norms"])
         assert 0 < clipped < STEPS, "clipping must be in effect in some windows and not in others"
@@ -81,7 +81,7 @@ def test_equals_the_reference(ranks, schedule, world_size, clip, groups, n, frac
 def test_one_micro_batch_a_window(ranks, schedule):
     records = ranks(2).run(training.train, config=training.ds_config(1, schedule=schedule), windows=20)
     reference = oracle.run_reference(schedule=schedule, world_size=2, windows=20, n=1, a=1)
-    check_equal(records, reference, 20, delay=0 if schedule == "sync" else 1, is_alike=schedule != "local")
+    check_equal(records, reference, 20, delay=0 if schedule == "sync" else 1)
 
 
 @pytest.mark.parametrize("schedule", RARER)
@@ -109,7 +109,7 @@ def test_learning_rate_of_the_window(ranks, schedule):
     config = training.ds_config(4, schedule=schedule)
     records = ranks(2).run(training.train, config=config, windows=12, lr_decay=0.8)
     reference = oracle.run_reference(schedule=schedule, world_size=2, windows=12, n=4, a=2, lr_decay=0.8)
-    check_equal(records, reference, 12, delay=0 if schedule == "sync" else 1, is_alike=schedule != "local")
+    check_equal(records, reference, 12, delay=0 if schedule == "sync" else 1)
 
 
 def _since(version, style, reason):
@@ -131,4 +131,4 @@ def test_styles_of_accumulation(ranks, schedule, style):
     config = training.ds_config(4, 2.0, schedule=schedule)
     records = ranks(2).run(training.train, config=config, windows=12, style=style)
     reference = oracle.run_reference(schedule=schedule, world_size=2, windows=12, n=4, a=2, clip=2.0)
-    check_equal(records, reference, 12, delay=1, is_alike=schedule != "local")
+    check_equal(records, reference, 12, delay=1)

@@ -9,7 +9,7 @@ from deepspeed_acco.optim import local_prediction as plain
 from deepspeed_acco.optim.adamw import AdamWHyper
 from tests.support import local_prediction_checks as checks
 from tests.support.kernel_checks import DTYPE_PAIRS, same_bits
-from tests.support.local_prediction_checks import HYPER, SHARDS, STEPS, Case
+from tests.support.local_prediction_checks import SHARDS, STEPS, Case
 
 
 @pytest.fixture(params=["plain", pytest.param("native", marks=pytest.mark.native)])
@@ -58,7 +58,8 @@ def test_on_one_rank_it_is_adamws_next_step(path):
         path.block_roots(squares, count, 0.97, 1e-8, roots)
         gradient = torch.full((256,), 0.3 + 0.001 * step)
         predicted = newest.clone()
-        path.predict_locally(newest, before, gradient, roots, count, hyper, one, true, predicted, 256)
+        on = plain.Operands(newest, before, predicted, gradient, roots, count, 256)
+        path.predict_locally(on, hyper, one, true)
         parameter.grad = gradient
         optimizer.step()
         moved, missed = (parameter.detach() - newest).norm(), (predicted - parameter.detach()).norm()
@@ -106,11 +107,4 @@ def test_refusals(native):
         other = Case(300, 2, torch.float32, torch.float32)
         setattr(other, name, bad)
         with pytest.raises(ValueError, match=message):
-            native.predict_locally(
-                *(getattr(other, key) for key in ("newest", "before", "grad", "roots", "step")),
-                HYPER,
-                other.scale,
-                other.is_finite,
-                other.live,
-                other.shard_numel,
-            )
+            other.run(native)

@@ -21,20 +21,34 @@ CANARY = 77.0
 EPS = 2.0**-24  # half a unit in the last place of 1.0, fp32
 
 
-class Case:
-    """Holds operands inside larger buffers, each at its own distance from the aligned begin, and what lies around."""
+class Surrounded:
+    """Makes operands inside larger buffers, each at its own distance from the aligned begin, and sees what lies
+    around."""
 
-    def __init__(self, numel, grad_dtype, out_dtype, *, device="cpu", shift=0, step=3.0, seed=0):
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(self, numel, device):
+        self._numel, self._device = numel, device
         self._buffers = []
 
-        def operand(values, dtype, offset):
-            buffer = torch.full((numel + offset + 8,), CANARY, dtype=dtype, device=device)
-            view = buffer.narrow(0, offset, numel)
-            view.copy_(values.to(dtype))
-            self._buffers.append((buffer, offset))
-            return view
+    def operand(self, values, dtype, offset):
+        """Returns a view with the values in that dtype, so many elements behind the begin of its buffer."""
+        buffer = torch.full((self._numel + offset + 8,), CANARY, dtype=dtype, device=self._device)
+        view = buffer.narrow(0, offset, self._numel)
+        view.copy_(values.to(dtype))
+        self._buffers.append((buffer, offset))
+        return view
 
+    def require_untouched_around(self):
+        """Requires that nothing was written outside of the operands."""
+        for buffer, offset in self._buffers:
+            assert (buffer[:offset] == CANARY).all() and (buffer[offset + self._numel :] == CANARY).all()
+
+
+class Case(Surrounded):
+    """Holds the operands of a round's update."""
+
+    def __init__(self, numel, grad_dtype, out_dtype, *, device="cpu", shift=0, step=3.0, seed=0):
+        super().__init__(numel, device)
+        generator, operand = torch.Generator().manual_seed(seed), self.operand
         normal = torch.randn(4, numel, generator=generator)
         self.numel = numel
         self.grad = operand(normal[0] * 0.03, grad_dtype, shift)
@@ -57,11 +71,6 @@ class Case:
     def run(self, op):
         """Calls ``op`` with the operands."""
         op(self.shard, self.grad, HYPER, self.scale, self.is_finite, self.out)
-
-    def require_untouched_around(self):
-        """Requires that nothing was written outside of the operands."""
-        for buffer, offset in self._buffers:
-            assert (buffer[:offset] == CANARY).all() and (buffer[offset + self.numel :] == CANARY).all()
 
 
 def same_bits(a, b):

@@ -10,7 +10,7 @@ import torch
 
 from deepspeed_acco.optim import local_prediction as plain
 from deepspeed_acco.optim.adamw import AdamWHyper
-from tests.support.kernel_checks import CANARY, same_bits
+from tests.support.kernel_checks import CANARY, Surrounded, same_bits
 
 HYPER = AdamWHyper(lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 # Around the blocks; several threads' shares and pieces of the plain path.
@@ -39,20 +39,13 @@ def check_roots(ops, numel, step, device="cpu", hyper=HYPER):
     assert (roots > 0).all() and buffer[0] == buffer[-1] == CANARY
 
 
-class Case:
-    """Holds operands of ``shards`` shards inside larger buffers, and what lies around them."""
+class Case(Surrounded):
+    """Holds the operands of a prediction, of ``shards`` shards."""
 
     def __init__(self, shard_numel, shards, weight_dtype, grad_dtype, *, step=7.0, device="cpu", shift=0):
         numel, generator = shards * shard_numel, torch.Generator().manual_seed(shard_numel)
-        self._buffers = []
-
-        def operand(values, dtype, offset):
-            buffer = torch.full((numel + offset + 8,), CANARY, dtype=dtype, device=device)
-            view = buffer.narrow(0, offset, numel)
-            view.copy_(values.to(dtype))
-            self._buffers.append((buffer, offset))
-            return view
-
+        super().__init__(numel, device)
+        operand = self.operand
         normal = torch.randn(3, numel, generator=generator)
         gradient = normal[2] * 0.01
         gradient[::7] *= 100  # beyond what AdamW may move by
@@ -72,11 +65,10 @@ class Case:
     def run(self, ops, live=None, hyper=HYPER):
         """Predicts; returns what the operands were before."""
         before = {name: getattr(self, name).cpu().double() for name in ("newest", "before", "grad", "roots")}
-        live = self.live if live is None else live
-        operands = (self.newest, self.before, self.grad, self.roots, self.step, hyper, self.scale, self.is_finite)
-        ops.predict_locally(*operands, live, self.shard_numel)
-        for buffer, offset in self._buffers:
-            assert (buffer[:offset] == CANARY).all() and (buffer[offset + self.numel :] == CANARY).all()
+        weights = (self.newest, self.before, self.live if live is None else live)
+        on = plain.Operands(*weights, self.grad, self.roots, self.step, self.shard_numel)
+        ops.predict_locally(on, hyper, self.scale, self.is_finite)
+        self.require_untouched_around()
         return before
 
 

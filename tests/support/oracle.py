@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from deepspeed_acco.algorithm.reference import Reference, ReferenceHyper
+from deepspeed_acco.algorithm.schedules import SCHEDULES
 from tests.support.training import DTYPES, HYPER, batch, make_network, param_groups
 
 
@@ -86,7 +87,7 @@ def run_reference(
         keep: called as ``keep(reference, report)`` after every window.
     Returns:
         dict with losses (rank 0, every micro-batch) and those of all ranks, norms, weights (trainable parameters in the
-        module's order).
+        module's order), and whether all ranks train at the same weights.
     """
     kind, _, accumulation = precision.partition("+")
     dtype = DTYPES[kind] if kind != "fp32" else torch.float64
@@ -176,6 +177,7 @@ def run_reference(
         "losses": losses[0],
         "losses_of_ranks": losses,
         "norms": norms,
+        "is_alike": not SCHEDULES[schedule].predicts_locally,
         "weights": [by_parameter[id(p)] for p in module.parameters() if p.requires_grad],
     }
 
