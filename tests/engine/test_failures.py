@@ -35,7 +35,7 @@ OTHERS = [
     Cell("acco", "kill", "forward"),
     Cell("acco", "kill", "gather of ESTIMATE"),
     Cell("wp", "exception", "eval"),
-    Cell("fp16", "stop", "reduce of ESTIMATE"),
+    Cell("fp16", "exception", "gather of ESTIMATE"),
     Cell("local", "stop and continue", "gather of COMMIT"),
     Cell("two levels", "stop", "reduce of COMMIT"),
     pytest.param(Cell("acco", "cut link", "gather of COMMIT"), marks=needs_hosts),
