@@ -188,8 +188,7 @@ ACCO = {
     "grad_norm": Kind("a number >= 0", lambda value: is_number(value) and not value < 0),
     "weights": list_of(TENSOR),
     "predictions": list_of(TENSOR),
-    "before": list_of(TENSOR).or_missing(),  # of the schedule local, as the roots
-    "roots": list_of(TENSOR).or_missing(),
+    "before": list_of(TENSOR).or_missing(),  # of the schedule local
     "run": TEXT.or_missing(),
     "rank": WHOLE.or_missing(),
     "global_steps": WHOLE.or_missing(),

@@ -185,17 +185,15 @@ def _check_key(state, optimizer, path) -> str:
     may_have = {
         "weights": True,
         "predictions": row is None or row.at_window_end.predicts,
-        **dict.fromkeys(("before", "roots"), row is None or row.predicts_locally),
+        "before": row is None or row.predicts_locally,
     }
     for name, may in may_have.items():
         tensors = state.get(name, [])
         if len(tensors) not in ((0, len(live)) if may else (0,)):
             raise CheckpointRefused(f"{where} has {len(tensors)} {name}. The file was edited: load another checkpoint")
         for index, tensor in enumerate(tensors):
-            dtype, lowest = (torch.float32, 0.0) if name == "roots" else (live[index].dtype, -math.inf)
-            of = f"{where}: {name} of parameter group {index}"
-            require_tensor(tensor, of, dtype=dtype, lowest=lowest, is_flat=True)
-    needed = [("predictions", "weights"), ("before", "weights"), ("before", "roots"), ("roots", "before")]
+            require_tensor(tensor, f"{where}: {name} of parameter group {index}", dtype=live[index].dtype, is_flat=True)
+    needed = [("predictions", "weights"), ("before", "weights")]
     if row is not None and row.predicts_locally:
         needed.append(("weights", "before"))
     for name, other in needed:

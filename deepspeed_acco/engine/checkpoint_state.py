@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from ..optim.local_prediction import block_count
 from ..runtime.communicator import Communicator
 from ..runtime.states import ResumeState
 
@@ -27,7 +26,7 @@ def to_state(resume: ResumeState, schedule: str, window: int) -> dict[str, Any]:
 
     ``weights`` and ``predictions`` are this rank's shards, 1-D in the weights' dtype, one per parameter group with its
     padding; empty where training stands on the true weights and nothing is predicted. Of ``local`` ``weights`` are
-    whole, since no rank has those of another, and there are ``before`` and ``roots``, this rank's shards.
+    whole, since no rank has those of another, and there is ``before``, this rank's shards.
     """
     return {
         "version": FORMAT,
@@ -36,7 +35,7 @@ def to_state(resume: ResumeState, schedule: str, window: int) -> dict[str, Any]:
         "grad_norm": resume.grad_norm,
         "weights": resume.live,
         "predictions": resume.predictions,
-        **({"before": resume.before, "roots": resume.roots} if resume.before else {}),
+        **({"before": resume.before} if resume.before else {}),
     }
 
 
@@ -53,17 +52,16 @@ def from_state(
         return None, "the checkpoint has none (it is another optimizer's)"
     if state["schedule"] != schedule:
         return None, f'the checkpoint was saved with the schedule "{state["schedule"]}"'
-    before, roots = state.get("before", []), state.get("roots", [])
+    before = state.get("before", [])
     expected = {
         "weights": [ranks * numel for numel in shard_numels] if before else shard_numels,
         "predictions": shard_numels,
         "before": shard_numels,
-        "roots": [block_count(numel) for numel in shard_numels],
     }
     for name, numels in expected.items():
         if state.get(name) and [tensor.numel() for tensor in state[name]] != numels:
             return None, "this version of DeepSpeed pads the shards differently"
-    return ResumeState(state["weights"], state["predictions"], state["grad_norm"], before, roots), ""
+    return ResumeState(state["weights"], state["predictions"], state["grad_norm"], before), ""
 
 
 def without_tensor_steps(base: dict[str, Any]) -> dict[str, Any]:

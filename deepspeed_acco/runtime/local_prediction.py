@@ -51,9 +51,6 @@ class LocalPrediction:
         """Makes the roots those of the state as it is, where there are any; every rank must call it, while no round is
         in flight."""
         self.write_own_roots(hyper)
-        self._gather_roots()
-
-    def _gather_roots(self):
         if self._buffers.roots:
             self._comm.all_gather(self._buffers.roots, is_look=True)
 
@@ -122,18 +119,14 @@ class LocalPrediction:
             [],
             grad_norm,
             [shard.clone() for shard in before],
-            [roots.clone() for roots in self.own_roots()],
         )
 
     def restore(self, state: ResumeState) -> None:
-        """Takes over what a checkpoint kept; the live weights are the true ones, and X has those before the newest.
-        Every rank must call it."""
+        """Takes over what a checkpoint kept; the live weights are the true ones, X has those before the newest, and the
+        roots were renewed of the loaded state."""
         buffers = self._buffers
         for before, gathered in zip(buffers.before, buffers.comm_weights):
             before.copy_(gathered)
-        for own, kept in zip(self.own_roots(), state.roots):
-            own.copy_(kept)
-        self._gather_roots()
         self._forgets_step = False
         buffers.take_out()
         for target, kept in zip(buffers.live, state.live):

@@ -28,11 +28,11 @@ class Look:
 
 @dataclass(frozen=True)
 class ResumeState:
-    """Holds where training stands between two rounds, beyond the true weights: this rank's shards, 1-D, one per
-    parameter group, in the weights' dtype but for the roots."""
+    """Holds where training stands between two rounds, beyond the true weights: this rank's shards, 1-D in the weights'
+    dtype, one per parameter group."""
 
     live: list[Tensor]  # of the weights that training computes at; empty where they are the true ones
     predictions: list[Tensor]  # of a finished prediction that is not installed yet; empty where there is none
     grad_norm: float  # of the newest COMMIT
-    before: list[Tensor] = field(default_factory=list)  # local: of the true weights one commit before; else empty,
-    roots: list[Tensor] = field(default_factory=list)  # as these, fp32; and ``live`` is the whole, not a shard
+    # local: of the true weights one commit before, and ``live`` is the whole, not a shard; else empty
+    before: list[Tensor] = field(default_factory=list)
