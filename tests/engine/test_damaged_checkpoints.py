@@ -297,7 +297,7 @@ EDITS = [
     (SHARD, _acco_of, "weights", lambda w: w[:1], "has 1 weights"),
     (SHARD, _acco_of, "weights", lambda w: [t.to_sparse() for t in w], "needed: a plain tensor"),
     (SHARD, _acco_of, "predictions", lambda _: [torch.ones(3)] * 2, "has 2 predictions"),
-    (SHARD, _acco_of, "before", lambda _: [torch.ones(3)], "has 1 before"),
+    (SHARD, _acco_of, "before", [torch.ones(3)], "has 1 before"),
     (SHARD, _acco_of, "version", 0, "has version = 0"),
     (SHARD, _acco_of, "version", True, "has version = True"),
     (SHARD, _acco_of, "schedule", 5, "has schedule = 5"),
