@@ -42,7 +42,7 @@ def csrc() -> Path:
 
 def sources(with_cuda: bool) -> list[Path]:
     """Returns the source files to compile, with or without those of CUDA."""
-    names = ["common/registration.cpp", "cpu/adamw_cpu.cpp", "cpu/quantize_cpu.cpp", "cpu/local_prediction_cpu.cpp"]
+    names = ["cpu/all.cpp"]
     if with_cuda:
         names += ["cuda/adamw_cuda.cpp", "cuda/adamw.cu", "cuda/quantize_cuda.cpp", "cuda/quantize.cu"]
         names += ["cuda/local_prediction_cuda.cpp", "cuda/local_prediction.cu"]
