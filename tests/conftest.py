@@ -41,7 +41,9 @@ def native():
 
 
 def _needs_operators(item) -> bool:
-    return any(item.get_closest_marker(marker) for marker in ("distributed", "native"))
+    """Tells whether a test needs those of the CPU."""
+    has = item.get_closest_marker
+    return bool(has("distributed") or has("native")) and not has("gpu")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers

@@ -19,7 +19,7 @@ class HostValue:
 
     def __init__(self, value: torch.Tensor):
         self._passed = None
-        self._value = value
+        self._value = self._on_device = value
         if value.device.type == "cuda":
             self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             self._value.copy_(value, non_blocking=True)
@@ -37,6 +37,11 @@ class HostValue:
     def value(self) -> Any:
         """Returns the value in Python's type for the dtype, of 1-D tensors a list; only when :meth:`is_known`."""
         return self._value.tolist()
+
+    def tensor(self) -> torch.Tensor:
+        """Returns the value in host memory where the host knows it, so that reading it waits for nothing; else on its
+        device."""
+        return self._value if self.is_known() else self._on_device
 
 
 class Instant:

@@ -9,8 +9,8 @@ thread at a time issues the same collectives in the same order.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 
 import torch
@@ -22,6 +22,7 @@ from .encoding import Encoding
 from .failures import Guard
 from .levels import Levels
 from .messages import Messages
+from .overdue import Overdue
 from .waits import at_most
 from .whereabouts import Whereabouts
 
@@ -50,7 +51,9 @@ class Communicator:
         self.rank = dist.get_rank(self._group)
         self.world_size = dist.get_world_size(self._group)
         self.whereabouts = Whereabouts(self._group, self.rank, self.world_size)
-        self._guard = Guard(self.rank, self.world_size, timeout_s, self.whereabouts)
+        where = (self.rank, self.world_size, timeout_s, self.whereabouts)
+        self._guard = Guard(*where)
+        self._overdue = Overdue(*where) if device.type == "cuda" else None  # gloo raises by itself
         self._sent_bytes = 0  # beside what the rounds move
         self.use_levels(Levels.flat(self.world_size))
 
@@ -58,18 +61,30 @@ class Communicator:
         is_nccl = self.device.type == "cuda"
         key = (tuple(ranks), self.timeout_s, is_nccl)
         group = _take_left(key)
+        # A group over some of the ranks is made by its members alone: with tensor parallelism each data-parallel group
+        # belongs to another engine call.
+        is_partial = len(ranks) != dist.get_world_size()
         if group is None:
-            group = dist.new_group(
-                ranks,
-                timeout=timedelta(seconds=self.timeout_s),
-                backend="nccl" if is_nccl else "gloo",
-                pg_options=dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if is_nccl else None,
-                # A group over some of the ranks is made by its members alone: with tensor parallelism each
-                # data-parallel group belongs to another engine call.
-                use_local_synchronization=len(ranks) != dist.get_world_size(),
-            )
+            with _not_split_off() if is_partial else nullcontext():
+                group = dist.new_group(
+                    ranks,
+                    timeout=timedelta(seconds=self.timeout_s),
+                    backend="nccl" if is_nccl else "gloo",
+                    pg_options=dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if is_nccl else None,
+                    use_local_synchronization=is_partial,
+                )
         self._groups.append((key, group))
         return group
+
+    def note_round(self, name: str, is_finished: Callable[[], bool]) -> None:
+        """Notes that this rank starts a round, for the error that says where the ranks were last seen.
+
+        Args:
+            is_finished: tells without waiting whether the round is over; asked from another thread.
+        """
+        self.whereabouts.note(f"at {name}")
+        if self._overdue is not None:
+            self._overdue.expect(name, is_finished)
 
     def use_levels(self, levels: Levels) -> None:
         """Lets the rounds go over these levels from now on; every rank must call it with the same ones."""
@@ -158,6 +173,8 @@ class Communicator:
         Args:
             is_broken: a collective has failed, so that nobody may use the groups again.
         """
+        if self._overdue is not None:
+            self._overdue.close()
         groups, self._groups, self._group = self._groups, [], None
         for key, group in reversed(groups if dist.is_initialized() else []):
             if len(key[0]) != dist.get_world_size() and not is_broken:
@@ -166,6 +183,18 @@ class Communicator:
             with suppress(ValueError, RuntimeError), warnings.catch_warnings():  # destroyed with all the others
                 warnings.simplefilter("ignore")
                 dist.destroy_process_group(group)
+
+
+@contextmanager
+def _not_split_off() -> Iterator[None]:
+    """Lets groups that are made inside have a communicator of their own. Where the world is bound to a device, as
+    DeepSpeed binds it, torch splits it off the world's, and every rank of the world would have to take part."""
+    world = dist.group.WORLD
+    device, world.bound_device_id = world.bound_device_id, None
+    try:
+        yield
+    finally:
+        world.bound_device_id = device
 
 
 # Groups over some of the ranks that communicators have left, for the next one over the same. torch names such a group

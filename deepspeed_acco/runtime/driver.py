@@ -110,7 +110,7 @@ class RoundDriver:
         self._round, self._state = following, RoundState.IN_FLIGHT
         self._rounds_started += 1
         # Ranks that are in step have the same number: of the round, of its kind and of what it computes with.
-        self._comm.whereabouts.note(f"at {following.name} of window {inputs.window}")
+        self._comm.note_round(f"{following.name} of window {inputs.window}", self.is_round_finished)
         used = repr((following.name, inputs.window, inputs.hyper, inputs.clip_grad))
         number = _KINDS * self._rounds_started + zlib.crc32(used.encode()) % _KINDS
         self._lane.start(
@@ -132,7 +132,7 @@ class RoundDriver:
         """
         self._lane.raise_failure()
         if self._state is not RoundState.IN_FLIGHT:
-            return
+            return self._lane.order()
         outcome = self._lane.finish()
         self._state = RoundState.ARRIVED
         self.outcomes.enter(outcome)
@@ -266,7 +266,7 @@ class RoundDriver:
     def restore(self, state: ResumeState) -> None:
         """Does the inverse of :meth:`resume_state`, right after :meth:`adopt_weights`; every rank must call it."""
         assert self._state is RoundState.IDLE and self._look is None, "the live weights are the true ones"
-        norm = torch.tensor(state.grad_norm, device=self._comm.device)
+        norm = HostValue(torch.tensor(state.grad_norm, device=self._comm.device))
         true = HostValue(torch.tensor(True, device=self._comm.device))
         self.outcomes.last_commit = RoundOutcome(COMMIT, norm, true, true)
         if not state.live:
@@ -285,10 +285,10 @@ class RoundDriver:
 
     @property
     def grad_norm(self) -> Tensor:
-        """Returns the global gradient norm of the newest finished COMMIT, fp32, 0-dim; 0.0 before the first."""
-        if self.outcomes.last_commit is None:
-            return torch.zeros((), device=self._comm.device)
-        return self.outcomes.last_commit.grad_norm
+        """Returns the global gradient norm of the newest finished COMMIT, fp32, 0-dim, in host memory where the host
+        knows it; 0.0 before the first."""
+        newest = self.outcomes.last_commit
+        return torch.zeros(()) if newest is None else newest.grad_norm.tensor()
 
     def close(self) -> None:
         """Ends lane and process group; a round in flight is finished first, its failure is not raised."""

@@ -62,6 +62,10 @@ class InlineLane:
         except Exception as cause:
             raise self.fail(cause) from cause
 
+    def order(self) -> None:
+        """Lets what the caller enqueues from now on come after the newest finished round, on whatever stream he is: a
+        look may finish a round on one stream, and training go on on another. It has no effect where the host waits."""
+
     def is_finished(self) -> bool:
         """Tells whether :meth:`finish` would return, or raise, without waiting; never waits itself."""
         return True
@@ -170,6 +174,8 @@ class StreamLane(InlineLane):
         self._device = device
         self._comm_stream = torch.cuda.Stream(device, priority=-1)
         self._weights_ready: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._is_enqueued = True  # all of the newest round
+        self._newest_end: torch.cuda.Event | None = None  # of the newest finished round
         self._last_micro_batch: torch.cuda.Event | None = None
         self._timed: list = []  # (name, round start and end, wait start and end), until the device has passed them
 
@@ -179,6 +185,7 @@ class StreamLane(InlineLane):
             return super()._run_in_range(run, name)
 
     def _start(self, round_):
+        self._is_enqueued = False
         # Producer -> consumer: the training stream has packed the gradients before the round reads them.
         grads_ready = torch.cuda.current_stream(self._device).record_event()
         with torch.cuda.stream(self._comm_stream):
@@ -186,12 +193,12 @@ class StreamLane(InlineLane):
             begin = self._comm_stream.record_event(torch.cuda.Event(enable_timing=True))
             self._result = round_()
             end = self._comm_stream.record_event(torch.cuda.Event(enable_timing=True))
-        self._weights_ready = (begin, end)
+        self._weights_ready, self._is_enqueued = (begin, end), True
 
     def _finish(self):
         assert self._weights_ready is not None, "no round was started"
         begin, end = self._weights_ready
-        self._weights_ready = None
+        self._weights_ready, self._newest_end = None, end
         stream = torch.cuda.current_stream(self._device)
         wait_begin = stream.record_event(torch.cuda.Event(enable_timing=True))
         # Producer -> consumer: the gathered weights and the shard's state are complete before training touches them.
@@ -201,8 +208,13 @@ class StreamLane(InlineLane):
         self.times()  # lets the events go that the device has passed
         return super()._finish()
 
+    def order(self) -> None:
+        if self._newest_end is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._newest_end)
+
     def is_finished(self) -> bool:
-        return self._weights_ready is None or self._weights_ready[1].query()
+        ready = self._weights_ready  # also asked from another thread
+        return self._is_enqueued and (ready is None or ready[1].query())
 
     def pace(self) -> None:
         passed = self._last_micro_batch

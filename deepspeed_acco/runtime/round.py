@@ -45,10 +45,10 @@ class ReportedCounts:
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """Holds what a round tells afterwards; tensors on the parameters' device."""
+    """Holds what a round tells afterwards."""
 
     round: Round
-    grad_norm: Tensor  # global norm of the mean gradient before clipping, fp32, 0-dim
+    grad_norm: HostValue  # global norm of the mean gradient before clipping, fp32, 0-dim
     is_finite: HostValue  # where False the step was skipped
     is_same_round: HostValue  # where False the ranks were in different rounds
     estimate_error: HostValue | None = None  # float64, NaN where there was no step; None: not measured
@@ -122,7 +122,8 @@ class RoundWork:
         comm.all_gather([*(buffers.comm_records if bits else buffers.comm_weights), *roots])
         error = HostValue(self._measure_estimate(inputs, is_finite)) if measures else None
         sent = comm.sent_bytes - sent_before
-        return RoundOutcome(this, norm.float(), HostValue(is_finite), HostValue(is_same_round), error, counts, sent)
+        told = (HostValue(value) for value in (norm.float(), is_finite, is_same_round))
+        return RoundOutcome(this, *told, error, counts, sent)
 
     def _estimate_records(self, inputs: RoundInputs, scale: Tensor, is_finite: Tensor):
         """Writes the change of this rank's weights to its place in X. The live weights, to which it will be added, are

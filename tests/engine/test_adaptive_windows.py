@@ -52,7 +52,7 @@ def train(config, windows, slowness, groups=1, lr_decay=None, replay=None, folde
         record["lr"].append(engine.get_lr()[0])
         while engine.global_steps == window:
             time.sleep(MICRO_BATCH_S * slowness[window % len(slowness)])
-            loss = engine(*training.batch(rank, window, micro_batch))
+            loss = engine(*training.batch_for(engine, rank, window, micro_batch))
             engine.backward(loss)
             engine.step()
             record["losses"].append(loss.item())

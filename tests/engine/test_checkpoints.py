@@ -15,13 +15,11 @@ import pytest
 import torch
 
 from tests.support import oracle, training
-from tests.support.checkpoints import same_state, start, whole_state
+from tests.support.checkpoints import AFTER, BEFORE, check_resumed, resume, same_state, start, whole_state
 from tests.support.launcher import ROOT, Launched, launch
 from tests.support.ranks import RankPool
 
 pytestmark = pytest.mark.timeout(400)
-EXACT = ("losses", "norms", "replicas", "skipped", "lr", "scale")
-BEFORE, AFTER = 5, 4
 
 
 def _shards(engine) -> dict:
@@ -39,32 +37,6 @@ def _shards(engine) -> dict:
 
 
 # ---- resume
-
-
-def _resume(config, precision, groups, folder):
-    """The same windows uninterrupted, with a save in between, and resumed in a fresh engine of another seed."""
-
-    def finish(engine, record):
-        record["live"], record["state"] = training.live_weights(engine), whole_state(engine)
-        record["true"] = training.true_master_weights(engine)
-        engine.destroy()
-        return record
-
-    engine = start(config, groups)
-    training.run_windows(engine, BEFORE, precision)
-    plain = finish(engine, training.run_windows(engine, AFTER, precision, first_window=BEFORE))
-
-    engine = start(config, groups)
-    training.run_windows(engine, BEFORE, precision)
-    engine.save_checkpoint(folder, client_state={"note": 7})
-    saving = finish(engine, training.run_windows(engine, AFTER, precision, first_window=BEFORE))
-
-    engine = start(config, groups, seed=9)
-    training.run_windows(engine, 2, precision, first_window=50)  # a run that stands elsewhere
-    path, client_state = engine.load_checkpoint(folder)
-    assert path is not None and client_state["note"] == 7
-    resumed = finish(engine, training.run_windows(engine, AFTER, precision, first_window=BEFORE))
-    return plain, saving, resumed
 
 
 PRECISIONS = ("fp32", "bf16", "bf16+fp32", "fp16", "fp16static")
@@ -87,29 +59,19 @@ RESUMED = [
 )
 def test_a_resumed_run_is_the_uninterrupted_one(ranks, precision, schedule, tmp_path):
     config = training.ds_config(4, 2.0, precision=precision, schedule=schedule)
-    _check_resumed(ranks(2).run(_resume, config=config, precision=precision, groups=2, folder=str(tmp_path)))
+    check_resumed(ranks(2).run(resume, config=config, precision=precision, groups=2, folder=str(tmp_path)))
 
 
 @pytest.mark.parametrize("schedule", ["acco", "local", pytest.param("wp", marks=pytest.mark.full)])
 def test_a_resumed_run_over_two_levels_is_the_uninterrupted_one(ranks, schedule, tmp_path):
     config = training.ds_config(4, 2.0, schedule=schedule, ranks_per_host=2)
-    _check_resumed(ranks(4).run(_resume, config=config, precision="fp32", groups=2, folder=str(tmp_path)))
-
-
-def _check_resumed(results):
-    for plain, *others in results:
-        for name, other in zip(("saving", "resumed"), others):
-            for key in EXACT:
-                assert other[key] == plain[key], (name, key)
-            for key in ("live", "true"):
-                assert all(a.equal(b) for a, b in zip(other[key], plain[key])), (name, key)
-            assert same_state(other["state"], plain["state"]), name
+    check_resumed(ranks(4).run(resume, config=config, precision="fp32", groups=2, folder=str(tmp_path)))
 
 
 def test_overlap_warmup_goes_on_counting(ranks, tmp_path):
     """The first windows that run as sync are those of the run, not of the process."""
     config = training.ds_config(4, schedule="acco", overlap_warmup_steps=BEFORE + 2)
-    for plain, _, resumed in ranks(2).run(_resume, config=config, precision="fp32", groups=1, folder=str(tmp_path)):
+    for plain, _, resumed in ranks(2).run(resume, config=config, precision="fp32", groups=1, folder=str(tmp_path)):
         assert resumed["losses"] == plain["losses"]
 
 

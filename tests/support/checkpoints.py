@@ -7,6 +7,9 @@ import torch
 import deepspeed_acco
 from tests.support import training
 
+EXACT = ("losses", "norms", "replicas", "skipped", "lr", "scale")
+BEFORE, AFTER = 5, 4  # windows before and after the save
+
 
 def _decays(optimizer):
     return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
@@ -24,9 +27,9 @@ def whole_state(engine) -> dict:
     states = {}
     for name, param in engine.module.named_parameters():
         if param.requires_grad:
-            states[name] = [safe_get_full_fp32_param(param).clone()]
+            states[name] = [safe_get_full_fp32_param(param).cpu().clone()]
             for moment in ("exp_avg", "exp_avg_sq"):
-                states[name].append(safe_get_full_optimizer_state(param, moment).clone())
+                states[name].append(safe_get_full_optimizer_state(param, moment).cpu().clone())
     step = {int(state["step"]) for state in engine.optimizer.optimizer.state.values()}
     return {"states": states, "step": step}
 
@@ -36,6 +39,47 @@ def same_state(mine, theirs) -> bool:
     return mine["step"] == theirs["step"] and all(
         all(a.equal(b) for a, b in zip(mine["states"][name], theirs["states"][name])) for name in theirs["states"]
     )
+
+
+def resume(config, precision, groups, folder):
+    """Trains the same windows uninterrupted, with a save in between, and resumed in a fresh engine of another seed.
+
+    Returns:
+        Of each of the three what :func:`training.run_windows` gives of the last windows, and weights and state.
+    """
+
+    def finish(engine, record):
+        record["live"], record["state"] = training.live_weights(engine), whole_state(engine)
+        record["true"] = training.true_master_weights(engine)
+        engine.destroy()
+        return record
+
+    engine = start(config, groups)
+    training.run_windows(engine, BEFORE, precision)
+    plain = finish(engine, training.run_windows(engine, AFTER, precision, first_window=BEFORE))
+
+    engine = start(config, groups)
+    training.run_windows(engine, BEFORE, precision)
+    engine.save_checkpoint(folder, client_state={"note": 7})
+    saving = finish(engine, training.run_windows(engine, AFTER, precision, first_window=BEFORE))
+
+    engine = start(config, groups, seed=9)
+    training.run_windows(engine, 2, precision, first_window=50)  # a run that stands elsewhere
+    path, client_state = engine.load_checkpoint(folder)
+    assert path is not None and client_state["note"] == 7
+    resumed = finish(engine, training.run_windows(engine, AFTER, precision, first_window=BEFORE))
+    return plain, saving, resumed
+
+
+def check_resumed(results) -> None:
+    """Requires of what :func:`resume` gave on every rank that the runs have the same bits."""
+    for plain, *others in results:
+        for name, other in zip(("saving", "resumed"), others):
+            for key in EXACT:
+                assert other[key] == plain[key], (name, key)
+            for key in ("live", "true"):
+                assert all(a.equal(b) for a, b in zip(other[key], plain[key])), (name, key)
+            assert same_state(other["state"], plain["state"]), name
 
 
 def fingerprint(engine) -> str:

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Checks what the kernels must do, the same on every device: used by tests/optim (CPU) and tests/optim/gpu (CUDA)."""
+"""Checks what the kernels must do, the same on every device: used by tests/optim (CPU) and tests/gpu (CUDA)."""
 
 from __future__ import annotations
 

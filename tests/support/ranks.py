@@ -1,4 +1,4 @@
-"""Starts real processes for the distributed tests: a pool of gloo ranks that run one function after the other.
+"""Starts real processes for the distributed tests: a pool of ranks that run one function after the other.
 
 A function that raises on any rank fails the test with that rank's traceback; one that hangs is killed after a limit.
 
@@ -53,7 +53,7 @@ def _enter_namespace(name):
     os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
 
 
-def _rank_main(rank, world_size, rendezvous, port, pipe, environment, namespace):
+def _rank_main(rank, world_size, rendezvous, port, pipe, environment, namespace, device_type):
     _set_environment(rank, world_size, port, environment)
     if namespace is not None:
         _enter_namespace(namespace)
@@ -61,8 +61,21 @@ def _rank_main(rank, world_size, rendezvous, port, pipe, environment, namespace)
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    backend, options = "gloo", {}
+    if device_type == "cuda":
+        # As DeepSpeed does: bound to its device, so that torch splits later groups off this one.
+        local_rank = rank % torch.cuda.device_count()
+        os.environ.update(DS_ACCELERATOR="cuda", LOCAL_RANK=str(local_rank))
+        torch.cuda.set_device(local_rank)
+        backend = "nccl"
+        options = {"device_id": torch.device("cuda", local_rank)} if world_size > 1 else {}
     dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timedelta(seconds=LIMIT_S)
+        backend,
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=LIMIT_S),
+        **options,
     )
     while True:
         task = pipe.recv()
@@ -84,14 +97,21 @@ def _context(start_method="forkserver"):
 
 
 class RankPool:
-    """Holds ``world_size`` ranks joined by a gloo group; they stay for the next call.
+    """Holds ``world_size`` ranks joined by a group of gloo, on CUDA of NCCL; they stay for the next call.
 
     Args:
-        start_method: multiprocessing's name; ``spawn`` gives each rank a new interpreter.
+        start_method: multiprocessing's name; ``spawn`` gives each rank a new interpreter, as CUDA needs.
         namespaces: of each rank, the network that it is in.
+        device_type: cpu or cuda; where there are fewer devices than ranks, several ranks share one.
     """
 
-    def __init__(self, world_size: int, start_method: str = "forkserver", namespaces: list[str] | None = None):
+    def __init__(
+        self,
+        world_size: int,
+        start_method: str = "forkserver",
+        namespaces: list[str] | None = None,
+        device_type: str = "cpu",
+    ):
         self.world_size = world_size
         self._folder = tempfile.TemporaryDirectory()
         # No rank listens there: DeepSpeed names its shared memory by it.
@@ -102,7 +122,7 @@ class RankPool:
         for rank in range(world_size):
             mine, theirs = context.Pipe()
             namespace = namespaces[rank] if namespaces else None
-            arguments = (rank, world_size, rendezvous, self._port, theirs, rank_environment(), namespace)
+            arguments = (rank, world_size, rendezvous, self._port, theirs, rank_environment(), namespace, device_type)
             process = context.Process(target=_rank_main, args=arguments, daemon=True)
             process.start()
             self._pipes.append(mine)

@@ -44,6 +44,11 @@ def batch(rank: int, window: int, micro_batch: int, dtype=torch.float32):
     return x.to(dtype), y.to(dtype)
 
 
+def batch_for(engine, rank: int, window: int, micro_batch: int, dtype=torch.float32):
+    """Returns :func:`batch` on the engine's device."""
+    return [values.to(engine.device) for values in batch(rank, window, micro_batch, dtype)]
+
+
 def param_groups(module: nn.Module, groups: int):
     """Returns one group, or one with decay and one without and with another learning rate."""
     trainable = [p for p in module.parameters() if p.requires_grad]
@@ -111,12 +116,12 @@ def true_master_weights(engine) -> list[torch.Tensor]:
     import deepspeed_acco
 
     with deepspeed_acco.true_weights(engine):
-        return [safe_get_full_fp32_param(p).clone() for p in engine.module.parameters() if p.requires_grad]
+        return [safe_get_full_fp32_param(p).cpu().clone() for p in engine.module.parameters() if p.requires_grad]
 
 
 def live_weights(engine) -> list[torch.Tensor]:
-    """Returns copies of the trainable parameters as they stand, in the order of the module."""
-    return [p.detach().clone() for p in engine.module.parameters() if p.requires_grad]
+    """Returns copies in host memory of the trainable parameters as they stand, in the order of the module."""
+    return [p.detach().cpu().clone() for p in engine.module.parameters() if p.requires_grad]
 
 
 def train(config, windows, groups=1, precision="fp32", counts=None, style="engine", look=None, lr_decay=None):
@@ -170,7 +175,7 @@ def run_windows(
             if style in ("boundary", "no_sync") or counts:
                 # With no_sync the flag stays up from the step before: it must not count inside.
                 engine.set_gradient_accumulation_boundary(is_last or style == "no_sync")
-            x, y = batch(rank, window, micro_batch, dtype)
+            x, y = batch_for(engine, rank, window, micro_batch, dtype)
             with engine.no_sync() if style == "no_sync" and not is_last else nullcontext():
                 loss = engine(x, y)
                 if style == "torch":
@@ -195,7 +200,8 @@ def look_in_every_way(engine, window, micro_batch):
     """Evaluates, reads state_dict() and the true weights at changing moments of the window."""
     import deepspeed_acco
 
-    x, y = batch(77, window, micro_batch, next(engine.module.parameters()).dtype)
+    dtype = next(engine.module.parameters()).dtype
+    x, y = batch_for(engine, 77, window, micro_batch, dtype)
     if micro_batch % 2 == 0:
         engine.eval()
         with torch.no_grad():
