@@ -18,8 +18,6 @@ from torch import Tensor
 
 from .flat import piece_numel, pieces
 
-_MEASURED_NUMEL = 2**20  # of the monitor's sums: their temporaries stay at a few MiB on every device
-
 
 @dataclass(frozen=True)
 class AdamWHyper:
@@ -133,7 +131,7 @@ def sums_of_error_and_step(shard: AdamWShard, hyper: AdamWHyper, stands_at: Tens
     root_correction = (1 - hyper.beta2**step).sqrt().float()
     decay = hyper.lr * hyper.weight_decay
     sums = torch.zeros(2, dtype=torch.float64, device=shard.master.device)
-    for start, length in pieces(stands_at.numel(), min(piece_numel(stands_at.device), _MEASURED_NUMEL)):
+    for start, length in pieces(stands_at.numel(), piece_numel(stands_at.device)):
         at = slice(start, start + length)
         master = shard.master[at]
         sums[0] += torch.linalg.vector_norm(stands_at[at] - master, dtype=torch.float64).square()

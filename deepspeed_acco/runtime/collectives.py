@@ -42,16 +42,19 @@ class Collectives:
         self._levels = levels
         self._at_row, self._at_column = levels.row(rank).index(rank), levels.column(rank).index(rank)
 
-    def reduce_scatter_sum(self, arenas: list[Tensor], totals: list[Tensor], encoding: Encoding) -> None:
+    def reduce_scatter_sum(self, arenas: list[Tensor], totals: list[Tensor], encoding: Encoding) -> list[Tensor]:
         """Sums over the ranks, as :meth:`Communicator.reduce_scatter_sum`. Between hosts the sum is in fp32; in one
         level of values, and inside a host, it is the backend's in their dtype."""
+        if self._levels.is_flat and not encoding.bits:
+            sizes = (self._levels.world_size * total.numel() for total in totals)
+            return [
+                self._reduce_scatter(encoding.message_in(arena, numel), self._at_column, self._column_group)
+                for arena, numel in zip(arenas, sizes)
+            ]
         for arena, total in zip(arenas, totals):
-            if self._levels.is_flat and not encoding.bits:
-                whole = encoding.message_in(arena, self._levels.world_size * total.numel())
-                total.copy_(self._reduce_scatter(whole, self._at_column, self._column_group))
-            else:
-                leaving, room = self._messages(arena, total.numel(), encoding)
-                self._exchange(leaving, room, total, encoding)
+            leaving, room = self._messages(arena, total.numel(), encoding)
+            self._exchange(leaving, room, total, encoding)
+        return totals
 
     def _reduce_scatter(self, whole: Tensor, at: int, group) -> Tensor:
         own = whole.chunk(dist.get_world_size(group))[at]

@@ -112,8 +112,9 @@ class Communicator:
         """Tells whether the group can still be used: not destroyed, here or with all others."""
         return self._group is not None and dist.is_initialized()
 
-    def reduce_scatter_sum(self, arenas: list[Tensor], totals: list[Tensor], encoding: Encoding) -> None:
-        """Sums the gradients of all ranks; those of this rank's shard go to ``totals``.
+    def reduce_scatter_sum(self, arenas: list[Tensor], totals: list[Tensor], encoding: Encoding) -> list[Tensor]:
+        """Sums the gradients of all ranks, and returns those of this rank's shard: ``totals``; or, where the backend
+        has summed in ``encoding.dtype``, views of the arenas, at the shard's own place and in that dtype.
 
         Args:
             arenas: uint8, 1-D, one per group, overwritten: the values of all shards in ``encoding.dtype``, by their
@@ -121,7 +122,7 @@ class Communicator:
                 apart.
             totals: fp32, 1-D, one per group, of a shard's size.
         """
-        self._rounds.reduce_scatter_sum(arenas, totals, encoding)
+        return self._rounds.reduce_scatter_sum(arenas, totals, encoding)
 
     def all_gather(self, whole: list[Tensor], is_look: bool = False) -> None:
         """Fills every tensor (1-D, one per group, as many equal parts as ranks, by the places of the levels) with what

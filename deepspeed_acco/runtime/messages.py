@@ -87,7 +87,7 @@ class Messages:
 
     # ---- reducing
 
-    def reduce_scatter_sum(self, arenas: list[Tensor], totals: list[Tensor], encoding: Encoding) -> None:
+    def reduce_scatter_sum(self, arenas: list[Tensor], totals: list[Tensor], encoding: Encoding) -> list[Tensor]:
         """Sums over the ranks, as :meth:`Communicator.reduce_scatter_sum`: inside the host, then between hosts, each in
         fp32 and in the order of the ranks."""
         inner = outer = None
@@ -100,6 +100,7 @@ class Messages:
             if piece is not None:  # in the room of the one that has just ended
                 self._start_inner(piece, arenas[piece.group], totals[piece.group].numel(), encoding)
             inner, outer = piece, inner
+        return totals
 
     def _pieces(self, totals: list[Tensor], encoding: Encoding) -> Iterator[_Piece]:
         """Yields what is exchanged at a time; every second one has the same room."""

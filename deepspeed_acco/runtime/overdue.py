@@ -16,7 +16,7 @@ _LOOKS = 20  # in that time
 
 
 class Overdue:
-    """Looks from a thread of its own at the newest round, and logs one error where it takes too long.
+    """Tells of a round that takes too long, by one error, from a thread of its own that looks at the newest one.
 
     Args:
         timeout_s: seconds after which the watchdog ends the process.
@@ -31,8 +31,7 @@ class Overdue:
         threading.Thread(target=self._look, name="acco-overdue", daemon=True).start()
 
     def expect(self, name: str, is_finished: Callable[[], bool]) -> None:
-        """Watches the round ``name`` from now on, in place of the one before; ``is_finished`` is asked from another
-        thread and never waits."""
+        """Takes the round ``name`` for the newest; ``is_finished`` is asked from another thread and never waits."""
         self._newest = (name, is_finished, time.monotonic() + SHARE * self._timeout_s)
 
     def _look(self):

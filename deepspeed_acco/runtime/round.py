@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..algorithm.schedules import Round
 from ..optim.adamw import AdamWShard, sums_of_error_and_step
-from ..optim.flat import pieces
+from ..optim.flat import piece_numel, pieces
 from ..optim.ops import adamw_commit, adamw_estimate, adamw_estimate_change, sum_of_squares
 from .buffers import FlatBuffers
 from .clock import HostValue
@@ -21,7 +21,7 @@ from .encoding import Encoding
 from .local_prediction import LocalPrediction
 from .round_inputs import Contribution, RoundInputs
 
-_ROUNDED_NUMEL = 2**20  # master weights that are rounded at a time
+_ROUNDED_NUMEL = 2**20  # master weights that a CPU rounds at a time
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class RoundWork:
         """
         buffers, comm = self._buffers, self._comm
         sent_before, bits = comm.sent_bytes, self._bits(this)
-        comm.reduce_scatter_sum(buffers.arenas, buffers.reduced, buffers.encoding(bits))
-        squares = sum_of_squares(buffers.reduced)
+        grads = comm.reduce_scatter_sum(buffers.arenas, buffers.reduced, buffers.encoding(bits))
+        squares = sum_of_squares(grads)
         totals = torch.stack([squares, torch.full_like(squares, number)])
         if inputs.contribution is not None:
             totals = torch.cat([totals, self._own_report(totals, inputs.contribution)])
@@ -109,8 +109,10 @@ class RoundWork:
             scale /= ((norm + 1e-6) / inputs.clip_grad).clamp(min=1.0)  # as DeepSpeed's unscale_and_clip_grads
         scale = scale.float()
         if bits:
-            self._estimate_records(inputs, scale, is_finite)
-        for shard, grad, hyper, out in zip(self._shards, buffers.reduced, inputs.hyper, buffers.comm_shards):
+            self._estimate_records(inputs, grads, scale, is_finite)
+        else:
+            grads = self._kept(this, grads)
+        for shard, grad, hyper, out in zip(self._shards, grads, inputs.hyper, buffers.comm_shards):
             arguments = (shard, grad, hyper, scale, is_finite, out)
             if this.writes_state:
                 adamw_commit(*arguments)
@@ -125,16 +127,25 @@ class RoundWork:
         told = (HostValue(value) for value in (norm.float(), is_finite, is_same_round))
         return RoundOutcome(this, *told, error, counts, sent)
 
-    def _estimate_records(self, inputs: RoundInputs, scale: Tensor, is_finite: Tensor):
+    def _kept(self, this: Round, grads: list[Tensor]) -> list[Tensor]:
+        """Returns the sums where no weights are written over them before each was read for the last time. Sums in X lie
+        where the new weights go: one update reads an element before it writes it, if both are of one size."""
+        reads_twice = this.writes_state and this.predicts
+        kept = []
+        for grad, out, reduced in zip(grads, self._buffers.comm_shards, self._buffers.reduced):
+            is_in_x = grad is not reduced
+            kept.append(reduced.copy_(grad) if is_in_x and (reads_twice or grad.itemsize != out.itemsize) else grad)
+        return kept
+
+    def _estimate_records(self, inputs: RoundInputs, grads: list[Tensor], scale: Tensor, is_finite: Tensor):
         """Writes the change of this rank's weights to its place in X. The live weights, to which it will be added, are
         the rounded true ones now. They are not read here: whoever evaluates an average may have it there meanwhile."""
         buffers, bits = self._buffers, self._buffers.estimate_bits
         for shard, grad, hyper, live, records in zip(
-            self._shards, buffers.reduced, inputs.hyper, buffers.live_shards, buffers.own_records()
+            self._shards, grads, inputs.hyper, buffers.live_shards, buffers.own_records()
         ):
-            for start, numel in pieces(
-                live.numel(), _ROUNDED_NUMEL if live.dtype != shard.master.dtype else live.numel()
-            ):
+            at_a_time = max(_ROUNDED_NUMEL, piece_numel(live.device))
+            for start, numel in pieces(live.numel(), at_a_time if live.dtype != shard.master.dtype else live.numel()):
                 at = slice(start, start + numel)
                 part = AdamWShard(shard.master[at], shard.exp_avg[at], shard.exp_avg_sq[at], shard.step)
                 stands_at = part.master.to(live.dtype)

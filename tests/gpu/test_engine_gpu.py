@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from deepspeed_acco.algorithm.window import phase_a_micro_batches
+from deepspeed_acco.tools.launch import launcher
 from tests.engine import test_adaptive_windows as adaptive
 from tests.engine.test_equality import check_equal
+from tests.engine.test_precision import TOLERANCE
 from tests.support import oracle, training
 from tests.support.checkpoints import check_resumed, resume, start, whole_state
 from tests.support.launcher import ROOT, rank_environment
@@ -35,7 +37,7 @@ EQUAL = [  # schedule, ranks, clip, groups, n, fraction
 def test_equals_the_reference(gpu_ranks, schedule, world_size, clip, groups, n, fraction):
     config = training.ds_config(n, clip, schedule=schedule, estimate_fraction=fraction)
     records = gpu_ranks(world_size).run(training.train, config=config, windows=20, groups=groups)
-    a = phase_a_micro_batches(n, fraction)
+    a = phase_a_micro_batches(n, fraction) if n > 1 else 1
     common = dict(world_size=world_size, windows=20, n=n, a=a, clip=clip, groups=groups)
     reference = oracle.run_reference(schedule=schedule, **common)
     check_equal(records, reference, 20, delay=0 if schedule == "sync" else 1)
@@ -62,17 +64,17 @@ def test_sixteen_bit(gpu_ranks, schedule, precision, capsys):
         scales = [2.0**17, *record["scale"][:-1]]
         assert record["skipped"][-1] > 0, "the dynamic scale must start too high for this test"
     common = dict(world_size=1, windows=16, n=4, a=2, precision=precision, scales=scales, clip=2.0)
-    distances = {
-        name: oracle.distance(record["weights"], oracle.run_reference(schedule=name, **common)["weights"])
-        for name in SCHEDULES
-    }
+    distances = {}
+    for name in SCHEDULES:
+        # On the device, whose products of matrices are rounded in an order of their own.
+        reference = oracle.run_reference(schedule=name, device="cuda", **common)
+        distances[name] = oracle.distance(record["weights"], reference["weights"])
     with capsys.disabled():
         print(f"\n{precision} {schedule}: distance to " + ", ".join(f"{k} {v:.1e}" for k, v in distances.items()))
+    told = str(distances)
     mine = distances.pop(schedule)
-    # The device rounds products of matrices in another order than the reference's CPU: one unit in the last place here
-    # and there.
-    assert mine < 1e-2
-    assert min(distances.values()) > 3 * mine
+    assert mine < TOLERANCE, told
+    assert min(distances.values()) > 10 * mine, told
 
 
 def train_with_sleeps(config, windows, precision, seed):
@@ -312,7 +314,7 @@ def test_leaving_is_clean(native, tmp_path, how, code):
     script = Path(tmp_path) / "leave.py"
     script.write_text(SCRIPT.format(root=str(ROOT)))
     environment = rank_environment() | {"DS_ACCELERATOR": "cuda", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launcher.free_port())}
     done = subprocess.run(
         [sys.executable, str(script), how], env=environment, capture_output=True, text=True, timeout=120
     )

@@ -91,8 +91,8 @@ def _reduce_scatter_and_gather(numels, dtype_name, staging_bytes, hosts, moves_b
                 arenas.append(_by_place(parts[rank], levels).to(dtype).view(torch.uint8))
                 expected.append(sum(part[rank] for part in parts).float())
                 totals.append(torch.full((numel,), -1.0))
-            moves.reduce_scatter_sum(arenas, totals, Encoding(dtype))
-            assert all(got.equal(want) for got, want in zip(totals, expected))
+            sums = moves.reduce_scatter_sum(arenas, totals, Encoding(dtype))
+            assert all(got.float().equal(want) for got, want in zip(sums, expected))
         gathered = [torch.full((numel * world,), -1.0, dtype=dtype) for numel in numels]
         for tensor, numel in zip(gathered, numels):
             tensor[levels.place(rank) * numel :][:numel] = rank + 1

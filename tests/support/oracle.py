@@ -70,6 +70,7 @@ def run_reference(
     shard_numels=(),
     ranks_per_host=1,
     seed=5,
+    device="cpu",
 ):
     """Trains as training.py does, dense and in float64. In 16 bit the forward and backward run in that dtype on the
     same rounded weights, sums are rounded where the run rounds them, and only the rest is float64.
@@ -84,6 +85,7 @@ def run_reference(
         spoil: ``spoil(rank, window, micro_batch)`` multiplies that micro-batch's targets.
         drop: ``drop(micro_batch)``: that micro-batch's gradient is thrown away.
         estimate_bits, ranks_per_host: see Reference. shard_numels: likewise, where DeepSpeed has other ones.
+        device: where forward and backward run, which round in an order of their own there.
         keep: called as ``keep(reference, report)`` after every window.
     Returns:
         dict with losses (rank 0, every micro-batch) and those of all ranks, norms, weights (trainable parameters in the
@@ -92,7 +94,7 @@ def run_reference(
     kind, _, accumulation = precision.partition("+")
     dtype = DTYPES[kind] if kind != "fp32" else torch.float64
     accumulation_dtype = {"": dtype, "fp32": torch.float32}[accumulation]
-    module = make_network(seed).to(dtype)
+    module = make_network(seed).to(device, dtype)
     parameters, hyper = groups_of(module, groups)
     for h in hyper:
         h.eps = h.eps if eps is None else eps
@@ -109,7 +111,7 @@ def run_reference(
                     param.grad = None
         x, y = data(rank, window, micro_batch)
         y = y if spoil is None else y * spoil(rank, window, micro_batch)
-        loss = module(x.to(dtype), y.to(dtype))
+        loss = module(x.to(device, dtype), y.to(device, dtype))
         losses[rank].append(loss.item())
         # In the loss's own dtype, as the engine does: at 2**16 fp16 overflows here.
         (loss / n_of[window] * scale[0]).backward()
@@ -138,7 +140,7 @@ def run_reference(
 
     numels = [sum(p.numel() for p in group) for group in parameters]
     # The engine casts the module before it copies the master weights.
-    rounded_start = make_network(seed).to(DTYPES[kind])
+    rounded_start = make_network(seed).to(device, DTYPES[kind])
     reference = Reference(
         [flatten(group) for group in groups_of(rounded_start, groups)[0]],
         hyper,
@@ -172,7 +174,7 @@ def run_reference(
     by_parameter = {}
     for flat, group in zip(reference.theta, parameters):
         for param, value in zip(group, _split(flat, group)):
-            by_parameter[id(param)] = value
+            by_parameter[id(param)] = value.cpu()
     return {
         "losses": losses[0],
         "losses_of_ranks": losses,

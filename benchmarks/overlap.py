@@ -1,0 +1,221 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""What rounds cost that run beside computation, on one device and without a network.
+
+    python benchmarks/overlap.py --out benchmarks/results/overlap_NAME.json
+
+One rank trains the same transformer with ACCO and with DeepSpeed's own ZeRO-1; the engines take turns. A delay on the
+rounds' own stream (on a CPU: in their thread) stands for the network: so many times the computation's time in each
+round. C is the computation of a window without DeepSpeed, in the same turns.
+"""
+
+import os
+import random
+import statistics
+import time
+from contextlib import contextmanager
+from unittest import mock
+
+from _common import make_parser, origin, progress, tell
+
+CONFIGS = {  # micro-batches a window, and the optimizer
+    "zero1": (4, {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True, "fused": True}}),
+    "sync": (4, {"type": "ACCO", "params": {"lr": 1e-4, "schedule": "sync"}}),
+    "acco": (4, {"type": "ACCO", "params": {"lr": 1e-4, "schedule": "acco"}}),
+    "local": (4, {"type": "ACCO", "params": {"lr": 1e-4, "schedule": "local"}}),
+}
+
+
+def parse_arguments():
+    parser = make_parser(__doc__)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--seq_len", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a micro-batch")
+    parser.add_argument("--turns", type=int, default=7, help="of each configuration, after two that do not count")
+    parser.add_argument("--windows", type=int, default=2, help="of a turn")
+    parser.add_argument("--delays", type=float, nargs="+", default=[0.0, 0.4, 0.8], help="of a round, in times of C")
+    parser.add_argument("--configs", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
+    return parser.parse_args()
+
+
+def make_module(args):
+    import torch
+
+    torch.manual_seed(1)
+    layer = torch.nn.TransformerEncoderLayer(
+        args.width, max(1, args.width // 128), 4 * args.width, 0.0, "gelu", batch_first=True, norm_first=True
+    )
+    return torch.nn.TransformerEncoder(layer, args.depth, enable_nested_tensor=False)
+
+
+class Delay:
+    """Puts a delay into the gather of each round, on the stream or in the thread of the rounds."""
+
+    def __init__(self, device):
+        self.seconds = 0.0
+        self._device = device
+        self._cycles_per_s = self._calibrated() if device.type == "cuda" else 0.0
+
+    def _calibrated(self) -> float:
+        import torch
+
+        cycles = 100_000_000
+        for _ in range(2):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            torch.cuda._sleep(cycles)
+            end.record()
+            end.synchronize()
+        return cycles / begin.elapsed_time(end) * 1e3
+
+    def __call__(self):
+        import torch
+
+        if self._device.type == "cuda":
+            torch.cuda._sleep(int(self.seconds * self._cycles_per_s))
+        else:
+            time.sleep(self.seconds)
+
+    @contextmanager
+    def in_rounds(self):
+        """Delays every gather of ACCO's, and every all-gather of DeepSpeed's own step, inside the block."""
+        import deepspeed.comm as dist
+
+        from deepspeed_acco.runtime.communicator import Communicator
+
+        def delayed(function):
+            def run(*arguments, **options):
+                self()
+                return function(*arguments, **options)
+
+            return run
+
+        with (
+            mock.patch.object(Communicator, "all_gather", delayed(Communicator.all_gather)),
+            mock.patch.object(dist, "all_gather_into_tensor", delayed(dist.all_gather_into_tensor)),
+        ):
+            yield
+
+
+class Trainer:
+    """Trains whole windows of one configuration on one fixed micro-batch."""
+
+    def __init__(self, name, args, x):
+        import deepspeed
+
+        import deepspeed_acco  # noqa: F401
+
+        self.n, optimizer = CONFIGS[name]
+        module = make_module(args)
+        config = {
+            "train_micro_batch_size_per_gpu": args.batch,
+            "gradient_accumulation_steps": self.n,
+            "zero_optimization": {"stage": 1},
+            "bf16": {"enabled": True},
+            "optimizer": optimizer,
+            "steps_per_print": 10**9,
+        }
+        self.engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)
+        self._x = x
+
+    def windows(self, count):
+        for _ in range(count * self.n):
+            self.engine.backward(self.engine(self._x).float().square().mean())
+            self.engine.step()
+
+    def times(self):
+        of = getattr(self.engine.optimizer, "lane_times", None)
+        return of() if of else None
+
+
+class Bare:
+    """Computes the same gradients, without an optimizer."""
+
+    def __init__(self, args, x, n):
+        import torch
+
+        self.n, self._x = n, x
+        self._module = make_module(args).to(x.device, torch.bfloat16)
+
+    def windows(self, count):
+        for _ in range(count):
+            for _ in range(self.n):
+                (self._module(self._x).float().square().mean() / self.n).backward()
+            self._module.zero_grad(set_to_none=True)
+
+    def times(self):
+        return None
+
+
+def main():
+    args = parse_arguments()
+    os.environ.setdefault("DS_ACCELERATOR", args.device)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", str(20_000 + os.getpid() % 20_000))
+    import torch
+
+    from deepspeed_acco.tools.kernel_benchmark import device_name
+
+    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
+
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    x = torch.randn(args.batch, args.seq_len, args.width, device=device).bfloat16()
+    delay = Delay(device)
+    trainers = {name: Trainer(name, args, x) for name in args.configs}
+    n = max(trainer.n for trainer in trainers.values())
+    bare = Bare(args, x, n)
+    numel = sum(p.numel() for p in next(iter(trainers.values())).engine.module.parameters())
+    chance = random.Random(0)
+    spent = {}
+    with delay.in_rounds():
+
+        def turn(trainer):
+            wait()
+            before, begin = trainer.times(), time.perf_counter()
+            trainer.windows(args.windows)
+            wait()
+            seconds = (time.perf_counter() - begin) / args.windows
+            after = trainer.times()
+            return seconds, after.since(before) if after else None
+
+        for trainer in (bare, *trainers.values()):
+            for _ in range(2):
+                turn(trainer)
+        compute_s = statistics.median(turn(bare)[0] for _ in range(3))
+        for number in range(args.turns):
+            progress(f"turn {number + 1}/{args.turns}")
+            cells = [(name, share) for name in trainers for share in args.delays] + [("bare", 0.0)]
+            for name, share in chance.sample(cells, len(cells)):
+                delay.seconds = share * compute_s
+                trainer = bare if name == "bare" else trainers[name]
+                trainer.windows(1)  # a round that began under another delay ends
+                spent.setdefault((name, share), []).append(turn(trainer))
+    compute_s = statistics.median(seconds for seconds, _ in spent["bare", 0.0])
+    rows = []
+    for (name, share), turns in sorted(spent.items()):
+        step_s = statistics.median(seconds for seconds, _ in turns)
+        row = {"config": name, "delay_over_c": share, "step_ms": 1e3 * step_s, "step_over_c": step_s / compute_s}
+        if turns[0][1] is not None and turns[0][1].rounds:
+            rounds = sum(times.rounds for _, times in turns)
+            round_s = sum(times.round_s for _, times in turns)
+            exposed_s = sum(times.exposed_s for _, times in turns)
+            row |= {"round_ms": 1e3 * round_s / rounds, "hidden_share": 1 - exposed_s / round_s}
+        rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+    shape = {key: getattr(args, key) for key in ("width", "depth", "seq_len", "batch", "windows", "turns")}
+    tell(
+        {**origin(), "device": device_name(device), "parameters": numel, "n": n, **shape, "rows": rows},
+        args.out,
+    )
+    for trainer in trainers.values():
+        if hasattr(trainer.engine, "destroy"):
+            trainer.engine.destroy()
+
+
+if __name__ == "__main__":
+    main()
