@@ -6,17 +6,23 @@
 
 One rank trains the same transformer with ACCO and with DeepSpeed's own ZeRO-1; the engines take turns. A delay on the
 rounds' own stream (on a CPU: in their thread) stands for the network: so many times the computation's time in each
-round. C is the computation of a window without DeepSpeed, in the same turns.
+round. C is the computation of a window without DeepSpeed, in the same turns. On CUDA the kernels of some windows of
+acco, with the smallest delay, are drawn by their streams.
 """
 
+import json
 import os
 import random
 import statistics
+import tempfile
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
-from _common import make_parser, origin, progress, tell
+from _common import make_parser, new_figure, origin, progress, save, write
+
+from deepspeed_acco.tools.palette import PARTS, colors_of
 
 CONFIGS = {  # micro-batches a window, and the optimizer
     "zero1": (4, {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True, "fused": True}}),
@@ -27,7 +33,7 @@ CONFIGS = {  # micro-batches a window, and the optimizer
 
 
 def parse_arguments():
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, has_picture=True)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--depth", type=int, default=12)
@@ -149,8 +155,77 @@ class Bare:
         return None
 
 
+GAP_US = 15.0  # kernels of one stream that are as close are drawn as one
+
+
+def record_timeline(trainer) -> dict[str, list[list[float]]]:
+    """Returns when the device was busy in two windows: by stream, [start, end] in ms, the training stream first."""
+    import torch
+
+    trainer.windows(1)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        trainer.windows(2)
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    busy: dict[int, list[list[float]]] = {}
+    kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    first = min(event["ts"] for event in kernels)
+    for event in sorted(kernels, key=lambda event: event["ts"]):
+        spans = busy.setdefault(event["args"]["stream"], [])
+        start, end = event["ts"] - first, event["ts"] - first + event["dur"]
+        if spans and start - spans[-1][1] < GAP_US:
+            spans[-1][1] = max(spans[-1][1], end)
+        else:
+            spans.append([start, end])
+    by_load = sorted(busy.values(), key=lambda spans: -len(spans))
+    training = max(by_load, key=lambda spans: sum(end - start for start, end in spans))
+    others = [spans for spans in by_load if spans is not training]
+    return {
+        name: [[round(start / 1e3, 3), round(end / 1e3, 3)] for start, end in spans]
+        for name, spans in (("training", training), ("rounds", sorted(sum(others, []))))
+    }
+
+
+def draw(results):
+    """Returns a figure: the step of each configuration by the delay, and when which stream was busy."""
+    timeline = results.get("timeline")
+    figure = new_figure(9.0, 5.4 if timeline else 3.2)
+    panels = figure.subplots(2 if timeline else 1, 1, squeeze=False, height_ratios=[2, 1] if timeline else None)
+    axes = panels[0, 0]
+    names = list(dict.fromkeys(row["config"] for row in results["rows"] if row["config"] != "bare"))
+    colors = colors_of(names)
+    for name in names:
+        rows = [row for row in results["rows"] if row["config"] == name]
+        points = [(row["delay_over_c"], row["step_over_c"]) for row in rows]
+        axes.plot(*zip(*points), marker="o", color=colors[name], label=name)
+    axes.axhline(1.0, color="black", linestyle=":", linewidth=1)
+    axes.set_xlabel("delay of a round, in times of the computation C")
+    axes.set_ylabel("step, in times of C")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, ncols=len(names))
+    axes.set_title(
+        f"{results['device']}: {results['parameters'] / 1e6:.0f}M parameters, n = {results['n']}", fontsize=11
+    )
+    if timeline:
+        lanes = panels[1, 0]
+        for place, (name, part) in enumerate((("rounds", "exposed"), ("training", "compute"))):
+            spans = [(start, end - start) for start, end in timeline[name]]
+            lanes.broken_barh(spans, (place - 0.35, 0.7), color=PARTS[part])
+        lanes.set_yticks([0, 1], ["rounds", "training"])
+        lanes.set_xlabel("ms, two windows of acco")
+    return figure
+
+
 def main():
     args = parse_arguments()
+    picture = args.out.with_suffix(".png")
+    if args.draw:
+        save(draw(json.loads(args.out.read_text())), picture)
+        return
     os.environ.setdefault("DS_ACCELERATOR", args.device)
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
@@ -208,10 +283,14 @@ def main():
             row |= {"round_ms": 1e3 * round_s / rounds, "hidden_share": 1 - exposed_s / round_s}
         rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
     shape = {key: getattr(args, key) for key in ("width", "depth", "seq_len", "batch", "windows", "turns")}
-    tell(
-        {**origin(), "device": device_name(device), "parameters": numel, "n": n, **shape, "rows": rows},
-        args.out,
-    )
+    results = {**origin(), "device": device_name(device), "parameters": numel, "n": n, **shape, "rows": rows}
+    if device.type == "cuda" and "acco" in trainers:
+        delay.seconds = args.delays[0] * compute_s
+        results["timeline"] = record_timeline(trainers["acco"])
+    for row in rows:
+        print(json.dumps(row))
+    write(results, args.out)
+    save(draw(results), picture)
     for trainer in trainers.values():
         if hasattr(trainer.engine, "destroy"):
             trainer.engine.destroy()

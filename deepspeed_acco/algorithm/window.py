@@ -66,6 +66,11 @@ class Position:
         """Returns the window's micro-batches with the running one, once it has had a backward."""
         return self.micro_batches + self.has_gradients
 
+    @property
+    def started_in_phase(self) -> int:
+        """Returns those of them that belong to the running phase."""
+        return self.started_micro_batches - self.micro_batches_in_a
+
     def after_forward(self) -> Position:
         """Returns where training stands after a training forward."""
         return replace(self, is_graph_outstanding=True)
@@ -94,8 +99,7 @@ class Position:
         """Tells after a backward whether the window ends with its micro-batch, where nobody else decides it; ``limits``
         are the last phase's."""
         is_last_phase = not schedule.has_two_phases or self.phase is Phase.B
-        in_phase = self.started_micro_batches - self.micro_batches_in_a
-        return is_last_phase and limits.allow_end(in_phase, is_round_finished)
+        return is_last_phase and limits.allow_end(self.started_in_phase, is_round_finished)
 
     def after_phase_a(self) -> Position:
         """Returns the start of phase B in the same window."""

@@ -92,8 +92,8 @@ class AdaptiveWindows(FixedWindows):
 
     def after_backward(self, engine: Engine, schedule: Schedule, position: Position) -> None:
         """Tells the engine whether its window ends with the micro-batch that was just computed."""
-        self._lane.pace()
         limits = self.limits(schedule, position, engine.gradient_accumulation_steps())
+        self._lane.pace(decides=position.started_in_phase >= limits.least)
         self.set_boundary(engine, position.is_window_over(schedule, limits, self._driver.is_round_finished()))
 
     def set_boundary(self, engine: Engine, is_boundary: bool) -> None:

@@ -299,6 +299,11 @@ def _log_start(engine: Engine, wrapper: AccoZeroOptimizer, named: str) -> None:
             "ACCO: accepted without effect: bf16.check_grad_overflow = false; a step with a non-finite gradient is "
             "always skipped, and engine.skipped_steps counts it"
         )
+    if engine.device.type == "cuda" and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        logger().warning(
+            "ACCO: CUDA_DEVICE_MAX_CONNECTIONS=1 puts all streams into one queue of the device, so that rounds run "
+            "between the kernels of the computation and not beside them. Unset it, or set 8"
+        )
     if engine.wall_clock_breakdown():
         logger().warning("ACCO: wall_clock_breakdown waits for the device at every timer and costs overlap")
 

@@ -16,6 +16,9 @@ import torch
 
 from .clock import LaneTimes
 
+_LEAD_S = 2e-3  # what the host needs to enqueue the next micro-batch's beginning
+_LOOK_S = 5e-5
+
 
 class RoundFailed(RuntimeError):
     """Says that a round failed in the background; the cause is chained."""
@@ -70,9 +73,14 @@ class InlineLane:
         """Tells whether :meth:`finish` would return, or raise, without waiting; never waits itself."""
         return True
 
-    def pace(self) -> None:
+    def pace(self, decides: bool) -> None:
         """Keeps the host at most one micro-batch ahead of the device; called once per micro-batch, before
-        :meth:`is_finished`, so that the answer is about now. It has no effect where the host computes."""
+        :meth:`is_finished`. It has no effect where the host computes.
+
+        Args:
+            decides: the answer says whether a phase ends with this micro-batch. Then the host comes back when the round
+                is finished or the device all but through with the micro-batch, so that a phase is as long as on a CPU.
+        """
 
     def fail(self, cause: Exception) -> RoundFailed:
         """Makes ``cause`` what every later call raises, and returns it: the buffers hold nobody knows what."""
@@ -176,7 +184,8 @@ class StreamLane(InlineLane):
         self._weights_ready: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         self._is_enqueued = True  # all of the newest round
         self._newest_end: torch.cuda.Event | None = None  # of the newest finished round
-        self._last_micro_batch: torch.cuda.Event | None = None
+        # The last two micro-batches' ends.
+        self._micro_batches: tuple[torch.cuda.Event | None, torch.cuda.Event | None] = (None, None)
         self._timed: list = []  # (name, round start and end, wait start and end), until the device has passed them
 
     def _run_in_range(self, run, name):
@@ -216,11 +225,19 @@ class StreamLane(InlineLane):
         ready = self._weights_ready  # also asked from another thread
         return self._is_enqueued and (ready is None or ready[1].query())
 
-    def pace(self) -> None:
-        passed = self._last_micro_batch
-        self._last_micro_batch = torch.cuda.current_stream(self._device).record_event()
-        if passed is not None:
-            passed.synchronize()
+    def pace(self, decides: bool) -> None:
+        before, passed = self._micro_batches
+        stream = torch.cuda.current_stream(self._device)
+        newest = stream.record_event(torch.cuda.Event(enable_timing=True))
+        self._micro_batches = passed, newest
+        if passed is None:
+            return
+        passed.synchronize()
+        if not decides or before is None:
+            return
+        until = time.perf_counter() + before.elapsed_time(passed) / 1e3 - _LEAD_S
+        while not (self.is_finished() or newest.query()) and time.perf_counter() < until:
+            time.sleep(_LOOK_S)
 
     def times(self) -> LaneTimes:
         while self._timed and self._timed[0][4].query():

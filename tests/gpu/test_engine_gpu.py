@@ -187,6 +187,49 @@ def test_adaptive_windows_in_the_reference(gpu_ranks, schedule, n):
     adaptive.check(records, adaptive.replay(records[0], schedule, 2, n, 1, clip=2.0))
 
 
+def _counts_beside_slow_rounds(config, windows, micro_batch_s, round_s):
+    """Micro-batches and rounds of a given length on the device; returns the counts of the windows."""
+    from unittest import mock
+
+    import deepspeed_acco
+    from deepspeed_acco.runtime.round import RoundWork
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(2):
+        begin.record()
+        torch.cuda._sleep(100_000_000)
+        end.record()
+        end.synchronize()
+    cycles_per_s = 1e11 / begin.elapsed_time(end)
+
+    def sleeping(function, seconds):
+        def run(*arguments, **options):
+            torch.cuda._sleep(int(seconds * cycles_per_s))
+            return function(*arguments, **options)
+
+        return run
+
+    counts = []
+    with (
+        mock.patch.object(RoundWork, "run", sleeping(RoundWork.run, round_s)),
+        mock.patch.object(training.Network, "forward", sleeping(training.Network.forward, micro_batch_s)),
+    ):
+        engine = training.start_engine(config)
+        deepspeed_acco.on_window(engine, lambda window: counts.append((window.micro_batches[0], window.in_phase_a[0])))
+        while engine.global_steps < windows:
+            engine.backward(engine(*training.batch_for(engine, 0, engine.global_steps, 0)))
+            engine.step()
+        engine.destroy()
+    return counts
+
+
+def test_adaptive_windows_are_as_long_as_on_a_cpu(gpu_ranks):
+    """A round of 70 ms is over in the fourth micro-batch of 20 ms, and the phase ends with it."""
+    config = adaptive.ds_config(2, schedule="acco")
+    (counts,) = gpu_ranks(1).run(_counts_beside_slow_rounds, config=config, windows=8, micro_batch_s=0.02, round_s=0.07)
+    assert counts[3:-1] == [(8, 4)] * len(counts[3:-1]), counts
+
+
 @pytest.mark.parametrize(
     ("world_size", "schedule", "precision"),
     [(1, "acco", "bf16+fp32"), (2, "acco", "fp16"), (2, "local", "bf16"), (1, "wp", "fp32"), (2, "sync", "bf16")],
