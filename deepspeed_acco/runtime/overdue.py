@@ -16,7 +16,7 @@ _LOOKS = 20  # in that time
 
 
 class Overdue:
-    """Tells of a round that takes too long, by one error, from a thread of its own that looks at the newest one.
+    """Tells that a round takes too long, by one error, from a thread of its own that looks at the newest one.
 
     Args:
         timeout_s: seconds after which the watchdog ends the process.

@@ -73,6 +73,19 @@ def test_estimate_bits(tmp_path):
     assert row["percent_above_sync"] == [pytest.approx(100 * (two_bits / sync - 1), abs=0.001)]
 
 
+@pytest.mark.native
+def test_overlap(tmp_path):
+    shape = ("--width", 64, "--depth", 1, "--seq_len", 8, "--batch", 1)
+    few = ("--turns", 1, "--windows", 1, "--delays", 0, 4, "--configs", "acco", "sync")
+    results = benchmark("overlap", tmp_path, "--device", "cpu", *shape, *few)
+    rounds = {(row["config"], row["delay_over_c"]): row.get("round_ms") for row in results["rows"]}
+    compute_ms = next(row["step_ms"] for row in results["rows"] if row["config"] == "bare")
+    assert set(rounds) == {("acco", 0.0), ("acco", 4.0), ("sync", 0.0), ("sync", 4.0), ("bare", 0.0)}
+    for name in ("acco", "sync"):
+        assert rounds[name, 4.0] > rounds[name, 0.0] + compute_ms, "the delay is in the round"
+    assert (tmp_path / "results.png").stat().st_size > 1000
+
+
 @pytest.mark.full
 def test_exits(tmp_path):
     results = benchmark("exits", tmp_path, "--runs", 1)
