@@ -43,6 +43,11 @@ struct alignas(4 * sizeof(T)) Four {
 };
 
 template <class T>
+struct alignas(2 * sizeof(T)) Two {
+  T at[2];
+};
+
+template <class T>
 __device__ Four<T> load_four(const T* address) {
   return *reinterpret_cast<const Four<T>*>(address);
 }
@@ -50,6 +55,43 @@ __device__ Four<T> load_four(const T* address) {
 template <class T>
 __device__ void store_four(T* address, const Four<T>& values) {
   *reinterpret_cast<Four<T>*>(address) = values;
+}
+
+// How many neighbors one access may take at this address: 4, 2 or 1.
+template <class T>
+int width_at(const T* address) {
+  const uintptr_t elements = reinterpret_cast<uintptr_t>(address) / sizeof(T);
+  return elements % 4 == 0 ? 4 : elements % 2 == 0 ? 2 : 1;
+}
+
+// Four neighbors in accesses of that width.
+template <class T>
+__device__ Four<T> load_four(const T* address, int width) {
+  if (width == 4) {
+    return load_four(address);
+  }
+  if (width == 2) {
+    const auto* twos = reinterpret_cast<const Two<T>*>(address);
+    const Two<T> low = twos[0], high = twos[1];
+    return {low.at[0], low.at[1], high.at[0], high.at[1]};
+  }
+  return {address[0], address[1], address[2], address[3]};
+}
+
+template <class T>
+__device__ void store_four(T* address, int width, const Four<T>& values) {
+  if (width == 4) {
+    store_four(address, values);
+  } else if (width == 2) {
+    auto* twos = reinterpret_cast<Two<T>*>(address);
+    twos[0] = {values.at[0], values.at[1]};
+    twos[1] = {values.at[2], values.at[3]};
+  } else {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      address[k] = values.at[k];
+    }
+  }
 }
 
 template <class T>

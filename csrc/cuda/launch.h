@@ -51,7 +51,7 @@ cudaError_t launch_sum_of_squares(Array values, int64_t numel, double* sums, dou
 cudaError_t launch_pack(MutableArray grads, MutableArray packed, int64_t numel, float scale, bool clears,
                         cudaStream_t stream);
 
-// The quantised estimate; `bits` is 4 or 8, and records may begin at any address.
+// The quantised estimate; `bits` is 4 or 8.
 cudaError_t launch_quantize(Array values, int64_t numel, float scale, uint8_t* records, int bits, cudaStream_t stream);
 
 // `messages` lies on the host and may be freed after the call.
