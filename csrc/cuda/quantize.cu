@@ -14,53 +14,23 @@
 namespace acco::cuda {
 namespace {
 
-constexpr uint32_t kWarp = 32;
 constexpr int kTurns = 2;
 static_assert(kRecordNumel == kTurns * 4 * kWarp && kThreads % kWarp == 0, "");
 
-// f(first element, its number of elements, its first byte) for every record of this warp.
+// f(first element, its number of elements, its first byte) for every record of this warp; the number as in with_count.
 template <int kBits, class F>
 __device__ void for_records(int64_t numel, const F& f) {
   const int64_t records = pieces_of(numel, kRecordNumel);
   const int64_t stride = grid_stride(gridDim.x, blockDim.x) / kWarp;
   for (int64_t record = grid_first(blockIdx.x, blockDim.x, threadIdx.x) / kWarp; record < records; record += stride) {
     const int64_t at = record * kRecordNumel;
-    f(at, static_cast<int>(record_numel(at, numel)), record * record_bytes(kBits));
+    with_count<kRecordNumel>(static_cast<int>(record_numel(at, numel)),
+                             [&](auto count) { f(at, count, record * record_bytes(kBits)); });
   }
 }
 
 // The first of the lane's four elements in that turn, counted from the record's first.
 __device__ int first_of_four(int turn) { return 4 * static_cast<int>(turn * kWarp + threadIdx.x % kWarp); }
-
-// Those of four elements that lie below `count`; the others are 0.
-template <class T>
-__device__ Four<T> load_up_to_four(const T* block, int first, int count, int width) {
-  if (first + 4 <= count) {
-    return load_four(block + first, width);
-  }
-  Four<T> values{};
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    if (first + k < count) {
-      values.at[k] = block[first + k];
-    }
-  }
-  return values;
-}
-
-template <class T>
-__device__ void store_up_to_four(T* block, int first, int count, int width, const Four<T>& values) {
-  if (first + 4 <= count) {
-    store_four(block + first, width, values);
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    if (first + k < count) {
-      block[first + k] = values.at[k];
-    }
-  }
-}
 
 // Four levels, the first in the lowest bits. A record begins at an even address, and so do four of its levels.
 template <int kBits>
@@ -156,14 +126,14 @@ __device__ void encode_record(const Four<float> (&values)[kTurns], uint8_t* reco
   }
 }
 
-template <class Source, int kBits>
+template <bool kIsWide, class Source, int kBits>
 __global__ void __launch_bounds__(kThreads)
     quantize_kernel(const typename Source::Storage* values, int64_t numel, int width, float scale, uint8_t* records) {
-  for_records<kBits>(numel, [&](int64_t at, int count, int64_t byte) {
+  for_records<kBits>(numel, [&](int64_t at, auto count, int64_t byte) {
     Four<float> products[kTurns];
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
-      const auto four = load_up_to_four(values + at, first_of_four(turn), count, width);
+      const auto four = load_up_to_four(values + at, first_of_four(turn), count, width_of<kIsWide>(width));
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         // What is not there stays 0, whatever the scale is.
@@ -218,7 +188,7 @@ __device__ void add_records(Four<float> (&sum)[kTurns], const Messages& messages
 template <int kBits>
 __global__ void __launch_bounds__(kThreads)
     dequantize_sum_kernel(Messages messages, float* total, int64_t numel, int width, bool adds) {
-  for_records<kBits>(numel, [&](int64_t at, int count, int64_t byte) {
+  for_records<kBits>(numel, [&](int64_t at, auto count, int64_t byte) {
     Four<float> sum[kTurns];
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
@@ -226,11 +196,7 @@ __global__ void __launch_bounds__(kThreads)
       sum[turn] = adds ? load_up_to_four(total + at, first_of_four(turn), count, width)
                        : Four<float>{-0.0f, -0.0f, -0.0f, -0.0f};
     }
-    if (count == kRecordNumel) {
-      add_records<kBits, 4>(sum, messages, byte, kRecordNumel);
-    } else {
-      add_records<kBits, 1>(sum, messages, byte, count);
-    }
+    add_records<kBits, std::is_same<decltype(count), int>::value ? 1 : 4>(sum, messages, byte, count);
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       store_up_to_four(total + at, first_of_four(turn), count, width, sum[turn]);
@@ -250,12 +216,17 @@ struct ChangeOperands {
     int master, exp_avg, exp_avg_sq, grad, live;
   } width;
 
+  bool are_aligned_alike() const {
+    return width.master == 4 && width.exp_avg == 4 && width.exp_avg_sq == 4 && width.grad == 4 && width.live == 4;
+  }
+
+  template <bool kIsWide>
   __device__ Four<float> four(const Factors& factors, int64_t at, int first, int count) const {
-    const auto p = load_up_to_four(master + at, first, count, width.master);
-    const auto m = load_up_to_four(exp_avg + at, first, count, width.exp_avg);
-    const auto v = load_up_to_four(exp_avg_sq + at, first, count, width.exp_avg_sq);
-    const auto g = load_up_to_four(grad + at, first, count, width.grad);
-    const auto w = load_up_to_four(live + at, first, count, width.live);
+    const auto p = load_up_to_four(master + at, first, count, width_of<kIsWide>(width.master));
+    const auto m = load_up_to_four(exp_avg + at, first, count, width_of<kIsWide>(width.exp_avg));
+    const auto v = load_up_to_four(exp_avg_sq + at, first, count, width_of<kIsWide>(width.exp_avg_sq));
+    const auto g = load_up_to_four(grad + at, first, count, width_of<kIsWide>(width.grad));
+    const auto w = load_up_to_four(live + at, first, count, width_of<kIsWide>(width.live));
     Four<float> change;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -267,44 +238,38 @@ struct ChangeOperands {
   }
 };
 
-template <class Grad, class Live, int kBits>
+template <bool kIsWide, class Grad, class Live, int kBits>
 __global__ void __launch_bounds__(kThreads)
-    estimate_change_kernel(ChangeOperands<Grad, Live> operands, Hyper hyper, const float* step,
-                           const float* grad_scale, const bool* is_finite, uint8_t* records) {
-  __shared__ Factors shared;
-  if (threadIdx.x == 0) {
-    shared = make_factors(hyper, *step, *grad_scale);
-  }
-  __syncthreads();
-  const Factors factors = shared;
-  const bool is_taken = *is_finite;
-  for_records<kBits>(operands.numel, [&](int64_t at, int count, int64_t byte) {
+    estimate_change_kernel(ChangeOperands<Grad, Live> operands, const Prepared* prepared, uint8_t* records) {
+  const Factors factors = prepared->factors;
+  const bool is_taken = prepared->is_taken;
+  for_records<kBits>(operands.numel, [&](int64_t at, auto count, int64_t byte) {
     Four<float> changes[kTurns]{};
     if (is_taken) {
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
-        changes[turn] = operands.four(factors, at, first_of_four(turn), count);
+        changes[turn] = operands.template four<kIsWide>(factors, at, first_of_four(turn), count);
       }
     }
     encode_record<kBits>(changes, records + byte, count);
   });
 }
 
-template <class Live, int kBits>
+template <bool kIsWide, class Live, int kBits>
 __global__ void __launch_bounds__(kThreads)
     add_change_kernel(const uint8_t* records, const bool* is_added, typename Live::Storage* live, int64_t numel,
                       int width) {
   if (!*is_added) {
     return;
   }
-  for_records<kBits>(numel, [&](int64_t at, int count, int64_t byte) {
+  for_records<kBits>(numel, [&](int64_t at, auto count, int64_t byte) {
     const float scale = load_scale_value(records + byte);
     uint32_t levels[kTurns];
     Four<typename Live::Storage> weights[kTurns];
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       levels[turn] = load_levels<kBits>(records + byte, first_of_four(turn), count);
-      weights[turn] = load_up_to_four(live + at, first_of_four(turn), count, width);
+      weights[turn] = load_up_to_four(live + at, first_of_four(turn), count, width_of<kIsWide>(width));
     }
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
@@ -313,7 +278,7 @@ __global__ void __launch_bounds__(kThreads)
         typename Live::Storage& weight = weights[turn].at[k];
         weight = Live::store(Live::load(weight) + value_of_level<kBits>(levels[turn], k) * scale);
       }
-      store_up_to_four(live + at, first_of_four(turn), count, width, weights[turn]);
+      store_up_to_four(live + at, first_of_four(turn), count, width_of<kIsWide>(width), weights[turn]);
     }
   });
 }
@@ -344,8 +309,12 @@ cudaError_t launch_quantize(Array values, int64_t numel, float scale, uint8_t* r
         using Source = decltype(format);
         constexpr int kBits = decltype(of_level)::value;
         const auto* data = static_cast<const typename Source::Storage*>(values.data);
-        quantize_kernel<Source, kBits><<<blocks, kThreads, 0, stream>>>(data, numel, width_at(data), scale, records);
-        return cudaGetLastError();
+        const int width = width_at(data);
+        return with_bool(width == 4, [&](auto is_wide) {
+          quantize_kernel<decltype(is_wide)::value, Source, kBits><<<blocks, kThreads, 0, stream>>>(data, numel, width,
+                                                                                                    scale, records);
+          return cudaGetLastError();
+        });
       });
     });
   });
@@ -375,8 +344,12 @@ cudaError_t launch_dequantize_sum(const uint8_t* const* messages, int64_t messag
 }
 
 cudaError_t launch_estimate_change(const float* master, const float* exp_avg, const float* exp_avg_sq,
-                                   const float* step, const Inputs& inputs, Array live, uint8_t* records, int bits,
+                                   const Scalars& scalars, const Inputs& inputs, Array live, uint8_t* records, int bits,
                                    cudaStream_t stream) {
+  const cudaError_t status = prepare(scalars, nullptr, stream);
+  if (status != cudaSuccess) {
+    return status;
+  }
   return with_record_grid(inputs.numel, inputs.max_blocks, [&](uint32_t blocks) {
     return with_format(inputs.grad.format, [&](auto grad_format) {
       return with_format(live.format, [&](auto live_format) {
@@ -387,12 +360,18 @@ cudaError_t launch_estimate_change(const float* master, const float* exp_avg, co
           const auto* grad = static_cast<const typename Grad::Storage*>(inputs.grad.data);
           const auto* weights = static_cast<const typename Live::Storage*>(live.data);
           const ChangeOperands<Grad, Live> operands{
-              master,  exp_avg,      exp_avg_sq,
-              grad,    weights,      inputs.numel,
+              master,
+              exp_avg,
+              exp_avg_sq,
+              grad,
+              weights,
+              inputs.numel,
               {width_at(master), width_at(exp_avg), width_at(exp_avg_sq), width_at(grad), width_at(weights)}};
-          estimate_change_kernel<Grad, Live, kBits><<<blocks, kThreads, 0, stream>>>(
-              operands, inputs.hyper, step, inputs.grad_scale, inputs.is_finite, records);
-          return cudaGetLastError();
+          return with_bool(operands.are_aligned_alike(), [&](auto is_wide) {
+            estimate_change_kernel<decltype(is_wide)::value, Grad, Live, kBits><<<blocks, kThreads, 0, stream>>>(
+                operands, scalars.prepared, records);
+            return cudaGetLastError();
+          });
         });
       });
     });
@@ -407,8 +386,12 @@ cudaError_t launch_add_change(const uint8_t* records, const bool* is_added, Muta
         using Live = decltype(format);
         constexpr int kBits = decltype(of_level)::value;
         auto* data = static_cast<typename Live::Storage*>(live.data);
-        add_change_kernel<Live, kBits><<<blocks, kThreads, 0, stream>>>(records, is_added, data, numel, width_at(data));
-        return cudaGetLastError();
+        const int width = width_at(data);
+        return with_bool(width == 4, [&](auto is_wide) {
+          add_change_kernel<decltype(is_wide)::value, Live, kBits><<<blocks, kThreads, 0, stream>>>(
+              records, is_added, data, numel, width);
+          return cudaGetLastError();
+        });
       });
     });
   });
