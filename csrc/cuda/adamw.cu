@@ -165,58 +165,84 @@ cudaError_t launch_adamw(float* master, float* exp_avg, float* exp_avg_sq, float
       });
 }
 
-// Chunks, threads and fours are fixed, so the order of the additions is too, whatever the alignment and the device.
-constexpr int64_t kChunk = int64_t{1} << 15;
+// Tiles, threads and fours are fixed, and the tiles of a chunk by the number of elements alone: so is the order of the
+// additions, whatever the alignment, the grid and the device.
+constexpr int kTurns = 4;
+constexpr int kTile = kTurns * 4 * kThreads;
+constexpr int kSumsOfThread = 16;
+constexpr int64_t kMostChunks = kSumsOfThread * kThreads;
 
+int64_t chunk_numel(int64_t numel) {
+  const int64_t tiles = pieces_of(pieces_of(numel, kTile), kMostChunks);
+  return (tiles > 1 ? tiles : 1) * kTile;
+}
+
+// The sum, in the first thread.
 __device__ double sum_over_block(double value) {
-  __shared__ double values[kThreads];
-  values[threadIdx.x] = value;
-  __syncthreads();
-  for (uint32_t half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) {
-      values[threadIdx.x] += values[threadIdx.x + half];
-    }
-    __syncthreads();
+  __shared__ double of_warps[kThreads / kWarp];
+#pragma unroll
+  for (uint32_t half = kWarp / 2; half > 0; half /= 2) {
+    value += __shfl_down_sync(0xffffffffu, value, half);
   }
-  const double total = values[0];
+  if (threadIdx.x % kWarp == 0) {
+    of_warps[threadIdx.x / kWarp] = value;
+  }
+  __syncthreads();
+  double total = 0.0;
+  if (threadIdx.x == 0) {
+    for (const double of_warp : of_warps) {
+      total += of_warp;
+    }
+  }
   __syncthreads();  // before the next chunk overwrites them
   return total;
 }
 
-template <class Source>
+template <bool kIsWide, class Source>
 __global__ void __launch_bounds__(kThreads)
-    square_kernel(const typename Source::Storage* values, int64_t numel, bool is_aligned, double* sums) {
-  const int64_t chunks = pieces_of(numel, kChunk);
+    square_kernel(const typename Source::Storage* values, int64_t numel, int64_t chunk_numel, int width, double* sums) {
+  const int64_t chunks = pieces_of(numel, chunk_numel);
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    const int64_t begin = chunk * kChunk;
-    const int64_t end = numel - begin < kChunk ? numel : begin + kChunk;
-    double sum = 0.0;
-    for (int64_t i = begin + 4 * static_cast<int64_t>(threadIdx.x); i < end; i += 4 * kThreads) {
-      if (is_aligned && i + 4 <= end) {
-        const auto four = load_four(values + i);
+    const int64_t end = chunk + 1 < chunks ? (chunk + 1) * chunk_numel : numel;
+    double sum[4] = {};
+    for (int64_t tile = chunk * chunk_numel; tile < end; tile += kTile) {
+      const int count = static_cast<int>(end - tile < kTile ? end - tile : kTile);
+      Four<typename Source::Storage> fours[kTurns];
+      const auto load = [&](auto numel_here) {
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+          const int first = 4 * static_cast<int>(turn * kThreads + threadIdx.x);
+          fours[turn] = load_up_to_four(values + tile, first, numel_here, width_of<kIsWide>(width));
+        }
+      };
+      with_count<kTile>(count, load);
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          const double value = Source::load(four.at[k]);
-          sum += value * value;
-        }
-      } else {
-        for (int64_t k = i; k < end && k < i + 4; ++k) {
-          const double value = Source::load(values[k]);
-          sum += value * value;
+          const double value = Source::load(fours[turn].at[k]);
+          sum[k] = fma(value, value, sum[k]);  // the square is exact
         }
       }
     }
-    sum = sum_over_block(sum);
+    const double of_chunk = sum_over_block((sum[0] + sum[1]) + (sum[2] + sum[3]));
     if (threadIdx.x == 0) {
-      sums[chunk] = sum;
+      sums[chunk] = of_chunk;
     }
   }
 }
 
-__global__ void __launch_bounds__(kThreads) total_kernel(const double* sums, int64_t count, double* total) {
+__global__ void __launch_bounds__(kThreads) total_kernel(const double* sums, int count, double* total) {
+  double of_thread[kSumsOfThread];
+#pragma unroll
+  for (int i = 0; i < kSumsOfThread; ++i) {
+    const int at = i * static_cast<int>(kThreads) + static_cast<int>(threadIdx.x);
+    of_thread[i] = at < count ? sums[at] : 0.0;
+  }
   double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-    sum += sums[i];
+#pragma unroll
+  for (int i = 0; i < kSumsOfThread; ++i) {
+    sum += of_thread[i];
   }
   sum = sum_over_block(sum);
   if (threadIdx.x == 0) {
@@ -279,25 +305,28 @@ cudaError_t launch_traffic(float* master, float* exp_avg, float* exp_avg_sq, con
                       : with_operands<false>(master, exp_avg, exp_avg_sq, inputs, out, launch);
 }
 
-int64_t sum_blocks(int64_t numel) { return pieces_of(numel, kChunk); }
+int64_t sum_chunks(int64_t numel) { return pieces_of(numel, chunk_numel(numel)); }
 
 cudaError_t launch_sum_of_squares(Array values, int64_t numel, double* sums, double* total, cudaStream_t stream) {
   int64_t most = 0;
   cudaError_t status = useful_blocks(&most);
-  const int64_t chunks = sum_blocks(numel);
+  const int64_t chunks = sum_chunks(numel);
   if (status == cudaSuccess && chunks > 0) {
     status = with_format(values.format, [&](auto format) {
       using Source = decltype(format);
       const auto* data = static_cast<const typename Source::Storage*>(values.data);
-      square_kernel<Source><<<grid_blocks(chunks, 1, most), kThreads, 0, stream>>>(
-          data, numel, width_at(data) == 4, sums);
-      return cudaGetLastError();
+      const int width = width_at(data);
+      return with_bool(width == 4, [&](auto is_wide) {
+        square_kernel<decltype(is_wide)::value, Source><<<grid_blocks(chunks, 1, most), kThreads, 0, stream>>>(
+            data, numel, chunk_numel(numel), width, chunks == 1 ? total : sums);
+        return cudaGetLastError();
+      });
     });
   }
-  if (status != cudaSuccess) {
+  if (status != cudaSuccess || chunks == 1) {
     return status;
   }
-  total_kernel<<<1, kThreads, 0, stream>>>(sums, chunks, total);
+  total_kernel<<<1, kThreads, 0, stream>>>(sums, static_cast<int>(chunks), total);
   return cudaGetLastError();
 }
 

@@ -45,7 +45,7 @@ at::Tensor grad_sumsq(const at::Tensor& grad) {
   check_flat(grad, grad, "grad");
   const c10::cuda::CUDAGuard guard(grad.device());
   const auto options = grad.options().dtype(at::kDouble);
-  const at::Tensor sums = at::empty({sum_blocks(grad.numel())}, options);
+  const at::Tensor sums = at::empty({sum_chunks(grad.numel())}, options);
   at::Tensor total = at::empty({}, options);
   C10_CUDA_CHECK(launch_sum_of_squares(read(grad), grad.numel(), sums.mutable_data_ptr<double>(),
                                        total.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream()));

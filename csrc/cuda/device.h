@@ -75,7 +75,7 @@ int width_of_rows(const T* address, int64_t numel) {
   return rows < first ? rows : first;
 }
 
-// Kernels come twice: where all operands have width 4, so that no branch stands between their loads, and for any widths.
+// Kernels come twice: for operands that all have width 4, so that no branch stands between loads, and for any widths.
 template <bool kIsWide>
 __device__ int width_of(int any) {
   return kIsWide ? 4 : any;

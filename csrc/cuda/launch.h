@@ -58,8 +58,8 @@ cudaError_t launch_commit(float* master, float* exp_avg, float* exp_avg_sq, floa
 cudaError_t launch_traffic(float* master, float* exp_avg, float* exp_avg_sq, const Inputs& inputs, MutableArray out,
                            bool writes_state, cudaStream_t stream);
 
-// `sums` has room for sum_blocks(numel) doubles, `total` for one. The order of the additions is fixed.
-int64_t sum_blocks(int64_t numel);
+// `sums` has room for sum_chunks(numel) doubles, `total` for one. The order of the additions is fixed.
+int64_t sum_chunks(int64_t numel);
 cudaError_t launch_sum_of_squares(Array values, int64_t numel, double* sums, double* total, cudaStream_t stream);
 
 cudaError_t launch_pack(MutableArray grads, MutableArray packed, int64_t numel, float scale, bool clears,
