@@ -8,6 +8,8 @@
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 
+#include <cstdint>
+
 #include "common/local_prediction.h"
 #include "common/quantize.h"
 
@@ -67,6 +69,8 @@ inline void check_records(const at::Tensor& records, const at::Tensor& like, int
   const int64_t bytes = message_bytes(like.numel(), static_cast<int>(bits));
   TORCH_CHECK_VALUE(records.numel() == bytes, "deepspeed_acco: ", name, " has ", records.numel(), " bytes, expected ",
                     bytes, ": ", like.numel(), " elements in ", bits, " bits");
+  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(records.const_data_ptr()) % 2 == 0, "deepspeed_acco: ", name,
+                    " must begin at an even address: their scales take two bytes");
   TORCH_CHECK_VALUE(records.device() == like.device(), "deepspeed_acco: ", name, " is on ", records.device(),
                     ", expected ", like.device());
 }

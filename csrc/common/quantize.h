@@ -3,9 +3,10 @@
 //
 // The 4 and 8 bit format of deepspeed_acco/optim/quantization.py, once, for every kernel: blocks of 256 elements, each a record of
 // its bf16 scale and its levels. Compile without contraction and with exact division, so that records have the same
-// bits on every device and path.
+// bits on every device and path. A message begins at an even address.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "common/bits.h"
@@ -46,10 +47,27 @@ ACCO_HOST_DEVICE inline bool has_levels(uint16_t scale) { return scale != 0 && s
 
 ACCO_HOST_DEVICE inline float value_of_scale(uint16_t scale) { return float_of(static_cast<uint32_t>(scale) << 16); }
 
-// value / scale, rounded to nearest, ties to even, as a byte in two's complement. Next to 1.5 * 2^23 there are no
-// fractions: the adder rounds, and the sum's lowest bits are the level.
-ACCO_HOST_DEVICE inline uint8_t make_level(float value, float scale) {
-  return static_cast<uint8_t>(bits_of(value / scale + 12582912.0f));
+// quotient, rounded to nearest, ties to even, as a byte in two's complement. Next to 1.5 * 2^23 there are no fractions:
+// the adder rounds, and the sum's lowest bits are the level.
+ACCO_HOST_DEVICE inline uint8_t level_of_quotient(float quotient) {
+  return static_cast<uint8_t>(bits_of(quotient + 12582912.0f));
+}
+
+ACCO_HOST_DEVICE inline uint8_t make_level(float value, float scale) { return level_of_quotient(value / scale); }
+
+// Whether a scale's reciprocal serves for its levels: neither it nor a remainder that matters leaves normal numbers.
+ACCO_HOST_DEVICE inline bool has_reciprocal(uint16_t scale) {
+  const int exponent = (scale >> 7) & 0xff;  // biased by 127
+  return exponent >= 127 - 100 && exponent <= 127 + 100;
+}
+
+// The level of make_level(value, scale) without a division, where has_reciprocal; `reciprocal` is 1 / scale, rounded
+// once. The remainder is exact, and what it adds to a quotient that is off by a last place gives the rounded quotient
+// (Markstein, IBM J. Res. Dev. 34, 1990), but for values so small that their level is 0 anyway.
+ACCO_HOST_DEVICE inline uint8_t make_level(float value, float scale, float reciprocal) {
+  const float near = value * reciprocal;
+  const float remainder = fmaf(-near, scale, value);
+  return level_of_quotient(fmaf(remainder, reciprocal, near));
 }
 
 // Two levels as one byte, and back.
@@ -60,6 +78,15 @@ ACCO_HOST_DEVICE inline uint8_t pack_levels(uint8_t even, uint8_t odd) {
 ACCO_HOST_DEVICE inline int8_t even_level(uint8_t packed) { return static_cast<int8_t>(((packed & 15) ^ 8) - 8); }
 
 ACCO_HOST_DEVICE inline int8_t odd_level(uint8_t packed) { return static_cast<int8_t>(((packed >> 4) ^ 8) - 8); }
+
+// Level `place` of those that lie one after the other in `packed`, lowest bits first, as a number: its biased form
+// becomes the last bits of 2^23 and more, and the difference is exact. 0 is +0.
+template <int kBits>
+ACCO_HOST_DEVICE inline float value_of_level(uint32_t packed, int place) {
+  constexpr uint32_t kBias = 1u << (kBits - 1);
+  const uint32_t biased = ((packed >> (kBits * place)) & (2 * kBias - 1)) ^ kBias;
+  return float_of(0x4b000000u | biased) - (8388608.0f + static_cast<float>(kBias));
+}
 
 ACCO_HOST_DEVICE inline uint16_t load_scale(const uint8_t* record) {
   return static_cast<uint16_t>(record[0] | (record[1] << 8));

@@ -37,13 +37,13 @@ constexpr int64_t part_begin(int64_t numel, int64_t parts, int64_t index) {
   return numel / parts * index + (index < rest ? index : rest);
 }
 
-// numel = head + 4 * fours + tail, where element `head` is the first whose fp32 address is a multiple of 16 bytes.
+// numel = head + 4 * fours + tail, where four elements from `head` on may be accessed at once.
 struct FourSplit {
   int64_t head, fours, tail;
 };
 
-ACCO_HOST_DEVICE constexpr FourSplit split_in_fours(uintptr_t fp32_address, int64_t numel) {
-  const int64_t misaligned = static_cast<int64_t>((fp32_address / sizeof(float)) % 4);
+ACCO_HOST_DEVICE constexpr FourSplit split_in_fours(uintptr_t address, int64_t element_bytes, int64_t numel) {
+  const int64_t misaligned = static_cast<int64_t>(address) / element_bytes % 4;
   int64_t head = (4 - misaligned) % 4;
   head = head < numel ? head : numel;
   return {head, (numel - head) / 4, (numel - head) % 4};

@@ -2,22 +2,23 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The CUDA kernels, without torch. Compile with -fmad=false: ESTIMATE and COMMIT then give the same bits.
+#include <type_traits>
+
+#include "common/ranges.h"
 #include "cuda/device.h"
 #include "cuda/launch.h"
-#include "common/ranges.h"
 
 namespace acco::cuda {
 namespace {
 
 struct AdamW {
-  Factors factors;
-  bool is_taken;
+  Prepared prepared;
 
   template <class Grad, class Out, bool kWritesState>
   __device__ void operator()(float& master, float& exp_avg, float& exp_avg_sq, typename Grad::Storage grad,
                              typename Out::Storage& out) const {
-    if (is_taken) {
-      const Element now = adamw(factors, Element{master, exp_avg, exp_avg_sq}, Grad::load(grad));
+    if (prepared.is_taken) {
+      const Element now = adamw(prepared.factors, Element{master, exp_avg, exp_avg_sq}, Grad::load(grad));
       master = now.master;
       exp_avg = now.exp_avg;
       exp_avg_sq = now.exp_avg_sq;
@@ -48,6 +49,13 @@ struct Operands {
   const typename Grad::Storage* grad;
   typename Out::Storage* out;
   FourSplit split;
+  struct {
+    int master, exp_avg, exp_avg_sq, grad, out;  // of an access to fours
+  } width;
+
+  bool are_aligned_alike() const {
+    return width.exp_avg == 4 && width.exp_avg_sq == 4 && width.grad == 4 && width.out == 4;
+  }
 
   template <class Arithmetic>
   __device__ void one(const Arithmetic& arithmetic, int64_t i) const {
@@ -62,30 +70,32 @@ struct Operands {
     out[i] = weight;
   }
 
-  template <class Arithmetic>
+  template <bool kIsWide, class Arithmetic>
   __device__ void four(const Arithmetic& arithmetic, int64_t i) const {
-    Four<float> p = load_four(master + i), m = load_four(exp_avg + i), v = load_four(exp_avg_sq + i);
-    const auto g = load_four(grad + i);
+    Four<float> p = load_four(master + i, width_of<kIsWide>(width.master));
+    Four<float> m = load_four(exp_avg + i, width_of<kIsWide>(width.exp_avg));
+    Four<float> v = load_four(exp_avg_sq + i, width_of<kIsWide>(width.exp_avg_sq));
+    const auto g = load_four(grad + i, width_of<kIsWide>(width.grad));
     Four<typename Out::Storage> weight;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       arithmetic.template operator()<Grad, Out, kWritesState>(p.at[k], m.at[k], v.at[k], g.at[k], weight.at[k]);
     }
     if (kWritesState) {
-      store_four(master + i, p);
-      store_four(exp_avg + i, m);
-      store_four(exp_avg_sq + i, v);
+      store_four(master + i, width_of<kIsWide>(width.master), p);
+      store_four(exp_avg + i, width_of<kIsWide>(width.exp_avg), m);
+      store_four(exp_avg_sq + i, width_of<kIsWide>(width.exp_avg_sq), v);
     }
-    store_four(out + i, weight);
+    store_four(out + i, width_of<kIsWide>(width.out), weight);
   }
 
-  // Fours by all threads, then head and tail (all of it where nothing is aligned) one by one.
-  template <class Arithmetic>
+  // Fours by all threads, then head and tail one by one.
+  template <bool kIsWide, class Arithmetic>
   __device__ void all(const Arithmetic& arithmetic) const {
     const int64_t first = grid_first(blockIdx.x, blockDim.x, threadIdx.x);
     const int64_t stride = grid_stride(gridDim.x, blockDim.x);
     for (int64_t i = first; i < split.fours; i += stride) {
-      four(arithmetic, split.head + 4 * i);
+      four<kIsWide>(arithmetic, split.head + 4 * i);
     }
     for (int64_t i = first; i < split.head + split.tail; i += stride) {
       one(arithmetic, i < split.head ? i : i + 4 * split.fours);
@@ -93,129 +103,146 @@ struct Operands {
   }
 };
 
-template <class Grad, class Out, bool kWritesState>
+__global__ void prepare_kernel(Scalars scalars, float* next_step) {
+  const bool is_taken = *scalars.is_finite;
+  *scalars.prepared = {make_factors(scalars.hyper, *scalars.step, *scalars.grad_scale), is_taken};
+  if (next_step != nullptr && is_taken) {
+    *next_step = *scalars.step + 1.0f;
+  }
+}
+
+template <bool kIsWide, class Grad, class Out, bool kWritesState>
 __global__ void __launch_bounds__(kThreads)
-    adamw_kernel(Operands<Grad, Out, kWritesState> operands, Hyper hyper, const float* step, const float* grad_scale,
-                 const bool* is_finite) {
-  __shared__ AdamW shared;
-  if (threadIdx.x == 0) {
-    shared.factors = make_factors(hyper, *step, *grad_scale);
-    shared.is_taken = *is_finite;
-  }
-  __syncthreads();
-  const AdamW arithmetic = shared;
-  operands.all(arithmetic);
+    adamw_kernel(Operands<Grad, Out, kWritesState> operands, const Prepared* prepared) {
+  const AdamW arithmetic{*prepared};
+  operands.template all<kIsWide>(arithmetic);
 }
 
-template <class Grad, class Out, bool kWritesState>
+template <bool kIsWide, class Grad, class Out, bool kWritesState>
 __global__ void __launch_bounds__(kThreads) traffic_kernel(Operands<Grad, Out, kWritesState> operands) {
-  operands.all(Traffic{});
+  operands.template all<kIsWide>(Traffic{});
 }
 
-// After the kernel whose every block reads the old value.
-__global__ void increment_step(float* step, const bool* is_finite) {
-  if (*is_finite) {
-    *step += 1.0f;
-  }
-}
-
-// f(operands, blocks) with the dtypes as types.
+// f(operands, whether all are aligned alike, as a type, blocks) with the dtypes as types.
 template <bool kWritesState, class F>
 cudaError_t with_operands(float* master, float* exp_avg, float* exp_avg_sq, const Inputs& inputs, MutableArray out,
                           const F& f) {
   int64_t most = 0;
   const cudaError_t status = useful_blocks(&most, inputs.max_blocks);
-  if (status != cudaSuccess) {
+  if (status != cudaSuccess || inputs.numel == 0) {
     return status;
   }
   return with_format(inputs.grad.format, [&](auto grad_format) {
     return with_format(out.format, [&](auto out_format) {
       using Grad = decltype(grad_format);
       using Out = decltype(out_format);
-      Operands<Grad, Out, kWritesState> operands{master,
-                                                 exp_avg,
-                                                 exp_avg_sq,
-                                                 static_cast<const typename Grad::Storage*>(inputs.grad.data),
-                                                 static_cast<typename Out::Storage*>(out.data),
-                                                 split_in_fours(reinterpret_cast<uintptr_t>(master), inputs.numel)};
-      const int64_t head = operands.split.head;
-      const bool is_aligned = is_aligned_for_four(exp_avg, head) && is_aligned_for_four(exp_avg_sq, head) &&
-                              is_aligned_for_four(operands.grad, head) && is_aligned_for_four(operands.out, head);
-      if (!is_aligned) {
-        operands.split = {0, 0, inputs.numel};
-      }
-      const int64_t items = is_aligned ? operands.split.fours : inputs.numel;
-      f(operands, grid_blocks(items, kThreads, most));
-      return cudaGetLastError();
+      const auto* grad = static_cast<const typename Grad::Storage*>(inputs.grad.data);
+      auto* weights = static_cast<typename Out::Storage*>(out.data);
+      const FourSplit split = split_at(master, inputs.numel);
+      const int64_t head = split.head;
+      const Operands<Grad, Out, kWritesState> operands{
+          master, exp_avg, exp_avg_sq, grad, weights, split,
+          {width_at(master + head), width_at(exp_avg + head), width_at(exp_avg_sq + head), width_at(grad + head),
+           width_at(weights + head)}};
+      return with_bool(operands.are_aligned_alike(), [&](auto is_wide) {
+        f(operands, is_wide, grid_blocks(split.fours, kThreads, most));
+        return cudaGetLastError();
+      });
     });
   });
 }
 
 template <bool kWritesState>
-cudaError_t launch_adamw(float* master, float* exp_avg, float* exp_avg_sq, const float* step, const Inputs& inputs,
-                         MutableArray out, cudaStream_t stream) {
-  if (inputs.numel == 0) {
-    return cudaSuccess;
+cudaError_t launch_adamw(float* master, float* exp_avg, float* exp_avg_sq, float* next_step, const Scalars& scalars,
+                         const Inputs& inputs, MutableArray out, cudaStream_t stream) {
+  const cudaError_t status = prepare(scalars, next_step, stream);
+  if (status != cudaSuccess) {
+    return status;
   }
   return with_operands<kWritesState>(
-      master, exp_avg, exp_avg_sq, inputs, out, [&](auto operands, uint32_t blocks) {
-        adamw_kernel<<<blocks, kThreads, 0, stream>>>(operands, inputs.hyper, step, inputs.grad_scale,
-                                                      inputs.is_finite);
+      master, exp_avg, exp_avg_sq, inputs, out, [&](const auto& operands, auto is_wide, uint32_t blocks) {
+        adamw_kernel<decltype(is_wide)::value><<<blocks, kThreads, 0, stream>>>(operands, scalars.prepared);
       });
 }
 
-// Chunks, threads and fours are fixed, so the order of the additions is too, whatever the alignment and the device.
-constexpr int64_t kChunk = int64_t{1} << 15;
+// Tiles, threads and fours are fixed, and the tiles of a chunk by the number of elements alone: so is the order of the
+// additions, whatever the alignment, the grid and the device.
+constexpr int kTurns = 4;
+constexpr int kTile = kTurns * 4 * kThreads;
+constexpr int kSumsOfThread = 16;
+constexpr int64_t kMostChunks = kSumsOfThread * kThreads;
 
+int64_t chunk_numel(int64_t numel) {
+  const int64_t tiles = pieces_of(pieces_of(numel, kTile), kMostChunks);
+  return (tiles > 1 ? tiles : 1) * kTile;
+}
+
+// The sum, in the first thread.
 __device__ double sum_over_block(double value) {
-  __shared__ double values[kThreads];
-  values[threadIdx.x] = value;
-  __syncthreads();
-  for (uint32_t half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) {
-      values[threadIdx.x] += values[threadIdx.x + half];
-    }
-    __syncthreads();
+  __shared__ double of_warps[kThreads / kWarp];
+#pragma unroll
+  for (uint32_t half = kWarp / 2; half > 0; half /= 2) {
+    value += __shfl_down_sync(0xffffffffu, value, half);
   }
-  const double total = values[0];
+  if (threadIdx.x % kWarp == 0) {
+    of_warps[threadIdx.x / kWarp] = value;
+  }
+  __syncthreads();
+  double total = 0.0;
+  if (threadIdx.x == 0) {
+    for (const double of_warp : of_warps) {
+      total += of_warp;
+    }
+  }
   __syncthreads();  // before the next chunk overwrites them
   return total;
 }
 
-template <class Source>
+template <bool kIsWide, class Source>
 __global__ void __launch_bounds__(kThreads)
-    square_kernel(const typename Source::Storage* values, int64_t numel, bool is_aligned, double* sums) {
-  const int64_t chunks = pieces_of(numel, kChunk);
+    square_kernel(const typename Source::Storage* values, int64_t numel, int64_t chunk_numel, int width, double* sums) {
+  const int64_t chunks = pieces_of(numel, chunk_numel);
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    const int64_t begin = chunk * kChunk;
-    const int64_t end = numel - begin < kChunk ? numel : begin + kChunk;
-    double sum = 0.0;
-    for (int64_t i = begin + 4 * static_cast<int64_t>(threadIdx.x); i < end; i += 4 * kThreads) {
-      if (is_aligned && i + 4 <= end) {
-        const auto four = load_four(values + i);
+    const int64_t end = chunk + 1 < chunks ? (chunk + 1) * chunk_numel : numel;
+    double sum[4] = {};
+    for (int64_t tile = chunk * chunk_numel; tile < end; tile += kTile) {
+      const int count = static_cast<int>(end - tile < kTile ? end - tile : kTile);
+      Four<typename Source::Storage> fours[kTurns];
+      const auto load = [&](auto numel_here) {
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+          const int first = 4 * static_cast<int>(turn * kThreads + threadIdx.x);
+          fours[turn] = load_up_to_four(values + tile, first, numel_here, width_of<kIsWide>(width));
+        }
+      };
+      with_count<kTile>(count, load);
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          const double value = Source::load(four.at[k]);
-          sum += value * value;
-        }
-      } else {
-        for (int64_t k = i; k < end && k < i + 4; ++k) {
-          const double value = Source::load(values[k]);
-          sum += value * value;
+          const double value = Source::load(fours[turn].at[k]);
+          sum[k] = fma(value, value, sum[k]);  // the square is exact
         }
       }
     }
-    sum = sum_over_block(sum);
+    const double of_chunk = sum_over_block((sum[0] + sum[1]) + (sum[2] + sum[3]));
     if (threadIdx.x == 0) {
-      sums[chunk] = sum;
+      sums[chunk] = of_chunk;
     }
   }
 }
 
-__global__ void __launch_bounds__(kThreads) total_kernel(const double* sums, int64_t count, double* total) {
+__global__ void __launch_bounds__(kThreads) total_kernel(const double* sums, int count, double* total) {
+  double of_thread[kSumsOfThread];
+#pragma unroll
+  for (int i = 0; i < kSumsOfThread; ++i) {
+    const int at = i * static_cast<int>(kThreads) + static_cast<int>(threadIdx.x);
+    of_thread[i] = at < count ? sums[at] : 0.0;
+  }
   double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-    sum += sums[i];
+#pragma unroll
+  for (int i = 0; i < kSumsOfThread; ++i) {
+    sum += of_thread[i];
   }
   sum = sum_over_block(sum);
   if (threadIdx.x == 0) {
@@ -223,25 +250,27 @@ __global__ void __launch_bounds__(kThreads) total_kernel(const double* sums, int
   }
 }
 
-template <class Source, class Target>
+template <bool kIsWide, class Source, class Target>
 __global__ void __launch_bounds__(kThreads)
-    pack_kernel(typename Source::Storage* source, typename Target::Storage* target, int64_t numel, int64_t fours,
-                float scale, bool clears) {
+    pack_kernel(typename Source::Storage* source, typename Target::Storage* target, FourSplit split, int source_width,
+                int target_width, float scale, bool clears) {
   const int64_t first = grid_first(blockIdx.x, blockDim.x, threadIdx.x);
   const int64_t stride = grid_stride(gridDim.x, blockDim.x);
-  for (int64_t i = first; i < fours; i += stride) {
-    const auto from = load_four(source + 4 * i);
+  for (int64_t four = first; four < split.fours; four += stride) {
+    const int64_t i = split.head + 4 * four;
+    const auto from = load_four(source + i, width_of<kIsWide>(source_width));
     Four<typename Target::Storage> to;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       to.at[k] = Target::store(Source::load(from.at[k]) * scale);
     }
-    store_four(target + 4 * i, to);
+    store_four(target + i, width_of<kIsWide>(target_width), to);
     if (clears) {
-      store_four(source + 4 * i, Four<typename Source::Storage>{});
+      store_four(source + i, width_of<kIsWide>(source_width), Four<typename Source::Storage>{});
     }
   }
-  for (int64_t i = 4 * fours + first; i < numel; i += stride) {
+  for (int64_t one = first; one < split.head + split.tail; one += stride) {
+    const int64_t i = one < split.head ? one : one + 4 * split.fours;
     target[i] = Target::store(Source::load(source[i]) * scale);
     if (clears) {
       source[i] = 0;
@@ -251,53 +280,53 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t launch_estimate(const float* master, const float* exp_avg, const float* exp_avg_sq, const float* step,
-                            const Inputs& inputs, MutableArray out, cudaStream_t stream) {
-  return launch_adamw<false>(const_cast<float*>(master), const_cast<float*>(exp_avg), const_cast<float*>(exp_avg_sq),
-                             step, inputs, out, stream);
+cudaError_t prepare(const Scalars& scalars, float* next_step, cudaStream_t stream) {
+  prepare_kernel<<<1, 1, 0, stream>>>(scalars, next_step);
+  return cudaGetLastError();
 }
 
-cudaError_t launch_commit(float* master, float* exp_avg, float* exp_avg_sq, float* step, const Inputs& inputs,
-                          MutableArray out, cudaStream_t stream) {
-  const cudaError_t status = launch_adamw<true>(master, exp_avg, exp_avg_sq, step, inputs, out, stream);
-  if (status != cudaSuccess) {
-    return status;
-  }
-  increment_step<<<1, 1, 0, stream>>>(step, inputs.is_finite);
-  return cudaGetLastError();
+cudaError_t launch_estimate(const float* master, const float* exp_avg, const float* exp_avg_sq, const Scalars& scalars,
+                            const Inputs& inputs, MutableArray out, cudaStream_t stream) {
+  return launch_adamw<false>(const_cast<float*>(master), const_cast<float*>(exp_avg), const_cast<float*>(exp_avg_sq),
+                             nullptr, scalars, inputs, out, stream);
+}
+
+cudaError_t launch_commit(float* master, float* exp_avg, float* exp_avg_sq, float* step, const Scalars& scalars,
+                          const Inputs& inputs, MutableArray out, cudaStream_t stream) {
+  return launch_adamw<true>(master, exp_avg, exp_avg_sq, step, scalars, inputs, out, stream);
 }
 
 cudaError_t launch_traffic(float* master, float* exp_avg, float* exp_avg_sq, const Inputs& inputs, MutableArray out,
                            bool writes_state, cudaStream_t stream) {
-  if (inputs.numel == 0) {
-    return cudaSuccess;
-  }
-  const auto launch = [&](auto operands, uint32_t blocks) {
-    traffic_kernel<<<blocks, kThreads, 0, stream>>>(operands);
+  const auto launch = [&](const auto& operands, auto is_wide, uint32_t blocks) {
+    traffic_kernel<decltype(is_wide)::value><<<blocks, kThreads, 0, stream>>>(operands);
   };
   return writes_state ? with_operands<true>(master, exp_avg, exp_avg_sq, inputs, out, launch)
                       : with_operands<false>(master, exp_avg, exp_avg_sq, inputs, out, launch);
 }
 
-int64_t sum_blocks(int64_t numel) { return pieces_of(numel, kChunk); }
+int64_t sum_chunks(int64_t numel) { return pieces_of(numel, chunk_numel(numel)); }
 
 cudaError_t launch_sum_of_squares(Array values, int64_t numel, double* sums, double* total, cudaStream_t stream) {
   int64_t most = 0;
   cudaError_t status = useful_blocks(&most);
-  const int64_t chunks = sum_blocks(numel);
+  const int64_t chunks = sum_chunks(numel);
   if (status == cudaSuccess && chunks > 0) {
     status = with_format(values.format, [&](auto format) {
       using Source = decltype(format);
       const auto* data = static_cast<const typename Source::Storage*>(values.data);
-      square_kernel<Source><<<grid_blocks(chunks, 1, most), kThreads, 0, stream>>>(
-          data, numel, is_aligned_for_four(data, 0), sums);
-      return cudaGetLastError();
+      const int width = width_at(data);
+      return with_bool(width == 4, [&](auto is_wide) {
+        square_kernel<decltype(is_wide)::value, Source><<<grid_blocks(chunks, 1, most), kThreads, 0, stream>>>(
+            data, numel, chunk_numel(numel), width, chunks == 1 ? total : sums);
+        return cudaGetLastError();
+      });
     });
   }
-  if (status != cudaSuccess) {
+  if (status != cudaSuccess || chunks == 1) {
     return status;
   }
-  total_kernel<<<1, kThreads, 0, stream>>>(sums, chunks, total);
+  total_kernel<<<1, kThreads, 0, stream>>>(sums, static_cast<int>(chunks), total);
   return cudaGetLastError();
 }
 
@@ -314,11 +343,14 @@ cudaError_t launch_pack(MutableArray grads, MutableArray packed, int64_t numel, 
       using Target = decltype(target_format);
       auto* source = static_cast<typename Source::Storage*>(grads.data);
       auto* target = static_cast<typename Target::Storage*>(packed.data);
-      const bool is_aligned = is_aligned_for_four(source, 0) && is_aligned_for_four(target, 0);
-      const int64_t fours = is_aligned ? numel / 4 : 0;
-      pack_kernel<Source, Target><<<grid_blocks(is_aligned ? fours : numel, kThreads, most), kThreads, 0, stream>>>(
-          source, target, numel, fours, scale, clears);
-      return cudaGetLastError();
+      const FourSplit split = split_at(source, numel);
+      const int from = width_at(source + split.head), to = width_at(target + split.head);
+      return with_bool(from == 4 && to == 4, [&](auto is_wide) {
+        pack_kernel<decltype(is_wide)::value, Source, Target><<<grid_blocks(split.fours, kThreads, most), kThreads, 0,
+                                                                stream>>>(source, target, split, from, to, scale,
+                                                                          clears);
+        return cudaGetLastError();
+      });
     });
   });
 }

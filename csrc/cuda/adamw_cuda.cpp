@@ -21,11 +21,11 @@ void adamw_estimate(const at::Tensor& master, const at::Tensor& exp_avg, const a
                     at::Tensor out, int64_t max_blocks) {
   check_update(master, exp_avg, exp_avg_sq, step, grad, grad_scale, is_finite, out);
   const c10::cuda::CUDAGuard guard(master.device());
+  const at::Tensor room = room_for<Prepared>(master);
   C10_CUDA_CHECK(launch_estimate(
       master.const_data_ptr<float>(), exp_avg.const_data_ptr<float>(), exp_avg_sq.const_data_ptr<float>(),
-      step.const_data_ptr<float>(),
-      inputs_of(Hyper{lr, beta1, beta2, eps, weight_decay}, grad, grad_scale, is_finite, max_blocks), write(out),
-      c10::cuda::getCurrentCUDAStream()));
+      scalars_of(Hyper{lr, beta1, beta2, eps, weight_decay}, step, grad_scale, is_finite, room),
+      {read(grad), grad.numel(), max_blocks}, write(out), c10::cuda::getCurrentCUDAStream()));
 }
 
 void adamw_commit(at::Tensor master, at::Tensor exp_avg, at::Tensor exp_avg_sq, at::Tensor step, const at::Tensor& grad,
@@ -33,18 +33,19 @@ void adamw_commit(at::Tensor master, at::Tensor exp_avg, at::Tensor exp_avg_sq, 
                   double eps, double weight_decay, at::Tensor out, int64_t max_blocks) {
   check_update(master, exp_avg, exp_avg_sq, step, grad, grad_scale, is_finite, out);
   const c10::cuda::CUDAGuard guard(master.device());
+  const at::Tensor room = room_for<Prepared>(master);
   C10_CUDA_CHECK(launch_commit(
       master.mutable_data_ptr<float>(), exp_avg.mutable_data_ptr<float>(), exp_avg_sq.mutable_data_ptr<float>(),
       step.mutable_data_ptr<float>(),
-      inputs_of(Hyper{lr, beta1, beta2, eps, weight_decay}, grad, grad_scale, is_finite, max_blocks), write(out),
-      c10::cuda::getCurrentCUDAStream()));
+      scalars_of(Hyper{lr, beta1, beta2, eps, weight_decay}, step, grad_scale, is_finite, room),
+      {read(grad), grad.numel(), max_blocks}, write(out), c10::cuda::getCurrentCUDAStream()));
 }
 
 at::Tensor grad_sumsq(const at::Tensor& grad) {
   check_flat(grad, grad, "grad");
   const c10::cuda::CUDAGuard guard(grad.device());
   const auto options = grad.options().dtype(at::kDouble);
-  const at::Tensor sums = at::empty({sum_blocks(grad.numel())}, options);
+  const at::Tensor sums = at::empty({sum_chunks(grad.numel())}, options);
   at::Tensor total = at::empty({}, options);
   C10_CUDA_CHECK(launch_sum_of_squares(read(grad), grad.numel(), sums.mutable_data_ptr<double>(),
                                        total.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream()));
@@ -66,7 +67,7 @@ void traffic(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tens
   const auto pointer = [&](const at::Tensor& state) {
     return writes_state ? state.mutable_data_ptr<float>() : const_cast<float*>(state.const_data_ptr<float>());
   };
-  const Inputs inputs{Hyper{}, read(grad), nullptr, nullptr, grad.numel(), 0};
+  const Inputs inputs{read(grad), grad.numel(), 0};
   C10_CUDA_CHECK(launch_traffic(pointer(master), pointer(exp_avg), pointer(exp_avg_sq), inputs, write(out),
                                 writes_state, c10::cuda::getCurrentCUDAStream()));
 }

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "common/adamw.h"
+#include "common/local_prediction.h"
 
 namespace acco::cuda {
 
@@ -24,34 +25,47 @@ struct MutableArray {
   Format format;
 };
 
-// What both rounds read. The 0-dim values lie on the device, so that the host need not know them.
+// What both rounds read, element by element.
 struct Inputs {
-  Hyper hyper;
   Array grad;
-  const float* grad_scale;
-  const bool* is_finite;
   int64_t numel;
   int64_t max_blocks;  // at most so many thread blocks: leaves multiprocessors to others; 0: as many as are useful
 };
 
-cudaError_t launch_estimate(const float* master, const float* exp_avg, const float* exp_avg_sq, const float* step,
+// The 0-dim values of an update, which lie on the device, so that the host need not know them, and room on the device
+// for what the launch makes of them once for all elements.
+struct Prepared {
+  Factors factors;
+  bool is_taken;
+};
+
+struct Scalars {
+  Hyper hyper;
+  const float* step;
+  const float* grad_scale;
+  const bool* is_finite;
+  Prepared* prepared;
+};
+
+cudaError_t launch_estimate(const float* master, const float* exp_avg, const float* exp_avg_sq, const Scalars& scalars,
                             const Inputs& inputs, MutableArray out, cudaStream_t stream);
 
-cudaError_t launch_commit(float* master, float* exp_avg, float* exp_avg_sq, float* step, const Inputs& inputs,
-                          MutableArray out, cudaStream_t stream);
+// `step` is that of `scalars`, to be counted on.
+cudaError_t launch_commit(float* master, float* exp_avg, float* exp_avg_sq, float* step, const Scalars& scalars,
+                          const Inputs& inputs, MutableArray out, cudaStream_t stream);
 
-// The same reads and writes without arithmetic, for benchmarks; inputs' hyper, grad_scale and is_finite are not read.
+// The same reads and writes without arithmetic, for benchmarks.
 cudaError_t launch_traffic(float* master, float* exp_avg, float* exp_avg_sq, const Inputs& inputs, MutableArray out,
                            bool writes_state, cudaStream_t stream);
 
-// `sums` has room for sum_blocks(numel) doubles, `total` for one. The order of the additions is fixed.
-int64_t sum_blocks(int64_t numel);
+// `sums` has room for sum_chunks(numel) doubles, `total` for one. The order of the additions is fixed.
+int64_t sum_chunks(int64_t numel);
 cudaError_t launch_sum_of_squares(Array values, int64_t numel, double* sums, double* total, cudaStream_t stream);
 
 cudaError_t launch_pack(MutableArray grads, MutableArray packed, int64_t numel, float scale, bool clears,
                         cudaStream_t stream);
 
-// The quantised estimate; `bits` is 4 or 8, and records may begin at any address.
+// The quantised estimate; `bits` is 4 or 8.
 cudaError_t launch_quantize(Array values, int64_t numel, float scale, uint8_t* records, int bits, cudaStream_t stream);
 
 // `messages` lies on the host and may be freed after the call.
@@ -59,7 +73,7 @@ cudaError_t launch_dequantize_sum(const uint8_t* const* messages, int64_t messag
                                   int bits, cudaStream_t stream);
 
 cudaError_t launch_estimate_change(const float* master, const float* exp_avg, const float* exp_avg_sq,
-                                   const float* step, const Inputs& inputs, Array live, uint8_t* records, int bits,
+                                   const Scalars& scalars, const Inputs& inputs, Array live, uint8_t* records, int bits,
                                    cudaStream_t stream);
 
 cudaError_t launch_add_change(const uint8_t* records, const bool* is_added, MutableArray live, int64_t numel, int bits,
@@ -80,6 +94,14 @@ struct Prediction {
   int64_t numel, shard_numel;
 };
 
-cudaError_t launch_predict_locally(const Prediction& operands, const Hyper& hyper, cudaStream_t stream);
+// What a prediction has of its 0-dim values: room for it on the device, which the launch fills.
+struct PreparedLocally {
+  LocalFactors factors;
+  float grad_scale;
+  bool has_gradient;
+};
+
+cudaError_t launch_predict_locally(const Prediction& operands, const Hyper& hyper, PreparedLocally* prepared,
+                                   cudaStream_t stream);
 
 }  // namespace acco::cuda

@@ -40,7 +40,8 @@ void predict_locally(const at::Tensor& newest, at::Tensor before, const at::Tens
                             is_finite.const_data_ptr<bool>(),
                             newest.numel(),
                             shard_numel};
-  C10_CUDA_CHECK(launch_predict_locally(operands, Hyper{lr, beta1, beta2, 0.0, 0.0},
+  const at::Tensor room = room_for<PreparedLocally>(newest);
+  C10_CUDA_CHECK(launch_predict_locally(operands, Hyper{lr, beta1, beta2, 0.0, 0.0}, in_room<PreparedLocally>(room),
                                         c10::cuda::getCurrentCUDAStream()));
 }
 

@@ -19,10 +19,21 @@ inline Format format_of(const at::Tensor& tensor) {
 inline Array read(const at::Tensor& tensor) { return {tensor.const_data_ptr(), format_of(tensor)}; }
 inline MutableArray write(const at::Tensor& tensor) { return {tensor.mutable_data_ptr(), format_of(tensor)}; }
 
-inline Inputs inputs_of(const Hyper& hyper, const at::Tensor& grad, const at::Tensor& grad_scale,
-                        const at::Tensor& is_finite, int64_t max_blocks) {
-  return {hyper,        read(grad), grad_scale.const_data_ptr<float>(), is_finite.const_data_ptr<bool>(),
-          grad.numel(), max_blocks};
+// Room on the device for a T. The allocator gives it to others in the order of this stream.
+template <class T>
+at::Tensor room_for(const at::Tensor& like) {
+  return at::empty({static_cast<int64_t>(sizeof(T))}, like.options().dtype(at::kByte));
+}
+
+template <class T>
+T* in_room(const at::Tensor& room) {
+  return reinterpret_cast<T*>(room.mutable_data_ptr<uint8_t>());
+}
+
+inline Scalars scalars_of(const Hyper& hyper, const at::Tensor& step, const at::Tensor& grad_scale,
+                          const at::Tensor& is_finite, const at::Tensor& room) {
+  return {hyper, step.const_data_ptr<float>(), grad_scale.const_data_ptr<float>(), is_finite.const_data_ptr<bool>(),
+          in_room<Prepared>(room)};
 }
 
 }  // namespace acco::cuda

@@ -5,6 +5,8 @@
 // Compile with -fmad=false, exact division and subnormals, which are nvcc's defaults: records then have the CPU's bits.
 #include "common/quantize.h"
 
+#include <type_traits>
+
 #include "cuda/device.h"
 #include "cuda/launch.h"
 #include "common/ranges.h"
@@ -12,52 +14,63 @@
 namespace acco::cuda {
 namespace {
 
-constexpr uint32_t kWarp = 32;
 constexpr int kTurns = 2;
 static_assert(kRecordNumel == kTurns * 4 * kWarp && kThreads % kWarp == 0, "");
 
-// f(first element, its number of elements, its first byte) for every record of this warp.
-template <class F>
-__device__ void for_records(int64_t numel, int bits, const F& f) {
+// f(first element, its number of elements, its first byte) for every record of this warp; the number as in with_count.
+template <int kBits, class F>
+__device__ void for_records(int64_t numel, const F& f) {
   const int64_t records = pieces_of(numel, kRecordNumel);
   const int64_t stride = grid_stride(gridDim.x, blockDim.x) / kWarp;
   for (int64_t record = grid_first(blockIdx.x, blockDim.x, threadIdx.x) / kWarp; record < records; record += stride) {
     const int64_t at = record * kRecordNumel;
-    f(at, static_cast<int>(record_numel(at, numel)), record * record_bytes(bits));
+    with_count<kRecordNumel>(static_cast<int>(record_numel(at, numel)),
+                             [&](auto count) { f(at, count, record * record_bytes(kBits)); });
   }
 }
 
 // The first of the lane's four elements in that turn, counted from the record's first.
 __device__ int first_of_four(int turn) { return 4 * static_cast<int>(turn * kWarp + threadIdx.x % kWarp); }
 
-// Those of four elements that lie below `count`; the others are 0.
-template <class T>
-__device__ Four<T> load_up_to_four(const T* block, int first, int count, bool is_aligned) {
-  if (is_aligned && first + 4 <= count) {
-    return load_four(block + first);
+// Four levels, the first in the lowest bits. A record begins at an even address, and so do four of its levels.
+template <int kBits>
+__device__ uint32_t load_levels(const uint8_t* record, int first, int count) {
+  const uint8_t* packed = record + kScaleBytes + level_bytes(first, kBits);
+  if (first + 4 <= count) {
+    const auto* halves = reinterpret_cast<const uint16_t*>(packed);
+    return kBits == 4 ? halves[0] : halves[0] | static_cast<uint32_t>(halves[1]) << 16;
   }
-  Four<T> values{};
+  uint32_t levels = 0;
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    if (first + k < count) {
-      values.at[k] = block[first + k];
+  for (int k = 0; k < kBits / 2; ++k) {
+    if (first + k * (8 / kBits) < count) {
+      levels |= static_cast<uint32_t>(packed[k]) << (8 * k);
     }
   }
-  return values;
+  return levels;
 }
 
-template <class T>
-__device__ void store_up_to_four(T* block, int first, int count, bool is_aligned, const Four<T>& values) {
-  if (is_aligned && first + 4 <= count) {
-    store_four(block + first, values);
+template <int kBits>
+__device__ void store_levels(uint8_t* record, int first, int count, uint32_t levels) {
+  uint8_t* packed = record + kScaleBytes + level_bytes(first, kBits);
+  if (first + 4 <= count) {
+    auto* halves = reinterpret_cast<uint16_t*>(packed);
+    halves[0] = static_cast<uint16_t>(levels);
+    if (kBits == 8) {
+      halves[1] = static_cast<uint16_t>(levels >> 16);
+    }
     return;
   }
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    if (first + k < count) {
-      block[first + k] = values.at[k];
+  for (int k = 0; k < kBits / 2; ++k) {
+    if (first + k * (8 / kBits) < count) {
+      packed[k] = static_cast<uint8_t>(levels >> (8 * k));
     }
   }
+}
+
+__device__ float load_scale_value(const uint8_t* record) {
+  return value_of_scale(*reinterpret_cast<const uint16_t*>(record));
 }
 
 __device__ int32_t max_over_warp(int32_t value) {
@@ -69,8 +82,24 @@ __device__ int32_t max_over_warp(int32_t value) {
   return value;
 }
 
+// The levels of the lane's elements, make(element) each, as they lie in the record.
+template <int kBits, class F>
+__device__ void store_all_levels(uint8_t* record, int count, const F& make) {
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    uint32_t levels = 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint32_t level = make(turn, k);
+      levels |= (level & ((1u << kBits) - 1)) << (kBits * k);
+    }
+    store_levels<kBits>(record, first_of_four(turn), count, levels);
+  }
+}
+
 // By all lanes of a warp, each with its elements of the block, which are 0 from `count` on.
-__device__ void encode_record(const Four<float> (&values)[kTurns], uint8_t* record, int bits, int count) {
+template <int kBits>
+__device__ void encode_record(const Four<float> (&values)[kTurns], uint8_t* record, int count) {
   int32_t largest = 0;
 #pragma unroll
   for (int turn = 0; turn < kTurns; ++turn) {
@@ -80,65 +109,38 @@ __device__ void encode_record(const Four<float> (&values)[kTurns], uint8_t* reco
       largest = magnitude > largest ? magnitude : largest;
     }
   }
-  const uint16_t scale_bits = make_scale(max_over_warp(largest), bits);
+  const uint16_t scale_bits = make_scale(max_over_warp(largest), kBits);
   const float scale = value_of_scale(scale_bits);
-  const bool is_zero = !has_levels(scale_bits);
   if (threadIdx.x % kWarp == 0) {
-    store_scale(record, scale_bits);
+    *reinterpret_cast<uint16_t*>(record) = scale_bits;
   }
-#pragma unroll
-  for (int turn = 0; turn < kTurns; ++turn) {
-    const int first = first_of_four(turn);
-    uint8_t levels[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      levels[k] = is_zero ? uint8_t{0} : make_level(values[turn].at[k], scale);
-    }
-    uint8_t* packed = record + kScaleBytes + level_bytes(first, bits);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (bits == 8 && first + k < count) {
-        packed[k] = levels[k];
-      } else if (bits == 4 && k % 2 == 0 && first + k < count) {
-        packed[k / 2] = pack_levels(levels[k], levels[k + 1]);
-      }
-    }
+  // The same way for all lanes.
+  if (has_reciprocal(scale_bits)) {
+    const float reciprocal = 1.0f / scale;
+    store_all_levels<kBits>(record, count,
+                            [&](int turn, int k) { return make_level(values[turn].at[k], scale, reciprocal); });
+  } else if (has_levels(scale_bits)) {
+    store_all_levels<kBits>(record, count, [&](int turn, int k) { return make_level(values[turn].at[k], scale); });
+  } else {
+    store_all_levels<kBits>(record, count, [](int, int) { return uint8_t{0}; });
   }
 }
 
-// Those of the record's values that begin with `first` and lie below `count`; the others are 0.
-__device__ Four<float> decode_four(const uint8_t* record, int bits, int first, int count) {
-  const float scale = value_of_scale(load_scale(record));
-  const uint8_t* packed = record + kScaleBytes + level_bytes(first, bits);
-  Four<float> values{};
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    if (first + k < count) {
-      const int8_t level = bits == 8    ? static_cast<int8_t>(packed[k])
-                           : k % 2 == 0 ? even_level(packed[k / 2])
-                                        : odd_level(packed[k / 2]);
-      values.at[k] = static_cast<float>(level) * scale;
-    }
-  }
-  return values;
-}
-
-template <class Source>
+template <bool kIsWide, class Source, int kBits>
 __global__ void __launch_bounds__(kThreads)
-    quantize_kernel(const typename Source::Storage* values, int64_t numel, bool is_aligned, float scale,
-                    uint8_t* records, int bits) {
-  for_records(numel, bits, [&](int64_t at, int count, int64_t byte) {
+    quantize_kernel(const typename Source::Storage* values, int64_t numel, int width, float scale, uint8_t* records) {
+  for_records<kBits>(numel, [&](int64_t at, auto count, int64_t byte) {
     Four<float> products[kTurns];
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
-      const auto four = load_up_to_four(values + at, first_of_four(turn), count, is_aligned);
+      const auto four = load_up_to_four(values + at, first_of_four(turn), count, width_of<kIsWide>(width));
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         // What is not there stays 0, whatever the scale is.
         products[turn].at[k] = first_of_four(turn) + k < count ? Source::load(four.at[k]) * scale : 0.0f;
       }
     }
-    encode_record(products, records + byte, bits, count);
+    encode_record<kBits>(products, records + byte, count);
   });
 }
 
@@ -150,22 +152,54 @@ struct Messages {
   int count;
 };
 
-__global__ void __launch_bounds__(kThreads)
-    dequantize_sum_kernel(Messages messages, float* total, int64_t numel, bool is_aligned, int bits, bool adds) {
-  for_records(numel, bits, [&](int64_t at, int count, int64_t byte) {
+// sum <- sum + what the lane has of the record that begins with byte `byte`, in the order of the messages. What it has
+// of `kAtOnce` of them is loaded before any of it is used.
+template <int kBits, int kAtOnce>
+__device__ void add_records(Four<float> (&sum)[kTurns], const Messages& messages, int64_t byte, int count) {
+  for (int begin = 0; begin < messages.count; begin += kAtOnce) {
+    float scales[kAtOnce];
+    uint32_t levels[kAtOnce][kTurns];
 #pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn) {
-      const int first = first_of_four(turn);
-      Four<float> sum = adds ? load_up_to_four(total + at, first, count, is_aligned)
-                             : decode_four(messages.at[0] + byte, bits, first, count);
-      for (int message = adds ? 0 : 1; message < messages.count; ++message) {
-        const Four<float> values = decode_four(messages.at[message] + byte, bits, first, count);
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (begin + i < messages.count) {
+        const uint8_t* record = messages.at[begin + i] + byte;
+        scales[i] = load_scale_value(record);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          sum.at[k] += values.at[k];
+        for (int turn = 0; turn < kTurns; ++turn) {
+          levels[i][turn] = load_levels<kBits>(record, first_of_four(turn), count);
         }
       }
-      store_up_to_four(total + at, first, count, is_aligned, sum);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (begin + i < messages.count) {
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            sum[turn].at[k] += value_of_level<kBits>(levels[i][turn], k) * scales[i];
+          }
+        }
+      }
+    }
+  }
+}
+
+template <int kBits>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_sum_kernel(Messages messages, float* total, int64_t numel, int width, bool adds) {
+  for_records<kBits>(numel, [&](int64_t at, auto count, int64_t byte) {
+    Four<float> sum[kTurns];
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      // -0 and a value is that value, the sign of a zero included.
+      sum[turn] = adds ? load_up_to_four(total + at, first_of_four(turn), count, width)
+                       : Four<float>{-0.0f, -0.0f, -0.0f, -0.0f};
+    }
+    add_records<kBits, std::is_same<decltype(count), int>::value ? 1 : 4>(sum, messages, byte, count);
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      store_up_to_four(total + at, first_of_four(turn), count, width, sum[turn]);
     }
   });
 }
@@ -178,14 +212,21 @@ struct ChangeOperands {
   const typename Grad::Storage* grad;
   const typename Live::Storage* live;
   int64_t numel;
-  bool is_aligned;
+  struct {
+    int master, exp_avg, exp_avg_sq, grad, live;
+  } width;
 
+  bool are_aligned_alike() const {
+    return width.master == 4 && width.exp_avg == 4 && width.exp_avg_sq == 4 && width.grad == 4 && width.live == 4;
+  }
+
+  template <bool kIsWide>
   __device__ Four<float> four(const Factors& factors, int64_t at, int first, int count) const {
-    const auto p = load_up_to_four(master + at, first, count, is_aligned);
-    const auto m = load_up_to_four(exp_avg + at, first, count, is_aligned);
-    const auto v = load_up_to_four(exp_avg_sq + at, first, count, is_aligned);
-    const auto g = load_up_to_four(grad + at, first, count, is_aligned);
-    const auto w = load_up_to_four(live + at, first, count, is_aligned);
+    const auto p = load_up_to_four(master + at, first, count, width_of<kIsWide>(width.master));
+    const auto m = load_up_to_four(exp_avg + at, first, count, width_of<kIsWide>(width.exp_avg));
+    const auto v = load_up_to_four(exp_avg_sq + at, first, count, width_of<kIsWide>(width.exp_avg_sq));
+    const auto g = load_up_to_four(grad + at, first, count, width_of<kIsWide>(width.grad));
+    const auto w = load_up_to_four(live + at, first, count, width_of<kIsWide>(width.live));
     Four<float> change;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -197,49 +238,55 @@ struct ChangeOperands {
   }
 };
 
-template <class Grad, class Live>
+template <bool kIsWide, class Grad, class Live, int kBits>
 __global__ void __launch_bounds__(kThreads)
-    estimate_change_kernel(ChangeOperands<Grad, Live> operands, Hyper hyper, const float* step,
-                           const float* grad_scale, const bool* is_finite, uint8_t* records, int bits) {
-  __shared__ Factors shared;
-  if (threadIdx.x == 0) {
-    shared = make_factors(hyper, *step, *grad_scale);
-  }
-  __syncthreads();
-  const Factors factors = shared;
-  const bool is_taken = *is_finite;
-  for_records(operands.numel, bits, [&](int64_t at, int count, int64_t byte) {
+    estimate_change_kernel(ChangeOperands<Grad, Live> operands, const Prepared* prepared, uint8_t* records) {
+  const Factors factors = prepared->factors;
+  const bool is_taken = prepared->is_taken;
+  for_records<kBits>(operands.numel, [&](int64_t at, auto count, int64_t byte) {
     Four<float> changes[kTurns]{};
     if (is_taken) {
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
-        changes[turn] = operands.four(factors, at, first_of_four(turn), count);
+        changes[turn] = operands.template four<kIsWide>(factors, at, first_of_four(turn), count);
       }
     }
-    encode_record(changes, records + byte, bits, count);
+    encode_record<kBits>(changes, records + byte, count);
   });
 }
 
-template <class Live>
+template <bool kIsWide, class Live, int kBits>
 __global__ void __launch_bounds__(kThreads)
     add_change_kernel(const uint8_t* records, const bool* is_added, typename Live::Storage* live, int64_t numel,
-                      bool is_aligned, int bits) {
+                      int width) {
   if (!*is_added) {
     return;
   }
-  for_records(numel, bits, [&](int64_t at, int count, int64_t byte) {
+  for_records<kBits>(numel, [&](int64_t at, auto count, int64_t byte) {
+    const float scale = load_scale_value(records + byte);
+    uint32_t levels[kTurns];
+    Four<typename Live::Storage> weights[kTurns];
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
-      const int first = first_of_four(turn);
-      auto weights = load_up_to_four(live + at, first, count, is_aligned);
-      const Four<float> values = decode_four(records + byte, bits, first, count);
+      levels[turn] = load_levels<kBits>(records + byte, first_of_four(turn), count);
+      weights[turn] = load_up_to_four(live + at, first_of_four(turn), count, width_of<kIsWide>(width));
+    }
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        weights.at[k] = Live::store(Live::load(weights.at[k]) + values.at[k]);
+        typename Live::Storage& weight = weights[turn].at[k];
+        weight = Live::store(Live::load(weight) + value_of_level<kBits>(levels[turn], k) * scale);
       }
-      store_up_to_four(live + at, first, count, is_aligned, weights);
+      store_up_to_four(live + at, first_of_four(turn), count, width_of<kIsWide>(width), weights[turn]);
     }
   });
+}
+
+// f(an integral constant): the number of bits becomes a part of the type.
+template <class F>
+cudaError_t with_bits(int bits, const F& f) {
+  return bits == 8 ? f(std::integral_constant<int, 8>{}) : f(std::integral_constant<int, 4>{});
 }
 
 // f(blocks) with enough of them for a warp per record.
@@ -258,11 +305,17 @@ cudaError_t with_record_grid(int64_t numel, int64_t max_blocks, const F& f) {
 cudaError_t launch_quantize(Array values, int64_t numel, float scale, uint8_t* records, int bits, cudaStream_t stream) {
   return with_record_grid(numel, 0, [&](uint32_t blocks) {
     return with_format(values.format, [&](auto format) {
-      using Source = decltype(format);
-      const auto* data = static_cast<const typename Source::Storage*>(values.data);
-      quantize_kernel<Source><<<blocks, kThreads, 0, stream>>>(data, numel, is_aligned_for_four(data, 0), scale,
-                                                               records, bits);
-      return cudaGetLastError();
+      return with_bits(bits, [&](auto of_level) {
+        using Source = decltype(format);
+        constexpr int kBits = decltype(of_level)::value;
+        const auto* data = static_cast<const typename Source::Storage*>(values.data);
+        const int width = width_at(data);
+        return with_bool(width == 4, [&](auto is_wide) {
+          quantize_kernel<decltype(is_wide)::value, Source, kBits><<<blocks, kThreads, 0, stream>>>(data, numel, width,
+                                                                                                    scale, records);
+          return cudaGetLastError();
+        });
+      });
     });
   });
 }
@@ -270,45 +323,56 @@ cudaError_t launch_quantize(Array values, int64_t numel, float scale, uint8_t* r
 cudaError_t launch_dequantize_sum(const uint8_t* const* messages, int64_t message_count, float* total, int64_t numel,
                                   int bits, cudaStream_t stream) {
   return with_record_grid(numel, 0, [&](uint32_t blocks) {
-    for (int64_t done = 0; done < message_count; done += kMostMessages) {
-      Messages some{};
-      const int64_t left = message_count - done;
-      some.count = static_cast<int>(left < kMostMessages ? left : kMostMessages);
-      for (int i = 0; i < some.count; ++i) {
-        some.at[i] = messages[done + i];
+    return with_bits(bits, [&](auto of_level) {
+      constexpr int kBits = decltype(of_level)::value;
+      for (int64_t done = 0; done < message_count; done += kMostMessages) {
+        Messages some{};
+        const int64_t left = message_count - done;
+        some.count = static_cast<int>(left < kMostMessages ? left : kMostMessages);
+        for (int i = 0; i < some.count; ++i) {
+          some.at[i] = messages[done + i];
+        }
+        dequantize_sum_kernel<kBits><<<blocks, kThreads, 0, stream>>>(some, total, numel, width_at(total), done > 0);
+        const cudaError_t status = cudaGetLastError();
+        if (status != cudaSuccess) {
+          return status;
+        }
       }
-      dequantize_sum_kernel<<<blocks, kThreads, 0, stream>>>(some, total, numel, is_aligned_for_four(total, 0), bits,
-                                                             done > 0);
-      const cudaError_t status = cudaGetLastError();
-      if (status != cudaSuccess) {
-        return status;
-      }
-    }
-    return cudaSuccess;
+      return cudaSuccess;
+    });
   });
 }
 
 cudaError_t launch_estimate_change(const float* master, const float* exp_avg, const float* exp_avg_sq,
-                                   const float* step, const Inputs& inputs, Array live, uint8_t* records, int bits,
+                                   const Scalars& scalars, const Inputs& inputs, Array live, uint8_t* records, int bits,
                                    cudaStream_t stream) {
+  const cudaError_t status = prepare(scalars, nullptr, stream);
+  if (status != cudaSuccess) {
+    return status;
+  }
   return with_record_grid(inputs.numel, inputs.max_blocks, [&](uint32_t blocks) {
     return with_format(inputs.grad.format, [&](auto grad_format) {
       return with_format(live.format, [&](auto live_format) {
-        using Grad = decltype(grad_format);
-        using Live = decltype(live_format);
-        ChangeOperands<Grad, Live> operands{master,
-                                            exp_avg,
-                                            exp_avg_sq,
-                                            static_cast<const typename Grad::Storage*>(inputs.grad.data),
-                                            static_cast<const typename Live::Storage*>(live.data),
-                                            inputs.numel,
-                                            false};
-        operands.is_aligned = is_aligned_for_four(master, 0) && is_aligned_for_four(exp_avg, 0) &&
-                              is_aligned_for_four(exp_avg_sq, 0) && is_aligned_for_four(operands.grad, 0) &&
-                              is_aligned_for_four(operands.live, 0);
-        estimate_change_kernel<Grad, Live><<<blocks, kThreads, 0, stream>>>(
-            operands, inputs.hyper, step, inputs.grad_scale, inputs.is_finite, records, bits);
-        return cudaGetLastError();
+        return with_bits(bits, [&](auto of_level) {
+          using Grad = decltype(grad_format);
+          using Live = decltype(live_format);
+          constexpr int kBits = decltype(of_level)::value;
+          const auto* grad = static_cast<const typename Grad::Storage*>(inputs.grad.data);
+          const auto* weights = static_cast<const typename Live::Storage*>(live.data);
+          const ChangeOperands<Grad, Live> operands{
+              master,
+              exp_avg,
+              exp_avg_sq,
+              grad,
+              weights,
+              inputs.numel,
+              {width_at(master), width_at(exp_avg), width_at(exp_avg_sq), width_at(grad), width_at(weights)}};
+          return with_bool(operands.are_aligned_alike(), [&](auto is_wide) {
+            estimate_change_kernel<decltype(is_wide)::value, Grad, Live, kBits><<<blocks, kThreads, 0, stream>>>(
+                operands, scalars.prepared, records);
+            return cudaGetLastError();
+          });
+        });
       });
     });
   });
@@ -318,11 +382,17 @@ cudaError_t launch_add_change(const uint8_t* records, const bool* is_added, Muta
                               cudaStream_t stream) {
   return with_record_grid(numel, 0, [&](uint32_t blocks) {
     return with_format(live.format, [&](auto format) {
-      using Live = decltype(format);
-      auto* data = static_cast<typename Live::Storage*>(live.data);
-      add_change_kernel<Live><<<blocks, kThreads, 0, stream>>>(records, is_added, data, numel,
-                                                               is_aligned_for_four(data, 0), bits);
-      return cudaGetLastError();
+      return with_bits(bits, [&](auto of_level) {
+        using Live = decltype(format);
+        constexpr int kBits = decltype(of_level)::value;
+        auto* data = static_cast<typename Live::Storage*>(live.data);
+        const int width = width_at(data);
+        return with_bool(width == 4, [&](auto is_wide) {
+          add_change_kernel<decltype(is_wide)::value, Live, kBits><<<blocks, kThreads, 0, stream>>>(
+              records, is_added, data, numel, width);
+          return cudaGetLastError();
+        });
+      });
     });
   });
 }

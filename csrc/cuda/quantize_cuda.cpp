@@ -47,11 +47,12 @@ void adamw_estimate_change(const at::Tensor& master, const at::Tensor& exp_avg, 
   check_update(master, exp_avg, exp_avg_sq, step, grad, grad_scale, is_finite, live, "live");
   check_records(records, master, bits, "records");
   const c10::cuda::CUDAGuard guard(master.device());
+  const at::Tensor room = room_for<Prepared>(master);
   C10_CUDA_CHECK(launch_estimate_change(
       master.const_data_ptr<float>(), exp_avg.const_data_ptr<float>(), exp_avg_sq.const_data_ptr<float>(),
-      step.const_data_ptr<float>(),
-      inputs_of(Hyper{lr, beta1, beta2, eps, weight_decay}, grad, grad_scale, is_finite, max_blocks), read(live),
-      records.mutable_data_ptr<uint8_t>(), static_cast<int>(bits), c10::cuda::getCurrentCUDAStream()));
+      scalars_of(Hyper{lr, beta1, beta2, eps, weight_decay}, step, grad_scale, is_finite, room),
+      {read(grad), grad.numel(), max_blocks}, read(live), records.mutable_data_ptr<uint8_t>(), static_cast<int>(bits),
+      c10::cuda::getCurrentCUDAStream()));
 }
 
 void add_change(const at::Tensor& records, const at::Tensor& is_added, at::Tensor live, int64_t bits) {

@@ -46,9 +46,9 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     """Does what :func:`flat.sum_of_squares` does, in one pass over each tensor."""
     if reason_against(tensors[0].device):
         return flat.sum_of_squares(tensors)
-    total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
-    for tensor in tensors:
-        total += torch.ops.deepspeed_acco.grad_sumsq(tensor)
+    total, *others = (torch.ops.deepspeed_acco.grad_sumsq(tensor) for tensor in tensors)
+    for other in others:
+        total += other
     return total
 
 

@@ -6,7 +6,8 @@
 The values of one shard are cut into blocks of 256, which restart at every shard; the last block may be shorter. A block
 becomes one *record*: its scale (bf16, 2 bytes, little endian), then its levels. With 8 bits a level is a byte; with 4
 bits it is half a byte, the even element's in the low half, both two's complement. Records follow each other without
-gaps, so that any number of them is a message, and a shard's last record is as short as its block.
+gaps, so that any number of them is a message, and a shard's last record is as short as its block. The kernels take
+messages that begin at an even address, as all do in training; records then do, too.
 
 ``scale = max|x| / L`` rounded up to bf16, L = 127 or 7; ``level = x / scale`` rounded to nearest, ties to even. Because
 the scale is rounded up, levels stay within -L..L. A block of zeros has scale 0; one with a value that is not finite has
@@ -149,7 +150,7 @@ def _encode(values: Tensor, records: Tensor, bits: int) -> None:
 
 
 def _as_scales(scale_bytes: Tensor) -> Tensor:
-    """Returns the scales as a bf16 copy, since a record may begin at an odd address."""
+    """Returns the scales as a bf16 copy: two bytes of each record."""
     return scale_bytes.clone(memory_format=torch.contiguous_format).view(-1, SCALE_BYTES).view(torch.bfloat16)
 
 

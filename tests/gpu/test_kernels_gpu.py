@@ -18,7 +18,7 @@ def test_opcheck(native):
         torch.library.opcheck(op, arguments)
 
 
-@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("shift", [0, 1, 2])
 @pytest.mark.parametrize("grad_dtype, out_dtype", DTYPE_PAIRS)
 def test_rounds(native, grad_dtype, out_dtype, shift):
     for numel in SIZES:
@@ -33,7 +33,7 @@ def test_skip_non_finite_and_plain_path(native, grad_dtype, out_dtype):
     checks.check_plain_path(native, grad_dtype, out_dtype, device="cuda")
 
 
-@pytest.mark.parametrize("shift", [0, 1, 4])
+@pytest.mark.parametrize("shift", [0, 1, 2, 4])
 @pytest.mark.parametrize("grad_dtype, packed_dtype", DTYPE_PAIRS)
 def test_pack(native, grad_dtype, packed_dtype, shift):
     for numel in SIZES:
@@ -43,7 +43,8 @@ def test_pack(native, grad_dtype, packed_dtype, shift):
 @pytest.mark.parametrize("shift", [0, 1, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sum_of_squares(native, dtype, shift):
-    for numel in SIZES:
+    # Around a tile; and where a chunk has one, two and three of them.
+    for numel in (*SIZES, 2**12 - 1, 2**12, 2**12 + 1, 2**24, 2**24 + 1, 2**25 + 2**13 + 5):
         checks.check_sum_of_squares(native, numel, dtype, device="cuda", shift=shift)
 
 

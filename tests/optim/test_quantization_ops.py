@@ -98,6 +98,7 @@ def test_refuses_what_it_cannot_do(native):
         (lambda: native.add_change(records, flag, total[2:], 4), "records has 154 bytes, expected 153"),
         (lambda: change(total[1:], records), "live has 299 elements, expected 300"),
         (lambda: change(total, records[1:]), "records has 153 bytes, expected 154"),
+        (lambda: native.quantize(total, torch.zeros(155, dtype=torch.uint8)[1:], 4, 1.0), "begin at an even address"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

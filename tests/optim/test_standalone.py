@@ -26,6 +26,11 @@ def test_indices_beyond_32_bits():
     assert sanitize.build_and_run(sanitize.HERE / "indices.cpp", ["-O2", "-fsanitize=undefined"]) == "indices: ok\n"
 
 
+def test_levels_without_a_division():
+    numeric = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    assert sanitize.build_and_run(sanitize.HERE / "levels.cpp", numeric) == "levels: ok\n"
+
+
 @needs_nvcc
 @pytest.mark.parametrize(
     ("name", "architecture"),

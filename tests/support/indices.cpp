@@ -56,19 +56,21 @@ int main() {
         REQUIRE(length == count / parts || length == count / parts + 1);
       }
     }
-    for (uintptr_t address = 4096; address < 4096 + 64; address += 4) {
-      const FourSplit split = split_in_fours(address, count);
-      REQUIRE(split.head >= 0 && split.head < 4 && split.tail >= 0 && split.tail < 4);
-      REQUIRE(split.head + 4 * split.fours + split.tail == count);
-      REQUIRE((address + 4 * static_cast<uintptr_t>(split.head)) % 16 == 0);
-      // The last element of the last four, and the first of the tail, as the kernel computes them.
-      REQUIRE(split.head + 4 * (split.fours - 1) + 3 == count - split.tail - 1);
-      REQUIRE(split.head + 4 * split.fours == count - split.tail);
+    for (const int64_t bytes : {2, 4}) {
+      for (uintptr_t address = 4096; address < 4096 + 64; address += static_cast<uintptr_t>(bytes)) {
+        const FourSplit split = split_in_fours(address, bytes, count);
+        REQUIRE(split.head >= 0 && split.head < 4 && split.tail >= 0 && split.tail < 4);
+        REQUIRE(split.head + 4 * split.fours + split.tail == count);
+        REQUIRE((static_cast<int64_t>(address) + bytes * split.head) % (4 * bytes) == 0);
+        // The last element of the last four, and the first of the tail, as the kernel computes them.
+        REQUIRE(split.head + 4 * (split.fours - 1) + 3 == count - split.tail - 1);
+        REQUIRE(split.head + 4 * split.fours == count - split.tail);
+      }
     }
   }
   for (int64_t count = 0; count < 9; ++count) {
     for (uintptr_t address = 4096; address < 4096 + 16; address += 4) {
-      const FourSplit split = split_in_fours(address, count);
+      const FourSplit split = split_in_fours(address, 4, count);
       REQUIRE(split.head + 4 * split.fours + split.tail == count && split.fours >= 0 && split.head <= count);
     }
   }

@@ -20,17 +20,18 @@ CANARY_BYTE = 0xA5
 
 
 class Bytes:
-    """Holds records that begin at any address, and what lies around them."""
+    """Holds records that begin at any even address, 2 * ``shift`` bytes behind an aligned one, and what lies around
+    them."""
 
     def __init__(self, numel, bits, *, shift=0, device="cpu"):
         count = plain.message_bytes(numel, bits)
-        self._buffer = torch.full((count + shift + 5,), CANARY_BYTE, dtype=torch.uint8, device=device)
-        self.view = self._buffer.narrow(0, shift, count)
-        self._shift, self._end = shift, shift + count
+        self._begin, self._end = 2 * shift, 2 * shift + count
+        self._buffer = torch.full((self._end + 5,), CANARY_BYTE, dtype=torch.uint8, device=device)
+        self.view = self._buffer[self._begin : self._end]
 
     def require_untouched_around(self):
         """Requires that nothing was written outside of the records."""
-        assert (self._buffer[: self._shift] == CANARY_BYTE).all() and (self._buffer[self._end :] == CANARY_BYTE).all()
+        assert (self._buffer[: self._begin] == CANARY_BYTE).all() and (self._buffer[self._end :] == CANARY_BYTE).all()
 
 
 @functools.cache
