@@ -1,7 +1,8 @@
 // Copyright (c) the deepspeed_acco authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// The schemas. They say what mutates: ESTIMATE has no alias mark on the state.
+// The schemas. They say what mutates: ESTIMATE has no alias mark on the state. `max_blocks` bounds the thread blocks of
+// a launch on CUDA; 0: as many as are useful.
 #include <torch/library.h>
 
 TORCH_LIBRARY(deepspeed_acco, m) {
@@ -13,20 +14,21 @@ TORCH_LIBRARY(deepspeed_acco, m) {
       "adamw_commit(Tensor(a!) master, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, Tensor grad, "
       "Tensor grad_scale, Tensor is_finite, float lr, float beta1, float beta2, float eps, float weight_decay, "
       "Tensor(e!) out, int max_blocks=0) -> ()");
-  m.def("grad_sumsq(Tensor grad) -> Tensor");
-  m.def("pack(Tensor(a!) grads, Tensor(b!) packed, float scale, bool clears) -> ()");
-  m.def("quantize(Tensor values, Tensor(a!) records, int bits, float scale) -> ()");
-  m.def("dequantize_sum(Tensor[] messages, Tensor(a!) total, int bits) -> ()");
+  m.def("grad_sumsq(Tensor grad, int max_blocks=0) -> Tensor");
+  m.def("pack(Tensor(a!) grads, Tensor(b!) packed, float scale, bool clears, int max_blocks=0) -> ()");
+  m.def("quantize(Tensor values, Tensor(a!) records, int bits, float scale, int max_blocks=0) -> ()");
+  m.def("dequantize_sum(Tensor[] messages, Tensor(a!) total, int bits, int max_blocks=0) -> ()");
   m.def(
       "adamw_estimate_change(Tensor master, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, Tensor grad, "
       "Tensor grad_scale, Tensor is_finite, float lr, float beta1, float beta2, float eps, float weight_decay, "
       "Tensor live, Tensor(a!) records, int bits, int max_blocks=0) -> ()");
-  m.def("add_change(Tensor records, Tensor is_added, Tensor(a!) live, int bits) -> ()");
-  m.def("block_roots(Tensor exp_avg_sq, Tensor step, float beta2, float eps, Tensor(a!) roots) -> ()");
+  m.def("add_change(Tensor records, Tensor is_added, Tensor(a!) live, int bits, int max_blocks=0) -> ()");
+  m.def(
+      "block_roots(Tensor exp_avg_sq, Tensor step, float beta2, float eps, Tensor(a!) roots, int max_blocks=0) -> ()");
   // `live` may be the same tensor as `newest`.
   m.def(
       "predict_locally(Tensor newest, Tensor(a!) before, Tensor grad, Tensor roots, Tensor step, float lr, float beta1, "
-      "float beta2, Tensor grad_scale, Tensor is_finite, Tensor(b!) live, int shard_numel) -> ()");
+      "float beta2, Tensor grad_scale, Tensor is_finite, Tensor(b!) live, int shard_numel, int max_blocks=0) -> ()");
   // For `ds_acco kernels` only: the reads and writes of the two rounds, and no arithmetic.
   m.def("traffic_estimate(Tensor master, Tensor exp_avg, Tensor exp_avg_sq, Tensor grad, Tensor(a!) out) -> ()");
   m.def(

@@ -69,7 +69,7 @@ void adamw_commit(at::Tensor master, at::Tensor exp_avg, at::Tensor exp_avg_sq, 
                       Hyper{lr, beta1, beta2, eps, weight_decay}, out);
 }
 
-at::Tensor grad_sumsq(const at::Tensor& grad) {
+at::Tensor grad_sumsq(const at::Tensor& grad, int64_t /*max_blocks*/) {
   check_flat(grad, grad, "grad");
   const int64_t numel = grad.numel();
   std::vector<double> sums(static_cast<size_t>(pieces_of(numel, kSumBlock)));
@@ -90,7 +90,7 @@ at::Tensor grad_sumsq(const at::Tensor& grad) {
   return at::scalar_tensor(total, grad.options().dtype(at::kDouble));
 }
 
-void pack(at::Tensor grads, at::Tensor packed, double scale, bool clears) {
+void pack(at::Tensor grads, at::Tensor packed, double scale, bool clears, int64_t /*max_blocks*/) {
   check_flat(grads, grads, "grads");
   check_flat(packed, grads, "packed");
   const bool streams = packed.numel() * static_cast<int64_t>(packed.element_size()) >= kStreamingBytes;

@@ -12,7 +12,8 @@
 namespace acco::cpu {
 namespace {
 
-void block_roots(const at::Tensor& exp_avg_sq, const at::Tensor& step, double beta2, double eps, at::Tensor roots) {
+void block_roots(const at::Tensor& exp_avg_sq, const at::Tensor& step, double beta2, double eps, at::Tensor roots,
+                 int64_t /*max_blocks*/) {
   check_roots(roots, exp_avg_sq, exp_avg_sq.numel());
   check_exp_avg_sq(exp_avg_sq);
   check_scalar(step, exp_avg_sq, at::kFloat, "step");
@@ -24,7 +25,8 @@ void block_roots(const at::Tensor& exp_avg_sq, const at::Tensor& step, double be
 
 void predict_locally(const at::Tensor& newest, at::Tensor before, const at::Tensor& grad, const at::Tensor& roots,
                      const at::Tensor& step, double lr, double beta1, double beta2, const at::Tensor& grad_scale,
-                     const at::Tensor& is_finite, at::Tensor live, int64_t shard_numel) {
+                     const at::Tensor& is_finite, at::Tensor live, int64_t shard_numel,
+                     int64_t /*max_blocks*/) {
   check_prediction(newest, before, grad, roots, step, grad_scale, is_finite, live, shard_numel);
   const LocalFactors factors = make_local_factors(Hyper{lr, beta1, beta2, 0.0, 0.0}, *read<Float32>(step));
   const bool has_gradient = *is_finite.const_data_ptr<bool>();

@@ -21,7 +21,7 @@ void for_record_parts(int64_t numel, const F& f) {
   for_parts(pieces_of(numel, kRecordNumel), kThreadNumel / kRecordNumel, f);
 }
 
-void quantize(const at::Tensor& values, at::Tensor records, int64_t bits, double scale) {
+void quantize(const at::Tensor& values, at::Tensor records, int64_t bits, double scale, int64_t /*max_blocks*/) {
   check_flat(values, values, "values");
   check_records(records, values, bits, "records");
   with_format(values.scalar_type(), [&](auto format) {
@@ -33,7 +33,7 @@ void quantize(const at::Tensor& values, at::Tensor records, int64_t bits, double
   });
 }
 
-void dequantize_sum(at::TensorList messages, at::Tensor total, int64_t bits) {
+void dequantize_sum(at::TensorList messages, at::Tensor total, int64_t bits, int64_t /*max_blocks*/) {
   check_messages(messages, total, bits);
   std::vector<const uint8_t*> bytes;
   for (const at::Tensor& message : messages) {
@@ -73,7 +73,8 @@ void adamw_estimate_change(const at::Tensor& master, const at::Tensor& exp_avg, 
   });
 }
 
-void add_change(const at::Tensor& records, const at::Tensor& is_added, at::Tensor live, int64_t bits) {
+void add_change(const at::Tensor& records, const at::Tensor& is_added, at::Tensor live, int64_t bits,
+                int64_t /*max_blocks*/) {
   check_flat(live, live, "live");
   check_records(records, live, bits, "records");
   check_scalar(is_added, live, at::kBool, "is_added");

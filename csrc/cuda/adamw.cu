@@ -307,9 +307,10 @@ cudaError_t launch_traffic(float* master, float* exp_avg, float* exp_avg_sq, con
 
 int64_t sum_chunks(int64_t numel) { return pieces_of(numel, chunk_numel(numel)); }
 
-cudaError_t launch_sum_of_squares(Array values, int64_t numel, double* sums, double* total, cudaStream_t stream) {
+cudaError_t launch_sum_of_squares(Array values, int64_t numel, double* sums, double* total, int64_t max_blocks,
+                                  cudaStream_t stream) {
   int64_t most = 0;
-  cudaError_t status = useful_blocks(&most);
+  cudaError_t status = useful_blocks(&most, max_blocks);
   const int64_t chunks = sum_chunks(numel);
   if (status == cudaSuccess && chunks > 0) {
     status = with_format(values.format, [&](auto format) {
@@ -331,9 +332,9 @@ cudaError_t launch_sum_of_squares(Array values, int64_t numel, double* sums, dou
 }
 
 cudaError_t launch_pack(MutableArray grads, MutableArray packed, int64_t numel, float scale, bool clears,
-                        cudaStream_t stream) {
+                        int64_t max_blocks, cudaStream_t stream) {
   int64_t most = 0;
-  const cudaError_t status = useful_blocks(&most);
+  const cudaError_t status = useful_blocks(&most, max_blocks);
   if (status != cudaSuccess || numel == 0) {
     return status;
   }

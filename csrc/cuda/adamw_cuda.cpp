@@ -41,23 +41,24 @@ void adamw_commit(at::Tensor master, at::Tensor exp_avg, at::Tensor exp_avg_sq, 
       {read(grad), grad.numel(), max_blocks}, write(out), c10::cuda::getCurrentCUDAStream()));
 }
 
-at::Tensor grad_sumsq(const at::Tensor& grad) {
+at::Tensor grad_sumsq(const at::Tensor& grad, int64_t max_blocks) {
   check_flat(grad, grad, "grad");
   const c10::cuda::CUDAGuard guard(grad.device());
   const auto options = grad.options().dtype(at::kDouble);
   const at::Tensor sums = at::empty({sum_chunks(grad.numel())}, options);
   at::Tensor total = at::empty({}, options);
   C10_CUDA_CHECK(launch_sum_of_squares(read(grad), grad.numel(), sums.mutable_data_ptr<double>(),
-                                       total.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream()));
+                                       total.mutable_data_ptr<double>(), max_blocks,
+                                       c10::cuda::getCurrentCUDAStream()));
   return total;
 }
 
-void pack(at::Tensor grads, at::Tensor packed, double scale, bool clears) {
+void pack(at::Tensor grads, at::Tensor packed, double scale, bool clears, int64_t max_blocks) {
   check_flat(grads, grads, "grads");
   check_flat(packed, grads, "packed");
   const c10::cuda::CUDAGuard guard(grads.device());
   C10_CUDA_CHECK(launch_pack(write(grads), write(packed), grads.numel(), static_cast<float>(scale), clears,
-                             c10::cuda::getCurrentCUDAStream()));
+                             max_blocks, c10::cuda::getCurrentCUDAStream()));
 }
 
 void traffic(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& grad,

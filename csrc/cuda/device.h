@@ -158,7 +158,7 @@ FourSplit split_at(const T* address, int64_t numel) {
 }
 
 // How many thread blocks a kernel is given at most: those that are resident at once, or the caller's cap above 0.
-inline cudaError_t useful_blocks(int64_t* blocks, int64_t cap = 0) {
+inline cudaError_t useful_blocks(int64_t* blocks, int64_t cap) {
   int device = 0, multiprocessors = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) {

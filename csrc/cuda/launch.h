@@ -1,7 +1,8 @@
 // Copyright (c) the deepspeed_acco authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the CUDA kernels look like from outside. Every launch goes to the given stream and waits for nothing.
+// What the CUDA kernels look like from outside. Every launch goes to the given stream and waits for nothing. It has at
+// most `max_blocks` thread blocks, which leaves multiprocessors to others; 0: as many as are useful.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -29,7 +30,7 @@ struct MutableArray {
 struct Inputs {
   Array grad;
   int64_t numel;
-  int64_t max_blocks;  // at most so many thread blocks: leaves multiprocessors to others; 0: as many as are useful
+  int64_t max_blocks;
 };
 
 // The 0-dim values of an update, which lie on the device, so that the host need not know them, and room on the device
@@ -60,28 +61,30 @@ cudaError_t launch_traffic(float* master, float* exp_avg, float* exp_avg_sq, con
 
 // `sums` has room for sum_chunks(numel) doubles, `total` for one. The order of the additions is fixed.
 int64_t sum_chunks(int64_t numel);
-cudaError_t launch_sum_of_squares(Array values, int64_t numel, double* sums, double* total, cudaStream_t stream);
+cudaError_t launch_sum_of_squares(Array values, int64_t numel, double* sums, double* total, int64_t max_blocks,
+                                  cudaStream_t stream);
 
 cudaError_t launch_pack(MutableArray grads, MutableArray packed, int64_t numel, float scale, bool clears,
-                        cudaStream_t stream);
+                        int64_t max_blocks, cudaStream_t stream);
 
 // The quantised estimate; `bits` is 4 or 8.
-cudaError_t launch_quantize(Array values, int64_t numel, float scale, uint8_t* records, int bits, cudaStream_t stream);
+cudaError_t launch_quantize(Array values, int64_t numel, float scale, uint8_t* records, int bits, int64_t max_blocks,
+                            cudaStream_t stream);
 
 // `messages` lies on the host and may be freed after the call.
 cudaError_t launch_dequantize_sum(const uint8_t* const* messages, int64_t message_count, float* total, int64_t numel,
-                                  int bits, cudaStream_t stream);
+                                  int bits, int64_t max_blocks, cudaStream_t stream);
 
 cudaError_t launch_estimate_change(const float* master, const float* exp_avg, const float* exp_avg_sq,
                                    const Scalars& scalars, const Inputs& inputs, Array live, uint8_t* records, int bits,
                                    cudaStream_t stream);
 
 cudaError_t launch_add_change(const uint8_t* records, const bool* is_added, MutableArray live, int64_t numel, int bits,
-                              cudaStream_t stream);
+                              int64_t max_blocks, cudaStream_t stream);
 
 // The schedule `local`; `numel` elements are whole shards.
 cudaError_t launch_block_roots(const float* exp_avg_sq, int64_t numel, const float* step, double beta2, double eps,
-                               float* roots, cudaStream_t stream);
+                               float* roots, int64_t max_blocks, cudaStream_t stream);
 
 struct Prediction {
   Array newest;
@@ -91,7 +94,7 @@ struct Prediction {
   const float* step;
   const float* grad_scale;
   const bool* is_finite;
-  int64_t numel, shard_numel;
+  int64_t numel, shard_numel, max_blocks;
 };
 
 // What a prediction has of its 0-dim values: room for it on the device, which the launch fills.

@@ -105,9 +105,9 @@ __global__ void prepare_kernel(Hyper hyper, const float* step, const float* grad
 }  // namespace
 
 cudaError_t launch_block_roots(const float* exp_avg_sq, int64_t numel, const float* step, double beta2, double eps,
-                               float* roots, cudaStream_t stream) {
+                               float* roots, int64_t max_blocks, cudaStream_t stream) {
   int64_t most = 0;
-  const cudaError_t status = useful_blocks(&most);
+  const cudaError_t status = useful_blocks(&most, max_blocks);
   if (status != cudaSuccess || numel == 0) {
     return status;
   }
@@ -119,7 +119,7 @@ cudaError_t launch_block_roots(const float* exp_avg_sq, int64_t numel, const flo
 cudaError_t launch_predict_locally(const Prediction& operands, const Hyper& hyper, PreparedLocally* prepared,
                                    cudaStream_t stream) {
   int64_t most = 0;
-  const cudaError_t status = useful_blocks(&most);
+  const cudaError_t status = useful_blocks(&most, operands.max_blocks);
   if (status != cudaSuccess || operands.numel == 0) {
     return status;
   }

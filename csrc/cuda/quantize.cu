@@ -302,8 +302,9 @@ cudaError_t with_record_grid(int64_t numel, int64_t max_blocks, const F& f) {
 
 }  // namespace
 
-cudaError_t launch_quantize(Array values, int64_t numel, float scale, uint8_t* records, int bits, cudaStream_t stream) {
-  return with_record_grid(numel, 0, [&](uint32_t blocks) {
+cudaError_t launch_quantize(Array values, int64_t numel, float scale, uint8_t* records, int bits, int64_t max_blocks,
+                            cudaStream_t stream) {
+  return with_record_grid(numel, max_blocks, [&](uint32_t blocks) {
     return with_format(values.format, [&](auto format) {
       return with_bits(bits, [&](auto of_level) {
         using Source = decltype(format);
@@ -321,8 +322,8 @@ cudaError_t launch_quantize(Array values, int64_t numel, float scale, uint8_t* r
 }
 
 cudaError_t launch_dequantize_sum(const uint8_t* const* messages, int64_t message_count, float* total, int64_t numel,
-                                  int bits, cudaStream_t stream) {
-  return with_record_grid(numel, 0, [&](uint32_t blocks) {
+                                  int bits, int64_t max_blocks, cudaStream_t stream) {
+  return with_record_grid(numel, max_blocks, [&](uint32_t blocks) {
     return with_bits(bits, [&](auto of_level) {
       constexpr int kBits = decltype(of_level)::value;
       for (int64_t done = 0; done < message_count; done += kMostMessages) {
@@ -379,8 +380,8 @@ cudaError_t launch_estimate_change(const float* master, const float* exp_avg, co
 }
 
 cudaError_t launch_add_change(const uint8_t* records, const bool* is_added, MutableArray live, int64_t numel, int bits,
-                              cudaStream_t stream) {
-  return with_record_grid(numel, 0, [&](uint32_t blocks) {
+                              int64_t max_blocks, cudaStream_t stream) {
+  return with_record_grid(numel, max_blocks, [&](uint32_t blocks) {
     return with_format(live.format, [&](auto format) {
       return with_bits(bits, [&](auto of_level) {
         using Live = decltype(format);

@@ -18,16 +18,16 @@
 namespace acco::cuda {
 namespace {
 
-void quantize(const at::Tensor& values, at::Tensor records, int64_t bits, double scale) {
+void quantize(const at::Tensor& values, at::Tensor records, int64_t bits, double scale, int64_t max_blocks) {
   check_flat(values, values, "values");
   check_records(records, values, bits, "records");
   const c10::cuda::CUDAGuard guard(values.device());
   C10_CUDA_CHECK(launch_quantize(read(values), values.numel(), static_cast<float>(scale),
-                                 records.mutable_data_ptr<uint8_t>(), static_cast<int>(bits),
+                                 records.mutable_data_ptr<uint8_t>(), static_cast<int>(bits), max_blocks,
                                  c10::cuda::getCurrentCUDAStream()));
 }
 
-void dequantize_sum(at::TensorList messages, at::Tensor total, int64_t bits) {
+void dequantize_sum(at::TensorList messages, at::Tensor total, int64_t bits, int64_t max_blocks) {
   check_messages(messages, total, bits);
   std::vector<const uint8_t*> bytes;
   for (const at::Tensor& message : messages) {
@@ -36,7 +36,7 @@ void dequantize_sum(at::TensorList messages, at::Tensor total, int64_t bits) {
   const c10::cuda::CUDAGuard guard(total.device());
   C10_CUDA_CHECK(launch_dequantize_sum(bytes.data(), static_cast<int64_t>(bytes.size()),
                                        total.mutable_data_ptr<float>(), total.numel(), static_cast<int>(bits),
-                                       c10::cuda::getCurrentCUDAStream()));
+                                       max_blocks, c10::cuda::getCurrentCUDAStream()));
 }
 
 void adamw_estimate_change(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
@@ -55,13 +55,15 @@ void adamw_estimate_change(const at::Tensor& master, const at::Tensor& exp_avg, 
       c10::cuda::getCurrentCUDAStream()));
 }
 
-void add_change(const at::Tensor& records, const at::Tensor& is_added, at::Tensor live, int64_t bits) {
+void add_change(const at::Tensor& records, const at::Tensor& is_added, at::Tensor live, int64_t bits,
+                int64_t max_blocks) {
   check_flat(live, live, "live");
   check_records(records, live, bits, "records");
   check_scalar(is_added, live, at::kBool, "is_added");
   const c10::cuda::CUDAGuard guard(live.device());
   C10_CUDA_CHECK(launch_add_change(records.const_data_ptr<uint8_t>(), is_added.const_data_ptr<bool>(), write(live),
-                                   live.numel(), static_cast<int>(bits), c10::cuda::getCurrentCUDAStream()));
+                                   live.numel(), static_cast<int>(bits), max_blocks,
+                                   c10::cuda::getCurrentCUDAStream()));
 }
 
 }  // namespace

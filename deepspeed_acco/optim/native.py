@@ -108,6 +108,6 @@ def _register_fakes() -> None:
     for name in ("adamw_estimate", "adamw_commit", *_QUANTIZED, *_LOCAL, "pack", "traffic_estimate", "traffic_commit"):
         torch.library.register_fake(f"{_NAMESPACE}::{name}", lambda *_, **__: None, lib=library)
     torch.library.register_fake(
-        f"{_NAMESPACE}::grad_sumsq", lambda grad: grad.new_empty((), dtype=torch.float64), lib=library
+        f"{_NAMESPACE}::grad_sumsq", lambda grad, max_blocks=0: grad.new_empty((), dtype=torch.float64), lib=library
     )
     _fakes.append(library)

@@ -11,6 +11,22 @@ from . import adamw, flat, local_prediction, quantization
 from .adamw import AdamWHyper, AdamWShard
 from .native import reason_against
 
+_most_blocks = 0
+
+
+def set_most_blocks(count: int) -> None:
+    """Bounds the thread blocks (of 256 threads) that each native kernel has on CUDA, so that what runs beside a round
+    keeps the rest of the device; results keep their bits.
+
+    Args:
+        count: from the next call on, in this process; 0: as many as fill the device. Other devices know no such bound.
+    """
+    global _most_blocks
+    if count < 0:
+        raise ValueError(f"ACCO: {count} thread blocks are not allowed; allowed: 0 (no bound) or more")
+    _most_blocks = count
+
+
 # ---- the operators; arguments as in adamw.py and flat.py
 
 
@@ -22,7 +38,8 @@ def adamw_estimate(
     if reason_against(grad.device):
         adamw.adamw_estimate(shard, grad, hyper, grad_scale, is_finite, out)
     else:
-        torch.ops.deepspeed_acco.adamw_estimate(*_arguments(shard, grad, hyper, grad_scale, is_finite, out))
+        arguments = _arguments(shard, grad, hyper, grad_scale, is_finite, out)
+        torch.ops.deepspeed_acco.adamw_estimate(*arguments, max_blocks=_most_blocks)
 
 
 @torch.no_grad()
@@ -33,7 +50,8 @@ def adamw_commit(
     if reason_against(grad.device):
         adamw.adamw_commit(shard, grad, hyper, grad_scale, is_finite, out)
     else:
-        torch.ops.deepspeed_acco.adamw_commit(*_arguments(shard, grad, hyper, grad_scale, is_finite, out))
+        arguments = _arguments(shard, grad, hyper, grad_scale, is_finite, out)
+        torch.ops.deepspeed_acco.adamw_commit(*arguments, max_blocks=_most_blocks)
 
 
 def _arguments(shard, grad, hyper, grad_scale, is_finite, out):
@@ -46,7 +64,7 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     """Does what :func:`flat.sum_of_squares` does, in one pass over each tensor."""
     if reason_against(tensors[0].device):
         return flat.sum_of_squares(tensors)
-    total, *others = (torch.ops.deepspeed_acco.grad_sumsq(tensor) for tensor in tensors)
+    total, *others = (torch.ops.deepspeed_acco.grad_sumsq(tensor, max_blocks=_most_blocks) for tensor in tensors)
     for other in others:
         total += other
     return total
@@ -58,7 +76,7 @@ def pack(grads: Tensor, packed: Tensor, scale: float, *, clears: bool) -> None:
     if reason_against(grads.device):
         flat.pack(grads, packed, scale, clears=clears)
     else:
-        torch.ops.deepspeed_acco.pack(grads, packed, scale, clears)
+        torch.ops.deepspeed_acco.pack(grads, packed, scale, clears, max_blocks=_most_blocks)
 
 
 # ---- the quantized estimate; arguments as in quantization.py
@@ -70,7 +88,7 @@ def quantize(values: Tensor, records: Tensor, bits: int, scale: float) -> None:
     if reason_against(values.device):
         quantization.quantize(values, records, bits, scale)
     else:
-        torch.ops.deepspeed_acco.quantize(values, records, bits, scale)
+        torch.ops.deepspeed_acco.quantize(values, records, bits, scale, max_blocks=_most_blocks)
 
 
 @torch.no_grad()
@@ -79,7 +97,7 @@ def dequantize_sum(messages: list[Tensor], total: Tensor, bits: int) -> None:
     if reason_against(total.device):
         quantization.dequantize_sum(messages, total, bits)
     else:
-        torch.ops.deepspeed_acco.dequantize_sum(messages, total, bits)
+        torch.ops.deepspeed_acco.dequantize_sum(messages, total, bits, max_blocks=_most_blocks)
 
 
 @torch.no_grad()
@@ -98,7 +116,7 @@ def adamw_estimate_change(
         quantization.adamw_estimate_change(shard, grad, hyper, grad_scale, is_finite, live, records, bits)
     else:
         arguments = _arguments(shard, grad, hyper, grad_scale, is_finite, live)
-        torch.ops.deepspeed_acco.adamw_estimate_change(*arguments, records, bits)
+        torch.ops.deepspeed_acco.adamw_estimate_change(*arguments, records, bits, max_blocks=_most_blocks)
 
 
 @torch.no_grad()
@@ -107,7 +125,7 @@ def add_change(records: Tensor, is_added: Tensor, live: Tensor, bits: int) -> No
     if reason_against(live.device):
         quantization.add_change(records, is_added, live, bits)
     else:
-        torch.ops.deepspeed_acco.add_change(records, is_added, live, bits)
+        torch.ops.deepspeed_acco.add_change(records, is_added, live, bits, max_blocks=_most_blocks)
 
 
 # ---- the prediction of the schedule local; arguments as in local_prediction.py
@@ -119,7 +137,7 @@ def block_roots(exp_avg_sq: Tensor, step: Tensor, beta2: float, eps: float, root
     if reason_against(exp_avg_sq.device):
         local_prediction.block_roots(exp_avg_sq, step, beta2, eps, roots)
     else:
-        torch.ops.deepspeed_acco.block_roots(exp_avg_sq, step, beta2, eps, roots)
+        torch.ops.deepspeed_acco.block_roots(exp_avg_sq, step, beta2, eps, roots, max_blocks=_most_blocks)
 
 
 @torch.no_grad()
@@ -129,4 +147,6 @@ def predict_locally(on: local_prediction.Operands, hyper: AdamWHyper, grad_scale
         local_prediction.predict_locally(on, hyper, grad_scale, is_finite)
     else:
         read = (on.newest, on.before, on.grad, on.roots, on.step, hyper.lr, hyper.beta1, hyper.beta2)
-        torch.ops.deepspeed_acco.predict_locally(*read, grad_scale, is_finite, on.live, on.shard_numel)
+        torch.ops.deepspeed_acco.predict_locally(
+            *read, grad_scale, is_finite, on.live, on.shard_numel, max_blocks=_most_blocks
+        )

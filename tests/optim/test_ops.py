@@ -4,7 +4,9 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from deepspeed_acco.optim import local_prediction
 from deepspeed_acco.optim.adamw import AdamWShard
 from tests.support import kernel_checks as checks
 from tests.support.kernel_checks import DTYPE_PAIRS, DTYPES, HYPER, SIZES, Case, same_bits
@@ -140,3 +142,43 @@ def test_refuses_what_it_cannot_do(native):
     ):
         with pytest.raises(ValueError, match=message):
             run(change)
+
+
+def test_the_bound_on_thread_blocks_reaches_every_kernel(native):
+    """CPU kernels take it and have no use for it; that the bits stay the same on CUDA is for tests/gpu."""
+    case = Case(600, torch.float32, torch.float32)
+    squares, roots, records = case.shard.exp_avg_sq, torch.ones(3), torch.zeros(304, dtype=torch.uint8)
+    on = local_prediction.Operands(case.grad, case.shard.master, case.out, case.grad, roots, case.shard.step, 600)
+    with pytest.raises(ValueError, match="-1 thread blocks"):
+        native.set_most_blocks(-1)
+    native.set_most_blocks(7)
+    try:
+        with Calls() as calls:
+            case.run(native.adamw_commit)
+            case.run(native.adamw_estimate)
+            native.sum_of_squares([case.grad, case.out])
+            native.pack(case.grad, case.out, 1.0, clears=False)
+            native.block_roots(squares, case.shard.step, 0.9, 1e-8, roots)
+            native.predict_locally(on, HYPER, case.scale, case.is_finite)
+            native.quantize(case.grad[:512], records[:260], 4, 1.0)
+            native.add_change(records[:260], case.is_finite, case.out[:512], 4)
+            native.dequantize_sum([records[:260]], case.out[:512], 4)
+            native.adamw_estimate_change(
+                case.shard, case.grad, HYPER, case.scale, case.is_finite, case.out, torch.zeros(306).byte(), 4
+            )
+    finally:
+        native.set_most_blocks(0)
+    assert len(calls.bounds) == 11 and set(calls.bounds) == {7}
+
+
+class Calls(TorchDispatchMode):
+    """Collects the last arguments of the native operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.bounds = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "deepspeed_acco":
+            self.bounds.append(args[-1])  # the last of the schema: torch drops it where it is the default
+        return function(*args, **(kwargs or {}))
