@@ -6,7 +6,7 @@
 
 One rank trains the same transformer with ACCO and with DeepSpeed's own ZeRO-1; the engines take turns. A delay on the
 rounds' own stream (on a CPU: in their thread) stands for the network: so many times the computation's time in each
-round. C is the computation of a window without DeepSpeed, in the same turns. On CUDA the kernels of some windows of
+round. On CUDA it is copies to the host's memory, which need no multiprocessor, as a network adapter's need none. C is the computation of a window without DeepSpeed, in the same turns. On CUDA the kernels of some windows of
 acco, with the smallest delay, are drawn by their streams.
 """
 
@@ -29,7 +29,13 @@ CONFIGS = {  # micro-batches a window, and the optimizer
     "sync": (4, {"type": "ACCO", "params": {"lr": 1e-4, "schedule": "sync"}}),
     "acco": (4, {"type": "ACCO", "params": {"lr": 1e-4, "schedule": "acco"}}),
     "local": (4, {"type": "ACCO", "params": {"lr": 1e-4, "schedule": "local"}}),
+    **{
+        f"acco_sm_{share}": (4, {"type": "ACCO", "params": {"lr": 1e-4, "schedule": "acco", "sm_share": share}})
+        for share in (0.5, 0.25, 0.125)
+    },
 }
+DELAYED = ("sync", "acco", "local")  # the others without a delay alone: one rank has nothing to gather in zero1
+PIECE_BYTES = 2**26
 
 
 def parse_arguments():
@@ -42,7 +48,7 @@ def parse_arguments():
     parser.add_argument("--turns", type=int, default=7, help="of each configuration, after two that do not count")
     parser.add_argument("--windows", type=int, default=2, help="of a turn")
     parser.add_argument("--delays", type=float, nargs="+", default=[0.0, 0.4, 0.8], help="of a round, in times of C")
-    parser.add_argument("--configs", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
+    parser.add_argument("--configs", nargs="+", default=["zero1", *DELAYED], choices=list(CONFIGS))
     return parser.parse_args()
 
 
@@ -61,34 +67,34 @@ class Delay:
 
     def __init__(self, device):
         self.seconds = 0.0
-        self._device = device
-        self._cycles_per_s = self._calibrated() if device.type == "cuda" else 0.0
+        self._piece_s = 0.0  # of one copy to the host; 0 where the host computes
+        if device.type == "cuda":
+            self._calibrate(device)
 
-    def _calibrated(self) -> float:
+    def _calibrate(self, device):
         import torch
 
-        cycles = 100_000_000
-        for _ in range(2):
+        self._source = torch.ones(PIECE_BYTES, dtype=torch.uint8, device=device)
+        self._target = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
+        for _ in range(3):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            torch.cuda._sleep(cycles)
+            for _ in range(10):
+                self._target.copy_(self._source, non_blocking=True)
             end.record()
             end.synchronize()
-        return cycles / begin.elapsed_time(end) * 1e3
+        self._piece_s = begin.elapsed_time(end) / 1e4
 
     def __call__(self):
-        import torch
-
-        if self._device.type == "cuda":
-            torch.cuda._sleep(int(self.seconds * self._cycles_per_s))
-        else:
+        if not self._piece_s:
             time.sleep(self.seconds)
+            return
+        for _ in range(round(self.seconds / self._piece_s)):
+            self._target.copy_(self._source, non_blocking=True)
 
     @contextmanager
     def in_rounds(self):
-        """Delays every gather of ACCO's, and every all-gather of DeepSpeed's own step, inside the block."""
-        import deepspeed.comm as dist
-
+        """Delays every gather of a round inside the block."""
         from deepspeed_acco.runtime.communicator import Communicator
 
         def delayed(function):
@@ -98,10 +104,7 @@ class Delay:
 
             return run
 
-        with (
-            mock.patch.object(Communicator, "all_gather", delayed(Communicator.all_gather)),
-            mock.patch.object(dist, "all_gather_into_tensor", delayed(dist.all_gather_into_tensor)),
-        ):
+        with mock.patch.object(Communicator, "all_gather", delayed(Communicator.all_gather)):
             yield
 
 
@@ -265,7 +268,8 @@ def main():
         compute_s = statistics.median(turn(bare)[0] for _ in range(3))
         for number in range(args.turns):
             progress(f"turn {number + 1}/{args.turns}")
-            cells = [(name, share) for name in trainers for share in args.delays] + [("bare", 0.0)]
+            cells = [(name, share) for name in trainers if name in DELAYED for share in args.delays]
+            cells += [(name, 0.0) for name in ("bare", *trainers) if name not in DELAYED]
             for name, share in chance.sample(cells, len(cells)):
                 delay.seconds = share * compute_s
                 trainer = bare if name == "bare" else trainers[name]

@@ -57,11 +57,12 @@ class _Choice:
 
 @dataclass(frozen=True)
 class _Number:
-    """Allows a finite number from ``low`` on, or above it, and below ``below``; or one of the words."""
+    """Allows a finite number from ``low`` on, or above it, below ``below`` or up to ``high``; or one of the words."""
 
     low: float = 0.0
     is_low_open: bool = False
     below: float = math.inf
+    high: float = math.inf
     words: tuple[str, ...] = ()
 
     def check(self, key: str, value: Any) -> None:
@@ -69,13 +70,14 @@ class _Number:
             return
         bound = f"a number {'>' if self.is_low_open else '>='} {self.low:g}"
         bound += f" and < {self.below:g}" if self.below < math.inf else ""
+        bound += f" and <= {self.high:g}" if self.high < math.inf else ""
         words = _quoted(self.words)
         allowed = ", ".join([bound, *words[:-1]]) + (f", or {words[-1]}" if words else "")
         if not isinstance(value, (int, float)) or isinstance(value, bool) or value != value:  # NaN
             raise _refuse(key, value, allowed, "Write it as a JSON number, without quotes.")
         if abs(value) > LARGEST_FLOAT:
             raise _refuse(key, value, allowed, f"Choose a value of at most {LARGEST_FLOAT:g}.")
-        if value < self.low or (self.is_low_open and value == self.low) or value >= self.below:
+        if not self.low <= value <= self.high or (self.is_low_open and value == self.low) or value >= self.below:
             raise _refuse(key, value, allowed, "Choose a value in that range.")
 
     def schema(self) -> dict[str, Any]:
@@ -83,6 +85,7 @@ class _Number:
             "type": "number",
             "exclusiveMinimum" if self.is_low_open else "minimum": self.low,
             **({"exclusiveMaximum": self.below} if self.below < math.inf else {}),
+            **({"maximum": self.high} if self.high < math.inf else {}),
         }
         return {"anyOf": [number, {"enum": list(self.words)}]} if self.words else number
 
@@ -226,6 +229,13 @@ class Settings:
         "auto: as the launcher started them; 1: rounds do not look at hosts",
     )
 
+    sm_share: float = _key(
+        1.0,
+        _Number(is_low_open=True, high=1.0),
+        "on CUDA: the share of the multiprocessors that the kernels of a round and its collectives may take; 1: as "
+        "many as they have use for",
+    )
+
     def __post_init__(self):
         _check_keys(self)
         if self.max_window is not None and not self.is_adaptive:
@@ -270,12 +280,13 @@ class Settings:
         """Returns the bits of a value that an ESTIMATE sends; 0: in full."""
         return ESTIMATE_COMMS[self.estimate_comm]
 
-    def without_effect(self) -> dict[str, str]:
-        """Returns the keys that were set and change nothing beside the others, each with the reason."""
+    def without_effect(self, device_type: str) -> dict[str, str]:
+        """Returns the keys that were set and change nothing there and beside the others, each with the reason."""
         schedule = SCHEDULES.get(self.schedule, DEFAULT)  # of "auto" only a window's size tells
         reasons = {
             "estimate_fraction": "" if schedule.has_two_phases else f'the schedule "{self.schedule}" has one phase',
             "overlap_warmup_steps": "" if schedule.overlaps else f'the schedule "{self.schedule}" overlaps nothing',
+            "sm_share": "" if device_type == "cuda" else f"there are no multiprocessors to share on {device_type}",
             "lr_follows": "" if self.is_adaptive else 'with accumulation = "fixed" all steps have as many samples',
         }
         return {

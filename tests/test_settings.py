@@ -73,6 +73,9 @@ REFUSED = [
     ("max_window", 16),  # with fixed accumulation
     ("lr_follows", "windows"),
     ("lane", "thread"),
+    ("sm_share", 0),
+    ("sm_share", 1.01),
+    ("sm_share", "0.5"),
     ("comm_timeout_s", 0),
     ("comm_timeout_s", "60"),
 ]
@@ -111,10 +114,16 @@ def test_what_only_an_estimate_has_is_refused_elsewhere(schedule, key, value):
         ({"schedule": "sync", "overlap_warmup_steps": 3}, ["overlap_warmup_steps"]),
         ({"lr_follows": "steps"}, ["lr_follows"]),
         ({"lr_follows": "steps", "accumulation": "adaptive"}, []),
+        ({"sm_share": 0.5}, []),
     ],
 )
 def test_what_changes_nothing_is_known(params, expected):
-    assert list(Settings(**params).without_effect()) == expected
+    assert list(Settings(**params).without_effect("cuda")) == expected
+
+
+def test_a_cpu_has_no_multiprocessors():
+    assert list(Settings(sm_share=0.5).without_effect("cpu")) == ["sm_share"]
+    assert not Settings().without_effect("cpu")
 
 
 @pytest.mark.parametrize(("n", "schedule"), [(1, "local"), (2, "acco"), (3, "acco"), (64, "acco")])

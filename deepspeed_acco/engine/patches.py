@@ -288,7 +288,7 @@ def _log_start(engine: Engine, wrapper: AccoZeroOptimizer, named: str) -> None:
     if given:
         reasons = "; ".join(f"{key} ({_NO_EFFECT[key]})" for key in given)
         logger().info(f"ACCO: accepted without effect in zero_optimization: {reasons}")
-    idle = settings.without_effect()
+    idle = settings.without_effect(engine.device.type)
     if idle:
         reasons = "; ".join(f"{key} ({reason})" for key, reason in idle.items())
         logger().info(f"ACCO: accepted without effect in optimizer.params: {reasons}")

@@ -88,7 +88,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         native.prepare(device)  # may build the kernels, which takes longer than a collective may wait
         self._lane = make_lane(self.settings.lane, device)
         self.lane_name = self._lane.name
-        self._comm = Communicator(self.dp_process_group, device, timeout_s)
+        self._comm = Communicator(self.dp_process_group, device, timeout_s, self.settings.sm_share)
         self.levels = agree_on_levels(self._comm, self.settings.ranks_per_host)
         self._comm.use_levels(self.levels)
         self._buffers = FlatBuffers(

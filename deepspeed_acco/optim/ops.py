@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -11,20 +14,33 @@ from . import adamw, flat, local_prediction, quantization
 from .adamw import AdamWHyper, AdamWShard
 from .native import reason_against
 
+BLOCK_THREADS = 256  # kThreads of csrc/cuda/device.h
 _most_blocks = 0
 
 
-def set_most_blocks(count: int) -> None:
-    """Bounds the thread blocks (of 256 threads) that each native kernel has on CUDA, so that what runs beside a round
-    keeps the rest of the device; results keep their bits.
+@contextmanager
+def at_most_blocks(count: int) -> Iterator[None]:
+    """Bounds the thread blocks that each native kernel has on CUDA where it is called inside, so that what runs beside
+    it keeps the rest of the device; results keep their bits.
 
     Args:
-        count: from the next call on, in this process; 0: as many as fill the device. Other devices know no such bound.
+        count: of :data:`BLOCK_THREADS` threads; 0: as many as fill the device. Other devices know no such bound.
     """
     global _most_blocks
-    if count < 0:
-        raise ValueError(f"ACCO: {count} thread blocks are not allowed; allowed: 0 (no bound) or more")
-    _most_blocks = count
+    before, _most_blocks = _most_blocks, count
+    try:
+        yield
+    finally:
+        _most_blocks = before
+
+
+def blocks_of_share(share: float, device: torch.device) -> int:
+    """Returns the thread blocks of that share of a CUDA device, 0 < ``share`` <= 1; 0, no bound, for all of it."""
+    if share == 1.0 or device.type != "cuda":
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    resident = properties.multi_processor_count * properties.max_threads_per_multi_processor // BLOCK_THREADS
+    return max(1, int(share * resident))
 
 
 # ---- the operators; arguments as in adamw.py and flat.py

@@ -34,15 +34,17 @@ class Communicator:
         parallel_group: DeepSpeed's data-parallel group (its ranks are taken over), or None for all ranks.
         device: the parameters' device; ``cuda`` takes NCCL, ``cpu`` takes gloo.
         timeout_s: seconds until a collective that a peer does not join raises an error.
+        sm_share: of the device's multiprocessors, how many rounds may take; 1: as many as they have use for.
 
     Attributes:
         levels: which ranks share a host; one level until :meth:`use_levels`.
         whereabouts: where the ranks were last seen.
     """
 
-    def __init__(self, parallel_group, device: torch.device, timeout_s: float):
+    def __init__(self, parallel_group, device: torch.device, timeout_s: float, sm_share: float = 1.0):
         self.device = device
         self.timeout_s = timeout_s
+        self.sm_share = sm_share
         self._global_ranks = dist.get_process_group_ranks(parallel_group or dist.group.WORLD)
         self._groups: list = []
         # Some rank may have built kernels before, which takes longer than a collective of the rounds may wait.
@@ -59,7 +61,7 @@ class Communicator:
 
     def _new_group(self, ranks: list[int]):
         is_nccl = self.device.type == "cuda"
-        key = (tuple(ranks), self.timeout_s, is_nccl)
+        key = (tuple(ranks), self.timeout_s, is_nccl, self.sm_share)
         group = _take_left(key)
         # A group over some of the ranks is made by its members alone: with tensor parallelism each data-parallel group
         # belongs to another engine call.
@@ -70,11 +72,18 @@ class Communicator:
                     ranks,
                     timeout=timedelta(seconds=self.timeout_s),
                     backend="nccl" if is_nccl else "gloo",
-                    pg_options=dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if is_nccl else None,
+                    pg_options=self._nccl_options() if is_nccl else None,
                     use_local_synchronization=is_partial,
                 )
         self._groups.append((key, group))
         return group
+
+    def _nccl_options(self):
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        if self.sm_share < 1.0:
+            count = torch.cuda.get_device_properties(self.device).multi_processor_count
+            options.config.max_ctas = max(1, int(self.sm_share * count))
+        return options
 
     def note_round(self, name: str, is_finished: Callable[[], bool]) -> None:
         """Notes that this rank starts a round, for the error that says where the ranks were last seen.

@@ -13,7 +13,14 @@ from torch import Tensor
 from ..algorithm.schedules import Round
 from ..optim.adamw import AdamWShard, sums_of_error_and_step
 from ..optim.flat import piece_numel, pieces
-from ..optim.ops import adamw_commit, adamw_estimate, adamw_estimate_change, sum_of_squares
+from ..optim.ops import (
+    adamw_commit,
+    adamw_estimate,
+    adamw_estimate_change,
+    at_most_blocks,
+    blocks_of_share,
+    sum_of_squares,
+)
 from .buffers import FlatBuffers
 from .clock import HostValue
 from .communicator import Communicator
@@ -64,6 +71,7 @@ class RoundWork:
         self._shards = shards
         self._comm = comm
         self.prediction = LocalPrediction(buffers, shards, comm)
+        self._most_blocks = blocks_of_share(comm.sm_share, comm.device)
 
     def _bits(self, this: Round) -> int:
         """Returns in how many bits a value goes to other hosts; 0: in full. Only what is thrown away after half a step
@@ -89,6 +97,10 @@ class RoundWork:
             number: the same on all ranks that are in step.
             measures: whether the estimate's error is measured, which takes a collective.
         """
+        with at_most_blocks(self._most_blocks):
+            return self._run(this, inputs, number, measures)
+
+    def _run(self, this: Round, inputs: RoundInputs, number: int, measures: bool) -> RoundOutcome:
         buffers, comm = self._buffers, self._comm
         sent_before, bits = comm.sent_bytes, self._bits(this)
         grads = comm.reduce_scatter_sum(buffers.arenas, buffers.reduced, buffers.encoding(bits))

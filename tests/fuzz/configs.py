@@ -53,6 +53,7 @@ WORDS = {  # what may stand there, or nearly
     PARAMS + "max_window": [1, 2, 8, 8.0, "8"],
     PARAMS + "lr_follows": ["samples", "steps", "step"],
     PARAMS + "lane": ["auto", "inline", "thread"],
+    PARAMS + "sm_share": [1, 1.0, 0.5, 0, 2, "0.5"],
     PARAMS + "comm_timeout_s": [5, 60, 1e9, 1e15],
     PARAMS + "estimate_comm": ["full", "int8", "int4", "int2", 4],
     PARAMS + "ranks_per_host": [1, 2, "auto", 1.0],

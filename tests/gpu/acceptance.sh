@@ -40,7 +40,7 @@ sanitizer() {
     local tool failed=0
     for tool in $ACCO_SANITIZERS; do
         echo "compute-sanitizer $tool"
-        compute-sanitizer --tool "$tool" --error-exitcode 9 python3 -m tests.gpu.launches || failed=1
+        compute-sanitizer --tool "$tool" --kernel-name kns=acco4cuda --error-exitcode 9 python3 -m tests.gpu.launches --apart || failed=1
     done
     return "$failed"
 }

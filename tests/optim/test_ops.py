@@ -149,10 +149,7 @@ def test_the_bound_on_thread_blocks_reaches_every_kernel(native):
     case = Case(600, torch.float32, torch.float32)
     squares, roots, records = case.shard.exp_avg_sq, torch.ones(3), torch.zeros(304, dtype=torch.uint8)
     on = local_prediction.Operands(case.grad, case.shard.master, case.out, case.grad, roots, case.shard.step, 600)
-    with pytest.raises(ValueError, match="-1 thread blocks"):
-        native.set_most_blocks(-1)
-    native.set_most_blocks(7)
-    try:
+    with native.at_most_blocks(7):
         with Calls() as calls:
             case.run(native.adamw_commit)
             case.run(native.adamw_estimate)
@@ -166,9 +163,10 @@ def test_the_bound_on_thread_blocks_reaches_every_kernel(native):
             native.adamw_estimate_change(
                 case.shard, case.grad, HYPER, case.scale, case.is_finite, case.out, torch.zeros(306).byte(), 4
             )
-    finally:
-        native.set_most_blocks(0)
     assert len(calls.bounds) == 11 and set(calls.bounds) == {7}
+    with Calls() as calls:
+        native.sum_of_squares([case.grad])
+    assert all(map(torch.is_tensor, calls.bounds)), "the bound ends with its block"
 
 
 class Calls(TorchDispatchMode):
