@@ -252,7 +252,7 @@ def candidates(numel: int, device: torch.device) -> tuple[list[_Candidate], list
 
 
 class HostClock:
-    """Times one call by the host's clock."""
+    """Measures one call by the host's clock."""
 
     waits: frozenset[Callable[[], Any]] = frozenset()
 
@@ -264,8 +264,8 @@ class HostClock:
 
 
 class DeviceClock:
-    """Times calls by events on a CUDA stream that has other work until the last call is enqueued: no time of the host
-    is in the figure.
+    """Measures calls by events on a CUDA stream that has other work until the last call is enqueued: no time of the
+    host is in the figure.
 
     Attributes:
         waits: calls of which that is not so: the host waits for the device inside of them.
