@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ..optim import adamw, flat, native, ops
+from ..optim import adamw, flat, local_prediction, native, ops
 from ..optim import quantization as quantize
 from ..optim.adamw import AdamWHyper
 from ..optim.huge_pages import use_huge_pages
@@ -31,9 +31,10 @@ from ..optim.huge_pages import use_huge_pages
 _HYPER = AdamWHyper(lr=1e-4)
 _STATE_BYTES = 12  # master, exp_avg, exp_avg_sq in fp32
 _BITS = 4
-# Of a parameter at least: three sets of operands for the rounds (52 bytes), parameter, gradient and state of four
-# optimizers (64), what is kept of one of them (12), and the two ends of the copy (8).
-_OPERAND_BYTES = 136
+# Of a parameter at least: three sets of operands for the rounds (52 bytes), two more of weights (4), parameter,
+# gradient and state of four optimizers (64), what is kept of one of them (12), and the two ends of the copy (8).
+_OPERAND_BYTES = 140
+_SHORT_NUMEL = 2**23  # fewer are measured several times in a row on CUDA
 _PLAIN_SHARE = 8  # the torch path in 4 bits is measured on so small a part: it takes many times as long
 
 
@@ -81,13 +82,6 @@ class _Operands:
         """Returns a call of the update ``name`` of ``module``."""
         function = getattr(module, name)
         return lambda: function(self.shard, self.grad, _HYPER, self.scale, self.is_finite, self.out)
-
-    def native_update(self, name, max_blocks, *others) -> Callable[[], Any]:
-        """Returns a call of the native kernel ``name``; ``others`` follow the weights."""
-        overload = getattr(torch.ops.deepspeed_acco, name)
-        numbers = (_HYPER.lr, _HYPER.beta1, _HYPER.beta2, _HYPER.eps, _HYPER.weight_decay)
-        arguments = (*self.state(), self.shard.step, self.grad, self.scale, self.is_finite, *numbers, self.out)
-        return lambda: overload(*arguments, *others, max_blocks=max_blocks)
 
     def traffic(self, name) -> Callable[[], Any]:
         """Returns a call of the native kernel ``name``, which only moves the bytes of an update."""
@@ -140,7 +134,7 @@ def _deepspeed_candidate(device: torch.device):
         return "", None, f"{type(failure).__name__}: {lines[0] if lines else ''}"
 
 
-def _quantized(low: _Operands, full: _Operands, is_native: bool, max_blocks: int) -> Iterator[_Candidate]:
+def _quantized(low: _Operands, full: _Operands, is_native: bool) -> Iterator[_Candidate]:
     """Yields the kernels of an estimate in 4 bits, and the packing that one of them replaces."""
     bf16, fp32, int4 = torch.bfloat16, torch.float32, f"int{_BITS}"
     module: ModuleType
@@ -155,13 +149,10 @@ def _quantized(low: _Operands, full: _Operands, is_native: bool, max_blocks: int
     use_huge_pages((*sent, records))
     for message in sent:
         module.quantize(gradients, message, _BITS, 1.0)
-    if is_native:
-        estimate = low.native_update("adamw_estimate_change", max_blocks, records, _BITS)
-    else:
-        master, exp_avg, exp_avg_sq = (tensor[:numel] for tensor in low.state())
-        shard = ops.AdamWShard(master, exp_avg, exp_avg_sq, low.shard.step)
-        operands = (shard, low.grad[:numel], _HYPER, low.scale, low.is_finite, weights, records, _BITS)
-        estimate = partial(quantize.adamw_estimate_change, *operands)
+    master, exp_avg, exp_avg_sq = (tensor[:numel] for tensor in low.state())
+    shard = ops.AdamWShard(master, exp_avg, exp_avg_sq, low.shard.step)
+    operands = (shard, low.grad[:numel], _HYPER, low.scale, low.is_finite, weights, records, _BITS)
+    estimate = partial(module.adamw_estimate_change, *operands)
     size = records.numel() / numel
     rows: list[tuple[str, torch.dtype | str, torch.dtype | str, float, Callable[[], Any]]] = [
         (f"estimate to {int4}", bf16, int4, _STATE_BYTES + 4 + size, estimate),
@@ -173,6 +164,23 @@ def _quantized(low: _Operands, full: _Operands, is_native: bool, max_blocks: int
     ]
     for name, source, target, bytes_per_param, run in rows:
         yield _Candidate(f"{name}, {kernels}", source, target, bytes_per_param, run, numel)
+
+
+def _local(low: _Operands, is_native: bool) -> Iterator[_Candidate]:
+    """Yields the kernels of the schedule local: its prediction in bf16, and the roots that it divides by."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    kernels, module = ("native", ops) if is_native else ("torch path", local_prediction)
+    numel, step = low.grad.numel(), low.shard.step
+    exp_avg_sq, roots = low.shard.exp_avg_sq, low.grad.new_empty(local_prediction.block_count(numel), dtype=fp32)
+    before, live = low.out.clone(), low.out.clone()
+    use_huge_pages((before, live))
+    on = local_prediction.Operands(low.out, before, live, low.grad, roots, step, numel)
+    make_roots = partial(module.block_roots, exp_avg_sq, step, _HYPER.beta2, _HYPER.eps, roots)
+    make_roots()
+    predict = partial(module.predict_locally, on, _HYPER, low.scale, low.is_finite)
+    of_roots = 4 / local_prediction.BLOCK
+    yield _Candidate(f"predict, {kernels}", bf16, bf16, 5 * bf16.itemsize + of_roots, predict, numel)
+    yield _Candidate(f"roots, {kernels}", fp32, fp32, fp32.itemsize + of_roots, make_roots, numel)
 
 
 def require_room(numel: int, device: torch.device) -> None:
@@ -189,7 +197,7 @@ def require_room(numel: int, device: torch.device) -> None:
         )
 
 
-def candidates(numel: int, device: torch.device, max_blocks: int) -> tuple[list[_Candidate], list[str]]:
+def candidates(numel: int, device: torch.device) -> tuple[list[_Candidate], list[str]]:
     """Returns what is measured, and remarks on what could not be."""
     bf16, fp32 = torch.bfloat16, torch.float32
     found: list[_Candidate] = []
@@ -208,8 +216,8 @@ def candidates(numel: int, device: torch.device, max_blocks: int) -> tuple[list[
         found.append(_Candidate(name, grad_dtype, weight_dtype, bytes_per_param, run, numel))
 
     for operands in (low, full) if is_native else ():
-        add("commit, native", operands, 2 * _STATE_BYTES, operands.native_update("adamw_commit", max_blocks))
-        add("estimate, native", operands, _STATE_BYTES, operands.native_update("adamw_estimate", max_blocks))
+        add("commit, native", operands, 2 * _STATE_BYTES, operands.update(ops, "adamw_commit"))
+        add("estimate, native", operands, _STATE_BYTES, operands.update(ops, "adamw_estimate"))
     if is_native:
         twin = _Operands(numel, device, bf16, bf16)  # the values only change places: not for the arithmetic above
         add("commit, no arithmetic", twin, 2 * _STATE_BYTES, twin.traffic("traffic_commit"))
@@ -217,7 +225,8 @@ def candidates(numel: int, device: torch.device, max_blocks: int) -> tuple[list[
     add("commit, torch path", low, 2 * _STATE_BYTES, low.update(adamw, "adamw_commit"))
     add("estimate, torch path", low, _STATE_BYTES, low.update(adamw, "adamw_estimate"))
     for kernels_are_native in (True, False) if is_native else (False,):
-        found.extend(_quantized(low, full, kernels_are_native, max_blocks))
+        found.extend(_quantized(low, full, kernels_are_native))
+        found.extend(_local(low, kernels_are_native))
     remarks.append(f"the torch path of the rows in {_BITS} bits is measured on 1/{_PLAIN_SHARE} of the parameters")
 
     # These have no 16-bit copy of the weights: 28 bytes are master, exp_avg, exp_avg_sq twice and the fp32 gradient.
@@ -242,17 +251,50 @@ def candidates(numel: int, device: torch.device, max_blocks: int) -> tuple[list[
     return found, remarks
 
 
-def _time_once(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        begin, end = (torch.Event(device=device, enable_timing=True) for _ in range(2))
-        begin.record()
+class HostClock:
+    """Measures one call by the host's clock."""
+
+    waits: frozenset[Callable[[], Any]] = frozenset()
+
+    def seconds(self, run: Callable[[], Any]) -> float:
+        """Returns what one call takes."""
+        start = time.perf_counter()
         run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+        return time.perf_counter() - start
+
+
+class DeviceClock:
+    """Measures calls by events on a CUDA stream that has other work until the last call is enqueued: no time of the
+    host is in the figure.
+
+    Attributes:
+        waits: calls of which that is not so: the host waits for the device inside of them.
+    """
+
+    _FEWEST_CYCLES, _MOST_CYCLES = 2**21, 2**27  # of that work: a millisecond; a tenth of a second
+
+    def __init__(self, device: torch.device, repetitions: int):
+        self._device, self._repetitions = device, repetitions
+        self._cycles: dict[Callable[[], Any], int] = {}
+        self.waits: set[Callable[[], Any]] = set()
+
+    def seconds(self, run: Callable[[], Any]) -> float:
+        """Returns what one of the repeated calls takes."""
+        cycles = self._cycles.get(run, self._FEWEST_CYCLES)
+        while True:
+            begin, end = (torch.Event(device=self._device, enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(cycles)
+            begin.record()
+            for _ in range(self._repetitions):
+                run()
+            end.record()
+            is_enqueued_in_time = not begin.query()
+            end.synchronize()
+            if not is_enqueued_in_time and cycles >= self._MOST_CYCLES:
+                self.waits.add(run)
+            if is_enqueued_in_time or run in self.waits:
+                return begin.elapsed_time(end) / 1e3 / self._repetitions
+            cycles = self._cycles[run] = 4 * cycles
 
 
 @torch.no_grad()
@@ -269,8 +311,12 @@ def measure(
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
+    # Short kernels several times, so that what events resolve is far below the figure.
+    repetitions = max(1, _SHORT_NUMEL // numel)
+    clock = DeviceClock(device, repetitions) if device.type == "cuda" else HostClock()
+    ops.set_most_blocks(max_blocks)
     try:
-        found, remarks = candidates(numel, device, max_blocks)
+        found, remarks = candidates(numel, device)
         source, target = (torch.ones(numel, device=device) for _ in range(2))
         copy = _Candidate("copy", torch.float32, torch.float32, 8, lambda: target.copy_(source), numel)
         order = [copy, *found]
@@ -280,13 +326,17 @@ def measure(
         for turn in range(-2, turns):
             print(f"\rturn {turn + 1}/{turns}" if turn >= 0 else "\rwarming up", end="", file=sys.stderr, flush=True)
             for candidate in shuffled.sample(order, len(order)):
-                spent = _time_once(candidate.run, device)
+                spent = clock.seconds(candidate.run)
                 if turn >= 0:
                     times[id(candidate)].append(spent)
         print(file=sys.stderr)
+        for candidate in order:
+            if candidate.run in clock.waits:
+                remarks.append(f"{candidate.name} waits for the device: time of the host is in its figure")
         used_threads = torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
+        ops.set_most_blocks(0)
 
     def speed(candidate):
         spent = statistics.median(times[id(candidate)])

@@ -72,7 +72,7 @@ def test_kernels(native, capsys, tmp_path, monkeypatch, deepspeeds_own):
         "estimate, no arithmetic",
         "commit, torch path",
         "estimate, torch path",
-        *(f"{what}, {path}" for what in INT4_ROWS for path in ("native", "torch path")),
+        *(f"{what}, {path}" for what in (*INT4_ROWS, "predict", "roots") for path in ("native", "torch path")),
         "torch AdamW, fused",
         "torch AdamW, foreach",
         "estimate by clone + step + restore",
