@@ -6,8 +6,9 @@
 
 One rank trains the same transformer with ACCO and with DeepSpeed's own ZeRO-1; the engines take turns. A delay on the
 rounds' own stream (on a CPU: in their thread) stands for the network: so many times the computation's time in each
-round. On CUDA it is copies to the host's memory, which need no multiprocessor, as a network adapter's need none. C is the computation of a window without DeepSpeed, in the same turns. On CUDA the kernels of some windows of
-acco, with the smallest delay, are drawn by their streams.
+round. On CUDA it is copies to the host's memory, which need no multiprocessor, as a network adapter's need none. C is
+the computation of a window without DeepSpeed, in the same turns. On CUDA the kernels of some windows of acco, with the
+smallest delay, are drawn by their streams.
 """
 
 import json
@@ -42,13 +43,13 @@ def parse_arguments():
     parser = make_parser(__doc__, has_picture=True)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--seq_len", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=4, help="sequences of a micro-batch")
     parser.add_argument("--turns", type=int, default=7, help="of each configuration, after two that do not count")
     parser.add_argument("--windows", type=int, default=2, help="of a turn")
     parser.add_argument("--delays", type=float, nargs="+", default=[0.0, 0.4, 0.8], help="of a round, in times of C")
-    parser.add_argument("--configs", nargs="+", default=["zero1", *DELAYED], choices=list(CONFIGS))
+    parser.add_argument("--configs", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
     return parser.parse_args()
 
 

@@ -4,9 +4,11 @@
 #
 #   tests/gpu/acceptance.sh NAME [PART ...]
 #
-# NAME goes into the file's name; PART is one of those below (default: all of them, in this order). It needs the
+# NAME goes into the file's name; PART is one of those below (default: all of them, in this order), or several joined by
+# "+", which run at once (tests may; figures of what runs beside something else mean nothing). It needs the
 # packages of `pip install .[test]`, nvcc, and for the sanitizer compute-sanitizer. Two ranks share the GPU where
-# NCCL is 2.30 or newer: name another library than torch's by ACCO_NCCL=/path/to/libnccl.so.2.
+# NCCL is 2.30 or newer: name another library than torch's by ACCO_NCCL=/path/to/libnccl.so.2. Other variables:
+# ACCO_OUT (a folder instead of benchmarks/results), ACCO_LIMIT_S (of every part), ACCO_SANITIZERS (the tools).
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 name=${1:?usage: tests/gpu/acceptance.sh NAME [PART ...]}
@@ -33,14 +35,15 @@ tests() { # file ...: counts in a JUnit file; ranks and workers share the GPU
 kernel_tests() { tests kernel_tests 4 tests/gpu/test_kernels_gpu.py tests/gpu/test_quantization_gpu.py \
     tests/gpu/test_local_prediction_gpu.py; }
 runtime_tests() { tests runtime_tests 0 tests/gpu/test_runtime_gpu.py; }
-engine_tests() { tests engine_tests 4 tests/gpu/test_engine_gpu.py; }
+engine_tests() { tests engine_tests 6 tests/gpu/test_engine_gpu.py; }
 kernels() { python3 -m deepspeed_acco.tools.cli kernels --device cuda --json "$logs/kernels.json"; }
 overlap() { python3 benchmarks/overlap.py --out "$out/gpu_${name}_overlap.json"; }
 sanitizer() {
     local tool failed=0
     for tool in $ACCO_SANITIZERS; do
         echo "compute-sanitizer $tool"
-        compute-sanitizer --tool "$tool" --kernel-name kns=acco4cuda --error-exitcode 9 python3 -m tests.gpu.launches --apart || failed=1
+        compute-sanitizer --tool "$tool" --kernel-name kns=acco4cuda --error-exitcode 9 \
+            python3 -m tests.gpu.launches --apart || failed=1
     done
     return "$failed"
 }
@@ -48,15 +51,23 @@ sanitizer() {
 declare -A limit_s=([kernel_tests]=240 [runtime_tests]=240 [engine_tests]=420 [kernels]=120 [overlap]=180
     [sanitizer]=480)
 export -f tests kernel_tests runtime_tests engine_tests kernels overlap sanitizer
-status=0
-for part in "${parts[@]}"; do
-    begin=$SECONDS
-    name=$name out=$out logs=$logs timeout "${limit_s[$part]:?no such part: $part}" bash -c "$part" 2>&1 |
-        tee "$logs/$part.log" | tail -n 40
-    code=${PIPESTATUS[0]}
-    echo "$part: exit code $code after $((SECONDS - begin)) s"
-    echo "$part $code $((SECONDS - begin))" >>"$logs/parts"
-    [ "$code" -eq 0 ] || status=1
+run() { # part
+    local begin=$SECONDS code limit=${ACCO_LIMIT_S:-${limit_s[$1]}}
+    name=$name out=$out logs=$logs timeout "$limit" bash -c "$1" >"$logs/$1.log" 2>&1
+    code=$?
+    tail -n 40 "$logs/$1.log"
+    echo "$1: exit code $code after $((SECONDS - begin)) s"
+    echo "$1 $code $((SECONDS - begin))" >>"$logs/parts"
+}
+for group in "${parts[@]}"; do
+    for part in ${group//+/ }; do
+        [ -n "${limit_s[$part]:-}" ] || { echo "acceptance: no such part: $part" >&2; exit 2; }
+    done
 done
-python3 -m tests.gpu.summary "$name" "$logs" "$out/gpu_$name.json" || status=1
-exit "$status"
+for group in "${parts[@]}"; do
+    for part in ${group//+/ }; do
+        run "$part" &
+    done
+    wait
+done
+python3 -m tests.gpu.summary "$name" "$logs" "$out/gpu_$name.json" "${parts[@]}" && ! grep -qv " 0 " "$logs/parts"

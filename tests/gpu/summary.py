@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Puts what the parts of acceptance.sh printed into one JSON: ``python -m tests.gpu.summary NAME LOGS FILE``."""
+"""Puts what the parts of acceptance.sh printed into one JSON: ``python -m tests.gpu.summary NAME LOGS FILE PART ...``."""
 
 import json
 import re
@@ -33,8 +33,12 @@ def _tests(path: Path) -> dict:
     return {**counts, "failed": failed}
 
 
-def main(name: str, logs: Path, out: Path) -> None:
-    """Writes the file; a part that gave nothing has its exit code alone."""
+def main(name: str, logs: Path, out: Path, words: list[str]) -> None:
+    """Writes the file; a part that gave nothing has its exit code alone.
+
+    Args:
+        words: the parts as they were asked for.
+    """
     parts = {}
     for line in (logs / "parts").read_text().splitlines():
         part, code, seconds = line.split()
@@ -48,7 +52,7 @@ def main(name: str, logs: Path, out: Path) -> None:
         if part == "kernels" and (logs / "kernels.json").is_file():
             told |= json.loads((logs / "kernels.json").read_text())
         parts[part] = told
-    command = f"tests/gpu/acceptance.sh {name} {' '.join(parts)}"
+    command = f"tests/gpu/acceptance.sh {name} {' '.join(words)}"
     results = {"command": command, "date": date.today().isoformat(), "machine": describe_machine(), **_device()}
     lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in {**results, **parts}.items()]
     out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -56,4 +60,4 @@ def main(name: str, logs: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
