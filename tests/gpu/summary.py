@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Puts what the parts of acceptance.sh printed into one JSON: ``python -m tests.gpu.summary NAME LOGS FILE PART ...``."""
+"""Puts what the parts of acceptance.sh printed into one JSON: ``python -m tests.gpu.summary NAME LOGS FILE PART``."""
 
 import json
 import re
