@@ -27,6 +27,7 @@ from tests.support.launcher import ROOT, rank_environment
 pytestmark = pytest.mark.timeout(400)
 
 NAMES = ["versions", "kernels", "locks", "settings", "equality", "lanes", "rounds", "hidden"]
+THREADS = str(max(1, (os.cpu_count() or 2) // 2))
 SMALL = ["--numel", "100k", "--comm-timeout", "30"]
 
 
@@ -54,7 +55,7 @@ def _require_well(file, printed, precision):
 
 def test_a_run_is_well(ranks, tmp_path, capfd, monkeypatch):
     """``ranks`` waits for the operators: a build takes longer than the checks."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", THREADS)
     file = tmp_path / "doctor.json"
     assert cli.main(["doctor", "--num_accelerators", "2", "--json", str(file), *SMALL]) == 0
     printed = capfd.readouterr()
@@ -74,7 +75,9 @@ def test_under_other_launchers(ranks, launcher, tmp_path):
     file = tmp_path / "doctor.json"
     config = ["--config", str(ROOT / "ds_configs" / "acco_bf16.json"), "--json", str(file)]
     command = [sys.executable, "-m", *LAUNCHERS[launcher], "deepspeed_acco.doctor", *config, *SMALL]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=rank_environment())
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=rank_environment() | {"OMP_NUM_THREADS": THREADS}
+    )
     assert done.returncode == 0, done.stderr
     _require_well(file, done.stdout, "bf16")
 

@@ -61,17 +61,26 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="also write the findings there")
 
 
+def require_usable(options: argparse.Namespace) -> None:
+    """Raises ValueError for files that cannot be used, before anything is checked."""
+    config, file = options.config, options.json
+    if config is not None and not config.is_file():
+        raise ValueError(f"--config {config} is not a file; give a DeepSpeed JSON")
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise ValueError(f"--json {file} is not allowed; allowed: a file in a folder that exists")
+
+
 def run(options: argparse.Namespace) -> int:
     """Returns 0 where nothing failed, 1 where something did, 2 for bad arguments, 130 when interrupted."""
     require_extra("tools", "psutil")
     from ..launch import launcher  # psutil
 
-    for option, path in (("--config", options.config), ("--hostfile", options.hostfile)):
-        if path is not None and not path.is_file():
-            complain(f"doctor: {option} {path} is not a file")
-            return 2
-    if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
-        complain(f"doctor: --json {options.json} is not allowed; allowed: a file in a folder that exists")
+    try:
+        require_usable(options)
+        if options.hostfile is not None and not options.hostfile.is_file():
+            raise ValueError(f"--hostfile {options.hostfile} is not a file; give DeepSpeed's hostfile")
+    except ValueError as error:
+        complain(f"doctor: {error}")
         return 2
     place = launcher.Ranks(world_size=0, slots=options.num_accelerators, hostfile=options.hostfile)
     with tempfile.TemporaryDirectory() as folder:

@@ -46,12 +46,15 @@ class Setting:
     advice: str = "unset it"
 
 
+_CUDA, _CPU = "on CUDA", "on a CPU"
+_ON_A_HOST, _HOSTS = "on CUDA, several ranks on a host", "on CUDA, several hosts"
+_CPU_HOSTS = "on a CPU, several hosts"
 _WHEN: dict[str, Callable[[Facts], bool]] = {
-    "on CUDA": lambda facts: facts.device == "cuda",
-    "on CUDA, several ranks on a host": lambda facts: facts.device == "cuda" and facts.ranks_here > 1,
-    "on CUDA, several hosts": lambda facts: facts.device == "cuda" and facts.ranks > facts.ranks_here,
-    "on a CPU": lambda facts: facts.device == "cpu",
-    "on a CPU, several hosts": lambda facts: facts.device == "cpu" and facts.ranks > facts.ranks_here,
+    _CUDA: lambda facts: facts.device == "cuda",
+    _ON_A_HOST: lambda facts: facts.device == "cuda" and facts.ranks_here > 1,
+    _HOSTS: lambda facts: facts.device == "cuda" and facts.ranks > facts.ranks_here,
+    _CPU: lambda facts: facts.device == "cpu",
+    _CPU_HOSTS: lambda facts: facts.device == "cpu" and facts.ranks > facts.ranks_here,
 }
 
 
@@ -59,63 +62,38 @@ def _is_on(value: str, facts: Facts) -> bool:
     return value.lower() not in ("", "0", "false", "no", "off", "n", "f")
 
 
-def _is_few(value: str, facts: Facts) -> bool:
-    return value.isdecimal() and 1 <= int(value) <= 3
+def _is(*words: str) -> Callable[[str, Facts], bool]:
+    return lambda value, facts: value.lower() in words
 
 
-def _is_loopback(value: str, facts: Facts) -> bool:
-    return value.lstrip("=") == "lo"
+def _has_many_threads(value: str, facts: Facts) -> bool:
+    return facts.threads * facts.ranks_here > facts.cores
 
 
+def _has_few_threads(value: str, facts: Facts) -> bool:
+    return 4 * facts.threads * facts.ranks_here <= facts.cores
+
+
+_ONE_QUEUE = "all streams share one queue of the device: rounds wait behind computation"
 _WAITS = "the host waits in every collective: nothing overlaps"
-_NOT_ELSEWHERE = "the loopback interface leads to no other host"
+_OVER_HOST = "GPUs of a host send through host memory, several times slower"
+_LOOPBACK = "the loopback interface leads to no other host"
+_TAKEN = "the ranks have more threads than the host has cores: rounds and computation take them from each other"
+_IDLE = "most cores are idle (torchrun sets it to 1 where nobody does)"
 _SHARE = "set it to the cores over the ranks of a host"
 SETTINGS = (
-    Setting(
-        "CUDA_DEVICE_MAX_CONNECTIONS",
-        "on CUDA",
-        lambda value, facts: value == "1",
-        "all streams share one queue of the device: rounds wait behind computation",
-    ),
-    Setting("CUDA_LAUNCH_BLOCKING", "on CUDA", _is_on, "the host waits for every kernel: nothing overlaps"),
-    Setting("TORCH_NCCL_BLOCKING_WAIT", "on CUDA", _is_on, _WAITS),
-    Setting("NCCL_BLOCKING_WAIT", "on CUDA", _is_on, _WAITS),
-    Setting(
-        "NCCL_LAUNCH_MODE",
-        "on CUDA",
-        lambda value, facts: value.upper() == "GROUP",
-        "launches of collectives wait for one another",
-    ),
-    Setting("NCCL_MAX_CTAS", "on CUDA", _is_few, "so few blocks do not fill a fast link"),
-    Setting(
-        "NCCL_P2P_DISABLE",
-        "on CUDA, several ranks on a host",
-        _is_on,
-        "GPUs of a host send through host memory, several times slower",
-    ),
-    Setting(
-        "NCCL_IB_DISABLE",
-        "on CUDA, several hosts",
-        _is_on,
-        "NCCL takes TCP sockets, no InfiniBand or RoCE",
-        "unset it, unless the hosts have neither",
-    ),
-    Setting("NCCL_SOCKET_IFNAME", "on CUDA, several hosts", _is_loopback, _NOT_ELSEWHERE, "name another"),
-    Setting("GLOO_SOCKET_IFNAME", "on a CPU, several hosts", _is_loopback, _NOT_ELSEWHERE, "name another"),
-    Setting(
-        "OMP_NUM_THREADS",
-        "on a CPU",
-        lambda value, facts: facts.threads * facts.ranks_here > facts.cores,
-        "the ranks have more threads than the host has cores, and rounds and computation take them from each other",
-        _SHARE,
-    ),
-    Setting(
-        "OMP_NUM_THREADS",
-        "on a CPU",
-        lambda value, facts: 4 * facts.threads * facts.ranks_here <= facts.cores,
-        "most cores are idle (torchrun sets it to 1 where nobody does)",
-        _SHARE,
-    ),
+    Setting("CUDA_DEVICE_MAX_CONNECTIONS", _CUDA, _is("1"), _ONE_QUEUE),
+    Setting("CUDA_LAUNCH_BLOCKING", _CUDA, _is_on, "the host waits for every kernel: nothing overlaps"),
+    Setting("TORCH_NCCL_BLOCKING_WAIT", _CUDA, _is_on, _WAITS),
+    Setting("NCCL_BLOCKING_WAIT", _CUDA, _is_on, _WAITS),
+    Setting("NCCL_LAUNCH_MODE", _CUDA, _is("group"), "launches of collectives wait for one another"),
+    Setting("NCCL_MAX_CTAS", _CUDA, _is("1", "2", "3"), "so few blocks do not fill a fast link"),
+    Setting("NCCL_P2P_DISABLE", _ON_A_HOST, _is_on, _OVER_HOST),
+    Setting("NCCL_IB_DISABLE", _HOSTS, _is_on, "NCCL takes TCP and no InfiniBand or RoCE, where hosts have it"),
+    Setting("NCCL_SOCKET_IFNAME", _HOSTS, _is("lo", "=lo"), _LOOPBACK, "name the one between the hosts"),
+    Setting("GLOO_SOCKET_IFNAME", _CPU_HOSTS, _is("lo", "=lo"), _LOOPBACK, "name the one between the hosts"),
+    Setting("OMP_NUM_THREADS", _CPU, _has_many_threads, _TAKEN, _SHARE),
+    Setting("OMP_NUM_THREADS", _CPU, _has_few_threads, _IDLE, _SHARE),
 )
 
 
@@ -139,5 +117,5 @@ def finding_of(environment: Mapping[str, str], facts: Facts) -> Finding:
 
 
 def check_settings(subject: Subject) -> Finding:
-    """Looks for variables that cost overlap."""
+    """Finds variables that cost overlap."""
     return finding_of(os.environ, Facts.of_this_rank(subject.device.type))

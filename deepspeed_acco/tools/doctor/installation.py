@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Looks at what is installed: versions, kernels, and locks of builds."""
+"""Checks what is installed: versions, kernels, and locks of builds."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check_kernels(subject: Subject) -> Finding:
 
 
 def check_locks(subject: Subject) -> Finding:
-    """Looks on this host for locks of builds, which make runs wait."""
+    """Finds the locks of builds on this host, for which runs wait."""
     locks = build_locks.find_locks()
     if not locks:
         return Finding(OK, f"No build has left a lock in {build_locks.build_root()}.")

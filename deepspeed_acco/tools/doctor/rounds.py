@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 
 import deepspeed.comm
 import torch
@@ -19,7 +20,7 @@ from ...runtime.buffers import FlatBuffers
 from ...runtime.clock import Instant
 from ...runtime.communicator import Communicator
 from ...runtime.driver import RoundDriver
-from ...runtime.lanes import RoundFailed, make_lane
+from ...runtime.lanes import make_lane
 from ...runtime.layout import GroupLayout
 from ...runtime.levels import Levels
 from ...runtime.round_inputs import RoundInputs
@@ -34,14 +35,17 @@ _ROUND_S = 0.3
 _TURNS = 5
 _COMPUTE_SHARE = 1.5  # so many rounds as long is the computation beside one
 _LITTLE_HIDDEN = 0.5
-_PRODUCT_SIZE = {"cpu": 384, "cuda": 4096}
 
 
 class _Rounds:
-    """Holds the rounds of ``numel`` parameters in the training's precision, on the lane that training has."""
+    """Holds the rounds of ``numel`` parameters in the training's precision, on the lane that training has.
+
+    Attributes:
+        exchanged_bytes: what this rank sent in the last exchange.
+    """
 
     def __init__(self, subject: Subject, comm: Communicator, levels: Levels, numel: int):
-        self._comm, self._device = comm, subject.device
+        self._comm, self._device, self.exchanged_bytes = comm, subject.device, 0
         comm.use_levels(levels)
         layout = GroupLayout(-(-numel // (2 * comm.world_size)) * 2 * comm.world_size, levels, comm.rank)
         live = torch.zeros(layout.padded_numel, dtype=subject.training.dtype, device=subject.device)
@@ -51,63 +55,57 @@ class _Rounds:
         shard = AdamWShard.fresh(self._buffers.live_shards[0].float().clone(), {})
         self.lane = make_lane("auto", subject.device)
         fingerprint = Fingerprint([live], [sampled_places([(0, live.numel())], live.device)])
-        self._driver = RoundDriver(self._buffers, [shard], comm, self.lane, fingerprint)
+        self.driver = RoundDriver(self._buffers, [shard], comm, self.lane, fingerprint)
         self._inputs = RoundInputs((AdamWHyper(),), 1.0, 1 / comm.world_size, 0.0, window=0)
 
     def start(self, this: Round) -> None:
         """Starts a round."""
-        self._driver.advance(this, self._inputs, clears=False, blocks=False)
+        self.driver.advance(this, self._inputs, clears=False, blocks=False)
 
     def round_s(self, this: Round) -> float:
         """Returns how long a round with nothing beside it takes on this rank."""
         self._comm.barrier()
         before = self.lane.times()
-        self.start(this)
-        self._driver.finish()
-        _wait(Instant(self._device))
+
+        def run() -> None:
+            self.start(this)
+            self.driver.finish()
+
+        _seconds(self._device, run)
         return self.lane.times().since(before).round_s
 
-    def finish(self) -> None:
-        """Waits for the running round."""
-        self._driver.finish()
-
-    def exchange_s(self) -> tuple[float, int]:
-        """Returns how long a reduce-scatter and an all-gather of these parameters take, and the bytes that this rank
-        sends for them."""
+    def exchange_s(self) -> float:
+        """Returns how long a reduce-scatter and an all-gather of these parameters take on this rank."""
         self._comm.barrier()
-        sent, begin = self._comm.sent_bytes, Instant(self._device)
-        buffers = self._buffers
+        return _seconds(self._device, self._exchange)
+
+    def _exchange(self) -> None:
+        buffers, sent = self._buffers, self._comm.sent_bytes
         self._comm.reduce_scatter_sum(buffers.arenas, buffers.reduced, buffers.encoding(0))
         self._comm.all_gather(buffers.comm_weights)
-        return _wait(Instant(self._device)).seconds_since(begin), self._comm.sent_bytes - sent
-
-    def close(self) -> None:
-        """Ends lane and process group."""
-        with suppress(RoundFailed):
-            self._driver.finish()
-        self._driver.close()
+        self.exchanged_bytes = self._comm.sent_bytes - sent
 
 
-def _wait(instant: Instant) -> Instant:
-    instant.wait()
-    return instant
+def _seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """Returns how long the device takes for the work."""
+    begin = Instant(device)
+    work()
+    end = Instant(device)
+    end.wait()
+    return end.seconds_since(begin)
 
 
 @contextmanager
 def _rounds(subject: Subject, numel: int, group=None) -> Iterator[tuple[_Rounds, Levels]]:
     """Gives the rounds of all ranks over the levels of their hosts, or those of a group in one level."""
-    comm = Communicator(group, subject.device, subject.timeout_s)
-    try:
-        ranks_per_host = subject.training.settings.ranks_per_host
-        levels = agree_on_levels(comm, ranks_per_host) if group is None else Levels.flat(comm.world_size)
+    with ExitStack() as at_end:
+        comm = Communicator(group, subject.device, subject.timeout_s)
+        at_end.callback(comm.destroy)
+        asked = subject.training.settings.ranks_per_host
+        levels = agree_on_levels(comm, asked) if group is None else Levels.flat(comm.world_size)
         rounds = _Rounds(subject, comm, levels, numel)
-    except BaseException:
-        comm.destroy()
-        raise
-    try:
+        at_end.callback(rounds.driver.close)
         yield rounds, levels
-    finally:
-        rounds.close()
 
 
 def _numel(subject: Subject) -> int:
@@ -138,8 +136,8 @@ def check_rounds(subject: Subject) -> Finding:
     with _rounds(subject, numel) as (rounds, levels):
         commit_s = _median(subject, lambda: rounds.round_s(COMMIT))
         estimate_s = _median(subject, lambda: rounds.round_s(ESTIMATE))
-        exchange_s = _median(subject, lambda: rounds.exchange_s()[0])
-        sent = rounds.exchange_s()[1]
+        exchange_s = _median(subject, rounds.exchange_s)
+        sent = rounds.exchanged_bytes
     figures = {
         "numel": numel,
         "commit_s": commit_s,
@@ -173,8 +171,8 @@ def _rate_of(subject: Subject, numel: int, groups: list[tuple[int, ...]]) -> flo
     made = {ranks: deepspeed.comm.new_group(list(ranks)) for ranks in groups}
     group = next(group for ranks, group in made.items() if subject.control.rank in ranks)
     with _rounds(subject, numel, group) as (rounds, _):
-        sent = rounds.exchange_s()[1]
-        return sent / _median(subject, lambda: rounds.exchange_s()[0])
+        longest_s = _median(subject, rounds.exchange_s)
+        return rounds.exchanged_bytes / longest_s
 
 
 def _ms(seconds: float) -> str:
@@ -188,29 +186,20 @@ def _rate(bytes_per_s: float) -> str:
 # ---- what is hidden
 
 
-class _Computation:
-    """Multiplies matrices, about as long as it is asked to."""
+def _computation(device: torch.device, seconds: float) -> Callable[[], None]:
+    """Returns matrix products that take about so long; on CUDA they are only enqueued."""
+    size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (384, torch.float32)
+    factor = torch.randn(size, size, device=device).to(dtype)
+    product = torch.empty_like(factor)
 
-    def __init__(self, device: torch.device, seconds: float):
-        self._device = device
-        size = _PRODUCT_SIZE[device.type]
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self._factor = torch.randn(size, size, device=device).to(dtype)
-        self._product = torch.empty_like(self._factor)
-        self._count = 8
-        self.seconds()
-        self._count = max(1, round(self._count * seconds / self.seconds()))
+    def compute(count: int) -> None:
+        for _ in range(count):
+            torch.mm(factor, factor, out=product)
 
-    def start(self) -> None:
-        """Computes; on CUDA it only enqueues."""
-        for _ in range(self._count):
-            torch.mm(self._factor, self._factor, out=self._product)
-
-    def seconds(self) -> float:
-        """Returns how long it takes with nothing beside it."""
-        begin = Instant(self._device)
-        self.start()
-        return _wait(Instant(self._device)).seconds_since(begin)
+    first = 8
+    for _ in range(2):  # the first time is not that of later ones
+        taken_s = _seconds(device, lambda: compute(first))
+    return functools.partial(compute, max(1, round(first * seconds / taken_s)))
 
 
 def check_hidden(subject: Subject) -> Finding:
@@ -219,17 +208,18 @@ def check_hidden(subject: Subject) -> Finding:
         return Finding(NOT_APPLICABLE, "One rank sends nothing that could be hidden.")
     compute_s, round_s, beside_s, both_s = [], [], [], []
     with _rounds(subject, _numel(subject)) as (rounds, _):
-        computation = _Computation(subject.device, _COMPUTE_SHARE * _median(subject, lambda: rounds.round_s(COMMIT)))
+        compute = _computation(subject.device, _COMPUTE_SHARE * _median(subject, lambda: rounds.round_s(COMMIT)))
         for _ in range(_TURNS):  # in turns: what else the machine does meets all of them
             round_s.append(rounds.round_s(COMMIT))
-            compute_s.append(computation.seconds())
+            compute_s.append(_seconds(subject.device, compute))
             subject.control.barrier()
             rounds.start(COMMIT)
             begin = Instant(subject.device)
-            computation.start()
+            compute()
             computed = Instant(subject.device)
-            rounds.finish()
-            end = _wait(Instant(subject.device))
+            rounds.driver.finish()
+            end = Instant(subject.device)
+            end.wait()
             beside_s.append(computed.seconds_since(begin))
             both_s.append(end.seconds_since(begin))
     medians = [subject.slowest(statistics.median(times)) for times in (compute_s, round_s, beside_s, both_s)]

@@ -24,6 +24,7 @@ from ...runtime.communicator import Communicator
 from ...runtime.failures import CommFailed
 from ..words import counted, printable
 from . import page
+from .command import require_usable
 from .costly_settings import Facts, check_settings, finding_of
 from .finding import FAIL, NOT_APPLICABLE, Finding, of_error, together
 from .installation import check_kernels, check_locks, check_versions
@@ -91,6 +92,7 @@ def run(options: argparse.Namespace) -> int:
     accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     device = torch.device(accelerator.current_device_name())
     try:
+        require_usable(options)
         training = training_of(options.config, options.precision, device, int(os.environ["WORLD_SIZE"]))
     except (ValueError, OSError) as error:
         _tell(rank, str(error))

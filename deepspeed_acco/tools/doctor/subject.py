@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from ...algorithm.schedules import SCHEDULES, Schedule
 from ...runtime.communicator import Communicator
@@ -66,8 +67,15 @@ def training_of(path: Path | None, precision: str | None, device: torch.device, 
     Raises:
         ValueError: the JSON cannot be used.
     """
+    training = _training_of(path, precision, "bf16" if device.type == "cuda" else "fp32", world_size)
+    if training.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ValueError("precision fp16 is not allowed: DeepSpeed does not train in it on these devices")
+    return training
+
+
+def _training_of(path: Path | None, precision: str | None, default: str, world_size: int) -> Training:
     if path is None:
-        return Training(precision or ("bf16" if device.type == "cuda" else "fp32"))
+        return Training(precision or default)
     configs, files = read_configs([path])
     ((name, config),) = configs.items()
     check(files[name], config, world_size, is_filled=True)

@@ -14,7 +14,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from ...algorithm.window import phase_a_micro_batches
 from ...engine.true_weights import true_weights
 from ...runtime.levels import Levels
 from ...settings import ADAMW_KEYS, AdamWKeys
-from .finding import FAIL, NOT_APPLICABLE, OK, Finding
+from .finding import FAIL, OK, Finding
 from .subject import LEARNING_RATE, Subject
 
 _SAMPLES, _FEATURES, _HIDDEN, _TARGETS = 4, 7, 13, 3  # odd: the last shard has padding
@@ -64,6 +63,17 @@ def _windows(subject: Subject) -> int:
     """Returns how many windows are trained: the reference computes those of all ranks."""
     of_a_window = subject.training.n * subject.control.world_size
     return max(4, min(_WINDOWS, _MOST_MICRO_BATCHES // of_a_window))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Takes one thread: at these sizes others only wait, and steps in 16 bit take up to thirty times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ---- the run
@@ -108,7 +118,7 @@ def _train(subject: Subject, lane: str, pause: Callable[[], None] | None = None)
     engine, *_ = deepspeed.initialize(model=network, model_parameters=parameters, config=_config(subject, lane))
     if pause is not None:
         network.register_forward_hook(lambda *_: pause())
-        _pause_in_rounds(engine.optimizer, pause)
+        _pause_in_rounds(engine.optimizer._lane, pause)
     try:
         for window in range(_windows(subject)):
             for micro_batch in range(subject.training.n):
@@ -122,41 +132,20 @@ def _train(subject: Subject, lane: str, pause: Callable[[], None] | None = None)
     return _Trained(true, _flat(parameters), shard_numels, levels)
 
 
-def _pause_in_rounds(optimizer: Any, pause: Callable[[], None]) -> None:
-    lane = optimizer._lane
+def _pause_in_rounds(lane: Any, pause: Callable[[], None]) -> None:
     start = lane.start
 
-    def start_with_pauses(round_: Callable[[], Any], name: str) -> None:
-        def paused() -> Any:
-            pause()
-            result = round_()
-            pause()
-            return result
+    def paused(round_: Callable[[], Any]) -> Any:
+        pause()
+        result = round_()
+        pause()
+        return result
 
-        start(paused, name)
-
-    lane.start = start_with_pauses
+    lane.start = lambda round_, name: start(lambda: paused(round_), name)
 
 
 def _flat(tensors: list[Any]) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Takes one thread: at these sizes others only wait, and steps in 16 bit take up to thirty times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _why_not(subject: Subject) -> str:
-    if subject.training.precision == "fp16" and not get_accelerator().is_fp16_supported():
-        return "DeepSpeed trains in no fp16 on this device."
-    return ""
 
 
 # ---- the reference
@@ -218,33 +207,26 @@ def _tolerance(subject: Subject) -> float:
 # ---- the checks
 
 
+@_one_thread()
 def check_equality(subject: Subject) -> Finding:
     """Trains a small network, and compares its weights with those of the reference."""
-    reason = _why_not(subject)
-    if reason:
-        return Finding(NOT_APPLICABLE, reason)
-    with _one_thread():
-        run = _train(subject, "auto")
-        before, after = _reference(subject, run)
+    run = _train(subject, "auto")
+    before, after = _reference(subject, run)
     distance = float((run.true.double() - after).norm() / (after - before).norm())
     tolerance, windows = _tolerance(subject), _windows(subject)
-    is_finite = math.isfinite(distance)
-    figures = {"distance": distance if is_finite else None, "tolerance": tolerance, "steps": windows}
-    if not is_finite:
-        return Finding(FAIL, "The weights are not finite.", _REPORT, figures)
-    told = f"{windows} steps in {subject.training.precision} end {distance:.1e} of the way from the reference"
+    if not math.isfinite(distance):
+        return Finding(FAIL, "The weights are not finite.", _REPORT)
     if not run.live.equal(run.true.to(run.live)):
-        return Finding(FAIL, "The module's weights at the end are not those of the shards.", _REPORT, figures)
-    if not distance < tolerance:
-        return Finding(FAIL, f"{told}; allowed is {tolerance:.0e}.", _REPORT, figures)
-    return Finding(OK, f"{told} (float64, one process); allowed is {tolerance:.0e}.", figures=figures)
+        return Finding(FAIL, "The module's weights at the end are not those of the shards.", _REPORT)
+    figures = {"distance": distance, "tolerance": tolerance, "steps": windows}
+    told = f"{windows} steps in {subject.training.precision} end {distance:.1e} of the way from the reference"
+    told += f" (one process, float64); allowed is {tolerance:.0e}."
+    return Finding(OK, told, figures=figures) if distance < tolerance else Finding(FAIL, told, _REPORT, figures)
 
 
+@_one_thread()
 def check_lanes(subject: Subject) -> Finding:
     """Trains on both lanes, the overlapping one with random delays, and compares bits."""
-    reason = _why_not(subject)
-    if reason:
-        return Finding(NOT_APPLICABLE, reason)
     choose = random.Random(subject.control.rank)
 
     def pause() -> None:
@@ -254,12 +236,11 @@ def check_lanes(subject: Subject) -> Finding:
         else:
             time.sleep(seconds)
 
-    with _one_thread():
-        overlapped, inline = _train(subject, "auto", pause), _train(subject, "inline")
+    overlapped, inline = _train(subject, "auto", pause), _train(subject, "inline")
     differing = int((overlapped.true != inline.true).sum() + (overlapped.live != inline.live).sum())
     figures = {"differing_weights": differing, "longest_delay_s": _LONGEST_PAUSE_S}
-    if differing:
-        advice = 'Train with "lane": "inline" until it is found, and report this'
-        return Finding(FAIL, f"{differing} weights differ between the lanes auto and inline.", advice, figures)
-    sentence = "The lanes auto, with random delays in forwards and rounds, and inline give the same bits."
-    return Finding(OK, sentence, figures=figures)
+    if not differing:
+        told = "The lanes auto, with random delays in forwards and rounds, and inline give the same bits."
+        return Finding(OK, told, figures=figures)
+    advice = 'Train with "lane": "inline" until it is found, and report this'
+    return Finding(FAIL, f"{differing} weights differ between the lanes auto and inline.", advice, figures)
