@@ -13,8 +13,8 @@ import io
 import os
 import sys
 
-from deepspeed_acco.tools.doctor.command import add_check_arguments
-from deepspeed_acco.tools.subcommand import Parser
+from .tools.doctor.command import add_check_arguments
+from .tools.subcommand import Parser
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
             "there are no ranks. Start it by a launcher: deepspeed --module deepspeed_acco.doctor, torchrun -m "
             "deepspeed_acco.doctor, or ds_acco doctor"
         )
-    from deepspeed_acco.tools.doctor import session
+    from .tools.doctor import session
 
     return session.run(options)
 

@@ -236,6 +236,6 @@ def check_hidden(subject: Subject) -> Finding:
     advice = (
         "On a CPU a round takes cores from the model: leave some free (OMP_NUM_THREADS)"
         if subject.device.type == "cpu"
-        else "Look at the settings below, and measure again with nothing else on the devices"
+        else "Look at the settings above, and measure again with nothing else on the devices"
     )
     return Finding(WARN, told, advice, figures)
