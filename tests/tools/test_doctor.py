@@ -156,7 +156,7 @@ def test_a_wrong_update_is_found(ranks):
     for findings, is_well in found:
         assert not is_well and findings["equality"].status == FAIL and findings["lanes"].status == OK
         assert findings["equality"].figures["distance"] > 1e-2
-        assert "from the reference; allowed is 1e-04" in findings["equality"].sentence
+        assert "of the way; allowed is 1e-04" in findings["equality"].sentence
         assert "FAIL  equality" in page.page_of("2 ranks", findings, 1.0)
 
 

@@ -219,8 +219,8 @@ def check_equality(subject: Subject) -> Finding:
     if not run.live.equal(run.true.to(run.live)):
         return Finding(FAIL, "The module's weights at the end are not those of the shards.", _REPORT)
     figures = {"distance": distance, "tolerance": tolerance, "steps": windows}
-    told = f"{windows} steps in {subject.training.precision} end {distance:.1e} of the way from the reference"
-    told += f" (one process, float64); allowed is {tolerance:.0e}."
+    told = f"{windows} steps in {subject.training.precision} end beside the reference (one process, float64), apart by "
+    told += f"{distance:.1e} of the way; allowed is {tolerance:.0e}."
     return Finding(OK, told, figures=figures) if distance < tolerance else Finding(FAIL, told, _REPORT, figures)
 
 
