@@ -8,8 +8,6 @@ torchrun --nproc-per-node 8 -m deepspeed_acco.doctor --config ds_config.json
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import sys
 
@@ -29,9 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="deepspeed_acco.doctor", description="Check training with ACCO on these ranks.")
     add_check_arguments(parser)
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
-    is_first = os.environ.get("RANK", "0") == "0"
-    with contextlib.nullcontext() if is_first else contextlib.redirect_stderr(io.StringIO()):
-        options = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     if "RANK" not in os.environ:
         parser.error(
             "there are no ranks. Start it by a launcher: deepspeed --module deepspeed_acco.doctor, torchrun -m "

@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -22,7 +23,7 @@ from deepspeed_acco.tools.doctor.costly_settings import SETTINGS, Facts
 from deepspeed_acco.tools.doctor.costly_settings import finding_of as finding_of_settings
 from deepspeed_acco.tools.doctor.finding import FAIL, NOT_APPLICABLE, OK, WARN, Finding, together
 from deepspeed_acco.tools.doctor.installation import check_locks
-from tests.support.launcher import ROOT, rank_environment
+from tests.support.launcher import ROOT, operators_folder, rank_environment
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -80,6 +81,23 @@ def test_under_other_launchers(ranks, launcher, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     _require_well(file, done.stdout, "bf16")
+
+
+@pytest.mark.full
+def test_a_run_that_is_not_well_ends_with_1(ranks, tmp_path, capfd, monkeypatch):
+    operators = tmp_path / "operators"
+    (operators / "forgotten").mkdir(parents=True)
+    for built in Path(operators_folder()).iterdir():
+        (operators / built.name).symlink_to(built)
+    lock = operators / "forgotten" / "lock"
+    lock.touch()
+    os.utime(lock, (0, 0))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(operators))
+    file = tmp_path / "doctor.json"
+    assert cli.main(["doctor", "--num_accelerators", "2", "--json", str(file), *SMALL]) == 1
+    assert json.loads(file.read_text())["checks"]["locks"]["figures"]["locks"] == [str(lock)]
+    printed = capfd.readouterr().out
+    assert "FAIL  locks" in printed and str(lock) in printed and "1 check failed: locks." in printed
 
 
 # ---- what is broken on purpose

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import deepspeed
@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
         require_usable(options)
         training = training_of(options.config, options.precision, device, int(os.environ["WORLD_SIZE"]))
     except (ValueError, OSError) as error:
-        _tell(rank, str(error))
+        _tell(0, str(error))  # of every rank: the launcher ends the others as soon as one has ended
         return 2
     for what, text in finding_of(os.environ, Facts.of_this_rank(device.type)).rows:
         _tell(rank, f"{what}: {text}")  # now: with some of them the ranks do not find each other
@@ -105,6 +105,8 @@ def run(options: argparse.Namespace) -> int:
         findings = examine(subject)
         if control.rank == 0:
             _report(options, subject, findings, time.monotonic() - begin)
+        with suppress(CommFailed):
+            control.barrier()  # the launcher ends rank 0 as soon as another has ended with an error
     return 0 if page.is_well(findings) else 1
 
 
