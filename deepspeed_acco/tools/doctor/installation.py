@@ -29,7 +29,6 @@ def check_versions(subject: Subject) -> Finding:
     }
     if subject.device.type == "cuda":
         own |= {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
-        own["device"] = torch.cuda.get_device_name(subject.device)
     of_ranks = subject.control.gather_objects(own)
     different = [what for what in own if own[what] != of_ranks[0].get(what)]
     if different:

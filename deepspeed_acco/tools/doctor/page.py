@@ -24,7 +24,7 @@ def is_well(findings: Mapping[str, Finding]) -> bool:
 
 def page_of(header: str, findings: Mapping[str, Finding], took_s: float) -> str:
     """Returns what is printed."""
-    lines = [f"deepspeed_acco doctor: {header}", ""]
+    lines = [*textwrap.wrap(f"deepspeed_acco doctor: {header}", _WIDTH), ""]
     for name, finding in findings.items():
         lines += _filled(f"{_MARKS[finding.status]:6}{name:{_INDENT - 6}}", finding.sentence)
         for what, text in finding.rows:

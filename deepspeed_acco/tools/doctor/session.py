@@ -22,6 +22,7 @@ from ...engine import log
 from ...optim import native
 from ...runtime.communicator import Communicator
 from ...runtime.failures import CommFailed
+from ..machine import describe_machine
 from ..words import counted, printable
 from . import page
 from .command import require_usable
@@ -125,15 +126,20 @@ def _joined(device: torch.device, timeout_s: float) -> Iterator[Communicator]:
 
 
 def _report(options: argparse.Namespace, subject: Subject, findings: Mapping[str, Finding], took_s: float) -> None:
-    training, ranks = subject.training, subject.control.world_size
+    training, ranks, device = subject.training, subject.control.world_size, subject.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPUs"
     header = {
         "ranks": ranks,
-        "device": subject.device.type,
+        "device": device.type,
+        "device_name": name,
+        "machine": describe_machine(),
         "precision": training.precision,
         "schedule": training.schedule.name,
         "n": training.n,
     }
-    told = f"{counted(ranks, 'rank')} on {subject.device.type}, {training.precision}, schedule {training.schedule.name}"
-    print(page.page_of(f"{told}, n = {training.n}", findings, took_s), flush=True)
+    told = (
+        f"{counted(ranks, 'rank')}, {training.precision}, schedule {training.schedule.name}, n = {training.n}; {name}"
+    )
+    print(page.page_of(told, findings, took_s), flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(page.json_of(header, findings, took_s), indent=2) + "\n")
