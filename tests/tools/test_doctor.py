@@ -4,6 +4,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -322,6 +323,12 @@ def test_settings_that_cost_overlap(environment, facts, names):
     assert finding.status == (WARN if names else OK)
     for what, text in finding.rows:
         assert "What to do: " in text and what.partition("=")[2] in (*environment.values(), "(unset)")
+
+
+def test_all_settings_are_documented():
+    text = (ROOT / "docs" / "how-to" / "doctor.md").read_text()
+    table = text.split("## Settings that cost overlap")[1].split("\n## ")[0]
+    assert {setting.name for setting in SETTINGS} == set(re.findall(r"\b[A-Z]+_[A-Z0-9_]+\b", table))
 
 
 @pytest.mark.parametrize(

@@ -83,13 +83,16 @@ def run(options: argparse.Namespace) -> int:
         complain(f"doctor: {error}")
         return 2
     place = launcher.Ranks(world_size=0, slots=options.num_accelerators, hostfile=options.hostfile)
-    with tempfile.TemporaryDirectory() as folder:
-        with launcher.started(MODULE, _arguments_of(options), Path(folder), place) as (process,):
-            try:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            with launcher.started(MODULE, _arguments_of(options), Path(folder), place) as (process,):
                 code = process.wait(_LIMIT_S)
-            except subprocess.TimeoutExpired:
-                complain(f"doctor: the ranks did not end within {_LIMIT_S:.0f} s. The last line above says where")
-                return 1
+    except subprocess.TimeoutExpired:
+        complain(f"doctor: the ranks did not end within {_LIMIT_S:.0f} s. The last line above says where they are")
+        return 1
+    except (RuntimeError, OSError) as cause:
+        complain(f"doctor: {cause}")
+        return 1
     return code if code in (0, 2) else 1
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -52,7 +53,7 @@ _GONE = "Look at the output of the ranks; the first error in time is the cause"
 def examine(subject: Subject, checks: Mapping[str, Check] = CHECKS, limit_s: float = LIMIT_S) -> dict[str, Finding]:
     """Carries out the checks, one after the other, and returns by their names what all ranks have found; every rank
     must call it. After ``limit_s`` no other is begun, nor where a rank is gone."""
-    begin, why_not = time.monotonic(), ""
+    begin, rank, why_not = time.monotonic(), subject.control.rank, ""
     findings: dict[str, Finding] = {}
     # Bounds what checks wait for in collectives of DeepSpeed. Findings wait longer: for a rank that waited so.
     bounds = Communicator(None, subject.control.device, subject.timeout_s)
@@ -60,12 +61,13 @@ def examine(subject: Subject, checks: Mapping[str, Check] = CHECKS, limit_s: flo
         if why_not:
             findings[name] = Finding(NOT_APPLICABLE, why_not)
             continue
-        _tell(subject.control.rank, f"{name} ...")
+        if rank == 0:
+            _say(f"{name} ...")
         try:
             with bounds.bounded(name):
                 own = check(subject)
         except Exception as error:  # whatever breaks: the others are still worth making
-            _tell(0, f"{name}, rank {subject.control.rank}: {type(error).__name__}: {error}")
+            _say(f"{name}, rank {rank}: {type(error).__name__}: {error}")
             own = of_error(error)
         try:
             found, times = zip(*subject.control.gather_objects((own, time.monotonic() - begin)), strict=True)
@@ -80,10 +82,8 @@ def examine(subject: Subject, checks: Mapping[str, Check] = CHECKS, limit_s: flo
     return findings
 
 
-def _tell(rank: int, text: str) -> None:
-    """Prints a line of progress, on rank 0."""
-    if rank == 0:
-        print(printable(f"doctor: {text}"), file=sys.stderr, flush=True)
+def _say(text: str) -> None:
+    print(printable(f"doctor: {text}"), file=sys.stderr, flush=True)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -96,19 +96,18 @@ def run(options: argparse.Namespace) -> int:
         require_usable(options)
         training = training_of(options.config, options.precision, device, int(os.environ["WORLD_SIZE"]))
     except (ValueError, OSError) as error:
-        _tell(0, str(error))  # of every rank: the launcher ends the others as soon as one has ended
+        _say(str(error))  # every rank does: the launcher ends the others as soon as one has ended
         return 2
-    for what, text in finding_of(os.environ, Facts.of_this_rank(device.type)).rows:
-        _tell(rank, f"{what}: {text}")  # now: with some of them the ranks do not find each other
+    for what, text in finding_of(os.environ, Facts.of_this_rank(device.type)).rows if rank == 0 else ():
+        _say(f"{what}: {text}")  # now: with some of them the ranks do not find each other
     log.logger().setLevel(logging.WARNING)
     with _joined(device, options.comm_timeout) as control:
         subject = Subject(training, device, options.numel, options.comm_timeout, control)
         findings = examine(subject)
-        if control.rank == 0:
-            _report(options, subject, findings, time.monotonic() - begin)
+        is_written = control.rank != 0 or _report(options.json, subject, findings, time.monotonic() - begin)
         with suppress(CommFailed):
             control.barrier()  # the launcher ends rank 0 as soon as another has ended with an error
-    return 0 if page.is_well(findings) else 1
+    return 0 if is_written and page.is_well(findings) else 1
 
 
 @contextmanager
@@ -118,14 +117,15 @@ def _joined(device: torch.device, timeout_s: float) -> Iterator[Communicator]:
     try:
         native.prepare(device)  # now: it may build for a minute
     except (ValueError, RuntimeError) as error:
-        _tell(0, f"kernels: {error}")  # and the check says it again
+        _say(f"kernels: {error}")  # and the check says it again
     control = Communicator(None, torch.device("cpu"), 2 * timeout_s + 10)
     yield control
     control.destroy()
     deepspeed.comm.destroy_process_group()
 
 
-def _report(options: argparse.Namespace, subject: Subject, findings: Mapping[str, Finding], took_s: float) -> None:
+def _report(file: Path | None, subject: Subject, findings: Mapping[str, Finding], took_s: float) -> bool:
+    """Prints the page and writes the JSON; tells whether both could be done."""
     training, ranks, device = subject.training, subject.control.world_size, subject.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPUs"
     header = {
@@ -141,5 +141,10 @@ def _report(options: argparse.Namespace, subject: Subject, findings: Mapping[str
         f"{counted(ranks, 'rank')}, {training.precision}, schedule {training.schedule.name}, n = {training.n}; {name}"
     )
     print(page.page_of(told, findings, took_s), flush=True)
-    if options.json is not None:
-        options.json.write_text(json.dumps(page.json_of(header, findings, took_s), indent=2) + "\n")
+    try:
+        if file is not None:
+            file.write_text(json.dumps(page.json_of(header, findings, took_s), indent=2) + "\n")
+    except OSError as error:
+        _say(f"--json {file} cannot be written: {error}")
+        return False
+    return True
