@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_check_arguments(parser)
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
     options = parser.parse_args(arguments)
-    if "RANK" not in os.environ:
+    if not {"RANK", "WORLD_SIZE"} <= set(os.environ):
         parser.error(
             "there are no ranks. Start it by a launcher: deepspeed --module deepspeed_acco.doctor, torchrun -m "
             "deepspeed_acco.doctor, or ds_acco doctor"

@@ -137,10 +137,8 @@ def _report(file: Path | None, subject: Subject, findings: Mapping[str, Finding]
         "schedule": training.schedule.name,
         "n": training.n,
     }
-    told = (
-        f"{counted(ranks, 'rank')}, {training.precision}, schedule {training.schedule.name}, n = {training.n}; {name}"
-    )
-    print(page.page_of(told, findings, took_s), flush=True)
+    told = f"{counted(ranks, 'rank')} on {name}, {training.precision}, schedule {training.schedule.name}"
+    print(page.page_of(f"{told}, n = {training.n}", findings, took_s), flush=True)
     try:
         if file is not None:
             file.write_text(json.dumps(page.json_of(header, findings, took_s), indent=2) + "\n")
