@@ -46,15 +46,14 @@ def check_kernels(subject: Subject) -> Finding:
         is_chosen = reason.startswith(native.CHOICE_VARIABLE)
         advice = f"Unset {native.CHOICE_VARIABLE}" if is_chosen else build.HOW_TO_BUILD
         return Finding(WARN, sentence, advice, {"kernels": "torch", "reason": reason})
-    where = build.loaded_from or "the installed package"
-    return Finding(OK, f"The updates run on the native kernels of {where}.", figures={"kernels": "native"})
+    return Finding(OK, "The updates run on the native kernels.", figures={"kernels": "native"})
 
 
 def check_locks(subject: Subject) -> Finding:
     """Finds the locks of builds on this host, for which runs wait."""
     locks = build_locks.find_locks()
     if not locks:
-        return Finding(OK, f"No build has left a lock in {build_locks.build_root()}.")
+        return Finding(OK, "No build has left a lock.")
     is_old = any(_age_s(lock) > _OLD_S for lock in locks)
     advice = "Remove it where no process builds" if is_old else "Wait until the build is over"
     rows = tuple((lock.parent.name, build_locks.describe_lock(lock)) for lock in locks)

@@ -33,7 +33,7 @@ _FIRST_NUMEL = 2**19
 _MOST_NUMEL = {"cpu": 2**24, "cuda": 2**28}
 _ROUND_S = 0.3
 _TURNS = 5
-_COMPUTE_SHARE = 1.5  # so many rounds as long is the computation beside one
+_COMPUTE_SHARE = 2  # so many rounds as long is the computation beside one
 _LITTLE_HIDDEN = 0.5
 
 
