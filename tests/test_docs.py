@@ -25,6 +25,7 @@ import torch
 
 from deepspeed_acco.optimizer import ACCO
 from deepspeed_acco.tools.cli import main
+from deepspeed_acco.tools.doctor import command as doctor
 from tests.support import training
 
 ROOT = Path(__file__).parents[1]
@@ -386,6 +387,10 @@ def test_scripts_of_the_commands_take_these_options(command):
         )
         return
     launched = parse_args(list(command.words[1:]))
+    if launched.user_script == "deepspeed_acco.doctor":
+        doctor.add_check_arguments(parser := argparse.ArgumentParser())
+        parser.parse_args(launched.user_args)
+        return
     if launched.module:
         assert launched.user_script == "deepspeed_acco"
         launched.user_script = launched.user_args.pop(0)

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "deepspeed_acco"
-# From the ground up; settings.py and optimizer.py lie between algorithm and engine, __init__.py above all but tools.
-ROOMS = ["algorithm", "settings", "optim", "runtime", "optimizer", "engine", "__init__", "tools"]
+# From the ground up; settings.py and optimizer.py lie between algorithm and engine, __init__.py above all but tools and
+# doctor.py, which launchers start.
+ROOMS = ["algorithm", "settings", "optim", "runtime", "optimizer", "engine", "__init__", "tools", "doctor"]
 UNKNOWN = {  # to the room of that name
     "algorithm": {"torch", "deepspeed"},
     "settings": {"torch", "deepspeed"},

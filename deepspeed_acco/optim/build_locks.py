@@ -14,14 +14,20 @@ from .build_folder import build_root
 
 
 def describe_locks() -> list[str]:
-    """Returns a sentence for each lock: where it is, how old, who holds it, and what to do where nobody does. Builds of
-    this package's kernels remove what is left of a killed one, and have none."""
+    """Returns a sentence for each lock, as :func:`describe_lock`."""
+    return [describe_lock(lock) for lock in find_locks()]
+
+
+def find_locks() -> list[Path]:
+    """Returns the paths of the locks. Builds of this package's kernels remove what is left of a killed one, and have
+    none."""
     root = build_root()
     locks = [path for depth in ("*/lock", "*/*/lock") for path in sorted(root.glob(depth)) if path.is_file()]
-    return [_describe(path) for path in locks if not path.relative_to(root).parts[0].startswith(f"{NAME}_")]
+    return [path for path in locks if not path.relative_to(root).parts[0].startswith(f"{NAME}_")]
 
 
-def _describe(lock: Path) -> str:
+def describe_lock(lock: Path) -> str:
+    """Returns a sentence: where the lock is, how old, who holds it, and what to do where nobody does."""
     try:
         age_s = max(0.0, time.time() - lock.stat().st_mtime)
     except FileNotFoundError:

@@ -15,6 +15,7 @@ from pathlib import Path
 from .. import __version__
 from . import units
 from .compare import command as compare
+from .doctor import command as doctor
 from .plan import command as plan
 from .report import command as report
 from .subcommand import INTERRUPTED, MissingExtra, Parser, add_parser, complain, require_extra
@@ -64,6 +65,7 @@ def _make_parser() -> tuple[argparse.ArgumentParser, list[argparse.ArgumentParse
     plan.add_command(commands)
     compare.add_command(commands)
     report.add_command(commands)
+    doctor.add_command(commands)
     _add_kernels(commands)
     _add_env(commands)
     _add_schema(commands)

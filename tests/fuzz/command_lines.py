@@ -24,12 +24,13 @@ from tests.fuzz.in_process import problem, without_pictures
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ["acco.json", "zero1.json", "wp.json", "acco_auto.json"]
 RESULTS = "compare_real_small.json"
-SUBCOMMANDS = ("plan", "compare", "report", "kernels", "env", "schema", "completion")
+SUBCOMMANDS = ("plan", "compare", "report", "doctor", "kernels", "env", "schema", "completion")
 PLAN = ["--params=7B", "--ranks=64", "--hosts=8", "--bandwidth=100gbit", "--micro-batch-ms=300", "--n=24"]
 VALID = {
     "plan": [PLAN, ["--results", RESULTS], [*PLAN, "--round-ms=648"], [*PLAN, "--micro-batch-size=1000"]],
     "compare": [[*CONFIGS[:2], "--num_accelerators=2"], [CONFIGS[0], "--emulate-compute=5", "--num_accelerators=2"]],
     "report": [[RESULTS, "--out=page.html"], ["run"]],
+    "doctor": [["--num_accelerators=2"], ["--config=acco.json", "--json=doctor.json", "--hostfile=hostfile"]],
     "kernels": [["--numel=1000", "--device=cpu"]],
     "env": [[]],
     "schema": [[], ["--out=schema.json"]],
@@ -83,7 +84,7 @@ def _make_files(folder: Path, choose: random.Random) -> None:
 
 def _pool_of(option: str) -> list[str]:
     """Returns the values of which some are right for the option: others seldom come further than its reader."""
-    if any(word in option for word in ("script", "hostfile", "results", "calibrate")):
+    if any(word in option for word in ("script", "hostfile", "results", "calibrate", "config")):
         return [*PATHS, "fifo"]  # to write to one is to wait for a reader, as ever
     if any(word in option for word in ("json", "out")):
         return PATHS
@@ -120,6 +121,7 @@ def _nothing_is_measured() -> Iterator[None]:
     with (
         without_pictures(),
         mock.patch("deepspeed_acco.tools.compare.runs.run_all", side_effect=RuntimeError("nothing runs here")),
+        mock.patch("deepspeed_acco.tools.launch.launcher.started", side_effect=RuntimeError("nothing runs here")),
         mock.patch("deepspeed_acco.tools.kernel_benchmark.measure", return_value=figures),
         mock.patch("deepspeed_acco.tools.environment.describe", return_value=[("PyTorch", "there")]),
     ):

@@ -113,7 +113,7 @@ def _python(*arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["compare", "--help"], ["report", "--help"], ["schema"], PLAN],
+    [["--help"], ["--version"], ["compare", "--help"], ["report", "--help"], ["doctor", "--help"], ["schema"], PLAN],
     ids=" ".join,
 )
 def test_answers_without_heavy_imports(arguments):
@@ -197,7 +197,7 @@ complete_words ds_acco compare mi
 def test_every_subcommand_has_an_example_and_is_completed(shell, capsys):
     assert cli.main(["completion", shell]) == 0
     completion = capsys.readouterr().out
-    for subcommand in ("plan", "compare", "report", "kernels", "env", "schema", "completion"):
+    for subcommand in ("plan", "compare", "report", "doctor", "kernels", "env", "schema", "completion"):
         assert f"ds_acco_{subcommand}" in completion
         with pytest.raises(SystemExit):
             cli.main([subcommand, "--help"])
