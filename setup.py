@@ -28,12 +28,16 @@ def native_extension():
     spec = importlib.util.spec_from_file_location("build", ROOT / "deepspeed_acco" / "optim" / "build.py")
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
-    with_cuda = recipe.cuda_is_buildable()[0]
+    recipe.choose_architectures()
+    with_cuda, why_not = recipe.cuda_is_buildable()
+    if not with_cuda:
+        print(f"deepspeed_acco: the kernels are built for CPUs alone: {why_not}")
     architecture = os.environ.get("DEEPSPEED_ACCO_CPU_ARCH", recipe.cpu_architecture())
     extension = (CUDAExtension if with_cuda else CppExtension)(
         name=f"deepspeed_acco.{recipe.EXTENSION}",
         sources=[str(path.relative_to(ROOT)) for path in recipe.sources(with_cuda)],
         include_dirs=[str(recipe.csrc())],
+        define_macros=[("ACCO_BUILD", recipe.mark(with_cuda))],
         extra_compile_args={"cxx": recipe.cxx_args(architecture), "nvcc": recipe.nvcc_args()},
         extra_link_args=recipe.ld_args(),
     )

@@ -5,6 +5,13 @@
 // a launch on CUDA; 0: as many as are useful.
 #include <torch/library.h>
 
+#ifdef ACCO_BUILD
+#define ACCO_TEXT(token) #token
+#define ACCO_TEXT_OF(macro) ACCO_TEXT(macro)
+// What optim/build.py looks for in a library that was built ahead, before it is loaded.
+__attribute__((used)) const char acco_build[] = ACCO_TEXT_OF(ACCO_BUILD);
+#endif
+
 TORCH_LIBRARY(deepspeed_acco, m) {
   m.def(
       "adamw_estimate(Tensor master, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, Tensor grad, Tensor grad_scale, "

@@ -80,6 +80,22 @@ def _torch_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def mark(with_cuda: bool) -> str:
+    """Returns what a library that is built ahead has in it: of which sources it is, and whether for CUDA."""
+    return f"{NAME}_{_sources_digest()}_{'cuda' if with_cuda else 'cpu'}"
+
+
+def choose_architectures() -> None:
+    """Sets ``TORCH_CUDA_ARCH_LIST`` for a build ahead where it is not set and no device is visible, as on the machine
+    that builds an image: Ampere, Hopper and Blackwell, and PTX for what comes later."""
+    import torch
+
+    if torch.version.cuda is not None and not torch.cuda.is_available():
+        major, minor = (int(number) for number in torch.version.cuda.split(".")[:2])
+        has_blackwell = (major, minor) >= (12, 8)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if has_blackwell else "8.0;9.0+PTX")
+
+
 def cuda_is_buildable() -> tuple[bool, str]:
     """Tells whether the CUDA kernels can be built here, and why not (empty where they can)."""
     import torch
@@ -99,8 +115,11 @@ def cpu_architecture() -> str:
     return "-mcpu=native" if platform.machine().startswith("ppc") else "-march=native"
 
 
-def load() -> str:
+def load(device_type: str = "cpu") -> str:
     """Loads the kernels, building them when needed (once per machine and version; the result is cached).
+
+    Args:
+        device_type: ``cuda`` takes no library that has none for it. A process loads one library.
 
     Returns:
         Where the library lies.
@@ -109,19 +128,36 @@ def load() -> str:
         RuntimeError, OSError: why it cannot be had; with the compiler's output when that failed.
     """
     global loaded_from
-    loaded_from = _load_built_ahead() or _build_and_load()
-    return loaded_from
+    path, passed_over = _load_built_ahead(device_type)
+    if not path:
+        is_buildable, why_not = cuda_is_buildable()
+        if device_type == "cuda" and not is_buildable:
+            raise RuntimeError("; ".join([why_not, *passed_over]))
+        path = _build_and_load()
+    loaded_from = path
+    return path
 
 
-def _load_built_ahead() -> str:
-    """Loads the library that was built at install; empty where there is none for this PyTorch."""
+def _load_built_ahead(device_type: str) -> tuple[str, list[str]]:
+    """Loads the library that was built at install, and returns where it lies, empty where there is none for this device
+    and PyTorch, and why others were passed over."""
     import torch
 
+    passed_over = []
     for built in sorted(_PACKAGE.glob(f"{EXTENSION}*.so")):
-        with contextlib.suppress(OSError):  # made for another PyTorch: build again
-            torch.ops.load_library(str(built))
-            return str(built)
-    return ""
+        content = built.read_bytes()
+        has_cuda = mark(with_cuda=True).encode() in content
+        if not has_cuda and mark(with_cuda=False).encode() not in content:
+            passed_over.append(f"{built} was built ahead of other sources")
+        elif device_type == "cuda" and not has_cuda:
+            passed_over.append(f"{built} was built ahead without CUDA kernels")
+        else:
+            try:
+                torch.ops.load_library(str(built))
+                return str(built), passed_over
+            except OSError as error:  # made for another PyTorch: build again
+                passed_over.append(f"{built} cannot be loaded: {error}")
+    return "", passed_over
 
 
 def _build_and_load() -> str:
@@ -194,11 +230,19 @@ def build_name(with_cuda: bool) -> str:
     parts += [*cxx_args(cpu_architecture()), *(nvcc_args() if with_cuda else []), _cpu_features()]
     if with_cuda and torch.cuda.is_available():
         parts += sorted({str(torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())})
+    return f"{NAME}_{_digest([*parts, _sources_digest()])}"
+
+
+def _sources_digest() -> str:
+    parts = []
     for path in sorted(csrc().rglob("*")):
         if path.is_file():
             parts += [str(path.relative_to(csrc())), hashlib.sha256(path.read_bytes()).hexdigest()]
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    return f"{NAME}_{digest}"
+    return _digest(parts)
+
+
+def _digest(parts: list[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _cpu_features() -> str:

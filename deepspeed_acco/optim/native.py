@@ -82,11 +82,11 @@ def _try_native(device_type: str) -> str:
         return f"there are none for devices of type {device_type}"
     if not _is_registered():
         try:
-            build.load()
+            build.load(device_type)
         except Exception as failure:  # whatever a compiler, a linker or a file system can do to us
             return f"{type(failure).__name__}: {failure}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(_PROBED, dispatch_key):
-        return f"the library was built without kernels for {device_type}"
+        return f"{build.loaded_from}, which this process loaded before, has no kernels for {device_type}"
     _register_fakes()
     return ""
 

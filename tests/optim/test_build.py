@@ -68,6 +68,28 @@ def broken_compiler(tmp_path):
     return {"CXX": str(compiler), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}
 
 
+BUILT_AHEAD = """
+from pathlib import Path
+from deepspeed_acco.optim import build, native
+sources = build.csrc()
+build.csrc = lambda: sources
+build._PACKAGE = Path({folder!r})
+(build._PACKAGE / "_native_1.so").write_bytes(b"deepspeed_acco_0123456789abcdef_cuda")
+(build._PACKAGE / "_native_2.so").write_bytes(build.mark(with_cuda=False).encode())
+print(native.kernels_reason("cuda"))
+"""
+
+
+def test_a_library_without_cuda_kernels_does_not_hide_them(run, tmp_path):
+    """What was built ahead of other sources, or for CPUs alone, is not loaded for CUDA; the reason names both."""
+    code, output = run(BUILT_AHEAD.format(folder=str(tmp_path)))
+    assert code == 0, output
+    reason = next(line for line in output.splitlines() if line.startswith("RuntimeError: "))
+    assert "this PyTorch was built without CUDA" in reason or "no CUDA device is visible" in reason
+    assert "_native_1.so was built ahead of other sources" in reason
+    assert "_native_2.so was built ahead without CUDA kernels" in reason
+
+
 BUILD = """
 import os, sys
 from pathlib import Path
