@@ -52,9 +52,8 @@ def _require_well(file, printed, precision):
     assert hidden["hidden_share"] == pytest.approx(share) and hidden["compute_s"] > 0
     for name, check in checks.items():
         assert name in printed and check["sentence"].split()[0] in printed
-    assert (
-        f"deepspeed_acco doctor: 2 ranks, {precision}, schedule acco, n = " in printed and "Nothing failed" in printed
-    )
+    assert f"deepspeed_acco doctor: 2 ranks on CPUs, {precision}, schedule acco" in printed
+    assert "Nothing failed" in printed
 
 
 def test_a_run_is_well(ranks, tmp_path, capfd, monkeypatch):
