@@ -99,9 +99,10 @@ def _seconds(device: torch.device, work: Callable[[], object]) -> float:
 def _rounds(subject: Subject, numel: int, group=None) -> Iterator[tuple[_Rounds, Levels]]:
     """Gives the rounds of all ranks over the levels of their hosts, or those of a group in one level."""
     with ExitStack() as at_end:
-        comm = Communicator(group, subject.device, subject.timeout_s)
+        settings = subject.training.settings
+        comm = Communicator(group, subject.device, subject.timeout_s, settings.sm_share)
         at_end.callback(comm.destroy)
-        asked = subject.training.settings.ranks_per_host
+        asked = settings.ranks_per_host
         levels = agree_on_levels(comm, asked) if group is None else Levels.flat(comm.world_size)
         rounds = _Rounds(subject, comm, levels, numel)
         at_end.callback(rounds.driver.close)
