@@ -43,19 +43,33 @@ ACCO_HOST_DEVICE inline Factors make_factors(const Hyper& hyper, float step, flo
   return f;
 }
 
+struct Moments {
+  float exp_avg, exp_avg_sq;
+};
+
 struct Element {
   float master, exp_avg, exp_avg_sq;
 };
 
-// The element after one step with the unscaled gradient `grad`.
-ACCO_HOST_DEVICE inline Element adamw(const Factors& f, Element old, float grad) {
+// The moments after one step with the unscaled gradient `grad`.
+ACCO_HOST_DEVICE inline Moments next_moments(const Factors& f, Moments old, float grad) {
   const float g = grad * f.grad_scale;
-  Element now;
-  now.exp_avg = old.exp_avg + (g - old.exp_avg) * f.grad_weight;
-  now.exp_avg_sq = old.exp_avg_sq * f.square_keep + g * g * f.square_weight;
-  const float denominator = sqrtf(now.exp_avg_sq) * f.inverse_root + f.eps;
-  now.master = old.master * f.decay - now.exp_avg / denominator * f.step_size;
-  return now;
+  return {old.exp_avg + (g - old.exp_avg) * f.grad_weight, old.exp_avg_sq * f.square_keep + g * g * f.square_weight};
+}
+
+// By what the new first moment is divided.
+ACCO_HOST_DEVICE inline float denominator_of(const Factors& f, float exp_avg_sq) {
+  return sqrtf(exp_avg_sq) * f.inverse_root + f.eps;
+}
+
+ACCO_HOST_DEVICE inline float next_master(const Factors& f, float master, float exp_avg, float denominator) {
+  return master * f.decay - exp_avg / denominator * f.step_size;
+}
+
+// The element after one step.
+ACCO_HOST_DEVICE inline Element adamw(const Factors& f, Element old, float grad) {
+  const Moments now = next_moments(f, Moments{old.exp_avg, old.exp_avg_sq}, grad);
+  return {next_master(f, old.master, now.exp_avg, denominator_of(f, now.exp_avg_sq)), now.exp_avg, now.exp_avg_sq};
 }
 
 }  // namespace acco

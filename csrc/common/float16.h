@@ -24,9 +24,9 @@ struct BFloat16 {
   static float load(Storage value) { return float_of(static_cast<uint32_t>(value) << 16); }
   static Storage store(float value) {
     const uint32_t bits = bits_of(value);
-    const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    return static_cast<Storage>((is_nan ? bits | 0x400000u : rounded) >> 16);
+    const uint32_t nan = value != value ? 0xffffffffu : 0u;  // which is not rounded, and made quiet
+    const uint32_t rounding = (0x7fffu + ((bits >> 16) & 1u)) & ~nan;
+    return static_cast<Storage>(((bits + rounding) | (nan & 0x400000u)) >> 16);
   }
   static Storage raw(uint32_t bits) { return static_cast<Storage>(bits >> 16); }
 };

@@ -52,49 +52,72 @@ inline void end_streaming() {
 #endif
 }
 
-// What an element of the loops below computes.
+// What the loops below do to a block of at most kBlock elements. Two loops, with a root in one and a quotient in the
+// other, have more elements under way at once than one loop with both, whose chain is twice as long.
+constexpr int64_t kPart = 256;
+
 struct AdamW {
   Factors factors;
 
   template <class Grad, class Out, bool kWritesState>
-  void operator()(float& master, float& exp_avg, float& exp_avg_sq, typename Grad::Storage grad,
-                  typename Out::Storage& out) const {
-    const Element now = adamw(factors, Element{master, exp_avg, exp_avg_sq}, Grad::load(grad));
-    if (kWritesState) {
-      master = now.master;
-      exp_avg = now.exp_avg;
-      exp_avg_sq = now.exp_avg_sq;
+  void block(float* __restrict master, float* __restrict exp_avg, float* __restrict exp_avg_sq,
+             const typename Grad::Storage* __restrict grad, typename Out::Storage* __restrict out,
+             int64_t count) const {
+    for (int64_t at = 0; at < count; at += kPart) {
+      part<Grad, Out, kWritesState>(master + at, exp_avg + at, exp_avg_sq + at, grad + at, out + at,
+                                    count - at < kPart ? count - at : kPart);
     }
-    out = Out::store(now.master);
+  }
+
+ private:
+  template <class Grad, class Out, bool kWritesState>
+  void part(float* __restrict master, float* __restrict exp_avg, float* __restrict exp_avg_sq,
+            const typename Grad::Storage* __restrict grad, typename Out::Storage* __restrict out,
+            int64_t count) const {
+    alignas(64) float moments[kPart], denominators[kPart];
+    const Factors f = factors;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      const Moments now = next_moments(f, Moments{exp_avg[i], exp_avg_sq[i]}, Grad::load(grad[i]));
+      if (kWritesState) {
+        exp_avg[i] = now.exp_avg;
+        exp_avg_sq[i] = now.exp_avg_sq;
+      }
+      moments[i] = now.exp_avg;
+      denominators[i] = denominator_of(f, now.exp_avg_sq);
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      const float now = next_master(f, master[i], moments[i], denominators[i]);
+      if (kWritesState) {
+        master[i] = now;
+      }
+      out[i] = Out::store(now);
+    }
   }
 };
 
 // For benchmarks: every operand is read and, where the round writes it, written; the bits only change places.
 struct Traffic {
   template <class Grad, class Out, bool kWritesState>
-  void operator()(float& master, float& exp_avg, float& exp_avg_sq, typename Grad::Storage grad,
-                  typename Out::Storage& out) const {
-    const uint32_t bits[] = {bits_of(master), bits_of(exp_avg), bits_of(exp_avg_sq), bits_of(Grad::load(grad))};
-    if (kWritesState) {
-      master = float_of(bits[1]);
-      exp_avg = float_of(bits[2]);
-      exp_avg_sq = float_of(bits[0]);
-      out = Out::raw(bits[3]);
-    } else {
-      out = Out::raw(bits[0] ^ bits[1] ^ bits[2] ^ bits[3]);
+  void block(float* __restrict master, float* __restrict exp_avg, float* __restrict exp_avg_sq,
+             const typename Grad::Storage* __restrict grad, typename Out::Storage* __restrict out,
+             int64_t count) const {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t bits[] = {bits_of(master[i]), bits_of(exp_avg[i]), bits_of(exp_avg_sq[i]),
+                               bits_of(Grad::load(grad[i]))};
+      if (kWritesState) {
+        master[i] = float_of(bits[1]);
+        exp_avg[i] = float_of(bits[2]);
+        exp_avg_sq[i] = float_of(bits[0]);
+        out[i] = Out::raw(bits[3]);
+      } else {
+        out[i] = Out::raw(bits[0] ^ bits[1] ^ bits[2] ^ bits[3]);
+      }
     }
   }
 };
-
-template <class Grad, class Out, bool kWritesState, class Arithmetic>
-void update_block(const Arithmetic& arithmetic, float* __restrict master, float* __restrict exp_avg,
-                  float* __restrict exp_avg_sq, const typename Grad::Storage* __restrict grad,
-                  typename Out::Storage* __restrict out, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    arithmetic.template operator()<Grad, Out, kWritesState>(master[i], exp_avg[i], exp_avg_sq[i], grad[i], out[i]);
-  }
-}
 
 // ESTIMATE passes its const state through here; without kWritesState nothing is written to it.
 template <class Grad, class Out, bool kWritesState, class Arithmetic>
@@ -105,8 +128,8 @@ void update_range(const Arithmetic& arithmetic, float* master, float* exp_avg, f
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t count = end - at < kBlock ? end - at : kBlock;
     auto* block_out = streams ? local : out + at;
-    update_block<Grad, Out, kWritesState>(arithmetic, master + at, exp_avg + at, exp_avg_sq + at, grad + at, block_out,
-                                          count);
+    arithmetic.template block<Grad, Out, kWritesState>(master + at, exp_avg + at, exp_avg_sq + at, grad + at, block_out,
+                                                       count);
     if (streams) {
       copy_past_cache(out + at, local, count * static_cast<int64_t>(sizeof(local[0])));
     }

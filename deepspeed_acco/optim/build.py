@@ -86,7 +86,7 @@ def mark(with_cuda: bool) -> str:
 
 
 def choose_architectures() -> None:
-    """Sets ``TORCH_CUDA_ARCH_LIST`` for a build ahead where it is not set and no device is visible, as on the machine
+    """Chooses ``TORCH_CUDA_ARCH_LIST`` for a build ahead where nobody did and no device is visible, as on the machine
     that builds an image: Ampere, Hopper and Blackwell, and PTX for what comes later."""
     import torch
 

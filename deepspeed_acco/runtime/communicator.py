@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -199,7 +200,7 @@ class Communicator:
 def _not_split_off() -> Iterator[None]:
     """Lets groups that are made inside have a communicator of their own. Where the world is bound to a device, as
     DeepSpeed binds it, torch splits it off the world's, and every rank of the world would have to take part."""
-    world = dist.group.WORLD
+    world: Any = dist.group.WORLD
     device, world.bound_device_id = world.bound_device_id, None
     try:
         yield

@@ -136,8 +136,8 @@ class RoundWork:
         comm.all_gather([*(buffers.comm_records if bits else buffers.comm_weights), *roots])
         error = HostValue(self._measure_estimate(inputs, is_finite)) if measures else None
         sent = comm.sent_bytes - sent_before
-        told = (HostValue(value) for value in (norm.float(), is_finite, is_same_round))
-        return RoundOutcome(this, *told, error, counts, sent)
+        norm_later, is_finite_later = HostValue(norm.float()), HostValue(is_finite)
+        return RoundOutcome(this, norm_later, is_finite_later, HostValue(is_same_round), error, counts, sent)
 
     def _kept(self, this: Round, grads: list[Tensor]) -> list[Tensor]:
         """Returns the sums where no weights are written over them before each was read for the last time. Sums in X lie

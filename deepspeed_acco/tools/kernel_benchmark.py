@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from types import ModuleType
@@ -314,7 +315,8 @@ def measure(
     # Short kernels several times, so that what events resolve is far below the figure.
     repetitions = max(1, _SHORT_NUMEL // numel)
     clock = DeviceClock(device, repetitions) if device.type == "cuda" else HostClock()
-    ops.set_most_blocks(max_blocks)
+    bound = ExitStack()
+    bound.enter_context(ops.at_most_blocks(max_blocks))
     try:
         found, remarks = candidates(numel, device)
         source, target = (torch.ones(numel, device=device) for _ in range(2))
@@ -336,7 +338,7 @@ def measure(
         used_threads = torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
-        ops.set_most_blocks(0)
+        bound.close()
 
     def speed(candidate):
         spent = statistics.median(times[id(candidate)])
