@@ -30,7 +30,9 @@ def toolkit() -> Path | None:
 
 def translated(source: str) -> str:
     """Returns the source with CUDA's ``kernel<T><<<blocks, ...>>>(`` as calls of ``emulation::launch``."""
-    text, count = _LAUNCH.subn(r'::emulation::launch("\1", \2, [&](auto... of_launch) { \1(of_launch...); }, ', source)
+    text, count = _LAUNCH.subn(
+        r'::emulation::launch("\1", \2, [&](const auto&... of_launch) { \1(of_launch...); }, ', source
+    )
     assert count == source.count("<<<"), "a launch is written in a way that is not translated"
     return text
 

@@ -44,7 +44,8 @@ std::vector<std::unique_ptr<Fiber>> fibers;
 void* scheduler[5];
 Fiber* current;
 const char* kernel_name;
-const std::function<void()>* kernel_body;
+void (*kernel_body)(const void*);
+const void* kernel;
 int64_t launches;
 cudaError_t last_error = cudaSuccess;
 
@@ -74,7 +75,7 @@ __attribute__((noipa)) void enter(Fiber& fiber) {
       fiber.begin.uc_stack.ss_size = kStackBytes;
       makecontext(&fiber.begin, [] {
         for (;;) {
-          (*kernel_body)();
+          kernel_body(kernel);
           current->state = State::kEnded;
           leave(*current);
         }
@@ -165,7 +166,7 @@ void set_seed(uint32_t seed) { random_source.seed(seed); }
 
 int64_t launch_count() { return launches; }
 
-void run(const char* name, uint32_t blocks, uint32_t threads, const std::function<void()>& kernel) {
+void run(const char* name, uint32_t blocks, uint32_t threads, void (*body)(const void*), const void* bound) {
   const std::lock_guard<std::mutex> guard(one_launch);
   if (blocks == 0 || blocks > 0x7fffffffu || threads == 0 || threads > kMostThreads) {
     last_error = cudaErrorInvalidConfiguration;
@@ -173,7 +174,8 @@ void run(const char* name, uint32_t blocks, uint32_t threads, const std::functio
   }
   ++launches;
   kernel_name = name;
-  kernel_body = &kernel;
+  kernel_body = body;
+  kernel = bound;
   grid_size.x = blocks;
   block_size.x = threads;
   make_fibers(threads);

@@ -11,7 +11,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <functional>
 
 #undef __device__
 #undef __global__
@@ -36,7 +35,8 @@ extern int multiprocessors;  // what the device is said to have
 void set_seed(uint32_t seed);
 int64_t launch_count();
 
-void run(const char* name, uint32_t blocks, uint32_t threads, const std::function<void()>& kernel);
+// Runs body(kernel) on every thread. Not a std::function, which is slow to compile.
+void run(const char* name, uint32_t blocks, uint32_t threads, void (*body)(const void*), const void* kernel);
 void wait_at_barrier(int line);
 // The value that thread `source` of this warp has brought.
 uint64_t exchange(uint32_t mask, uint64_t value, uint32_t source);
@@ -45,7 +45,8 @@ uint64_t exchange(uint32_t mask, uint64_t value, uint32_t source);
 template <class Kernel, class... Arguments>
 void launch(const char* name, uint32_t blocks, uint32_t threads, size_t, cudaStream_t, const Kernel& kernel,
             const Arguments&... arguments) {
-  run(name, blocks, threads, [&] { kernel(arguments...); });
+  const auto bound = [&] { kernel(arguments...); };
+  run(name, blocks, threads, [](const void* it) { (*static_cast<decltype(bound)*>(it))(); }, &bound);
 }
 
 template <class T>
