@@ -17,9 +17,12 @@ from tests.support import oracle, training
 from tests.support.launcher import ROOT
 from tests.support.ranks import RankPool
 
-pytestmark = pytest.mark.skipif(
-    build.toolkit() is None, reason=f"the CUDA toolkit's headers were not found: {', '.join(build.HEADERS)}"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        build.toolkit() is None, reason=f"the CUDA toolkit's headers were not found: {', '.join(build.HEADERS)}"
+    ),
+    pytest.mark.timeout(900),  # the compiler's time is in it
+]
 CASES = 104  # of each kernel: four of every size
 
 
