@@ -55,6 +55,7 @@ def test_a_fault_is_found(program, fault, tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.native  # not built within the command
 def test_tests_of_the_kernels_pass_on_emulated_ones(emulated):
     tests = ["tests/optim/test_ops.py", "tests/optim/test_quantization_ops.py", "tests/optim/test_local_prediction.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", library.__name__, *tests, "tests/cuda_on_cpu/as_on_gpu.py"]
@@ -66,6 +67,7 @@ def test_tests_of_the_kernels_pass_on_emulated_ones(emulated):
 
 
 @pytest.mark.full
+@pytest.mark.distributed
 @pytest.mark.parametrize("schedule", ["acco", "local"])
 def test_training_on_emulated_kernels_equals_the_reference(emulated, schedule):
     n, windows = 4, 12
