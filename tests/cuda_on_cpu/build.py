@@ -85,9 +85,9 @@ def build_library(folder: Path) -> Path:
     return library
 
 
-def run_program(program: Path, *, seed: int = 1, cases: int) -> str:
+def run_program(program: Path, *, seed: int = 1, cases: int, with_large: bool = False) -> str:
     """Returns what the program printed. Raises RuntimeError with everything it said where something is wrong."""
-    return _run(program, str(seed), str(cases))
+    return _run(program, str(seed), str(cases), *(["large"] if with_large else []))
 
 
 def _kernels() -> list[str]:

@@ -93,31 +93,28 @@ void make_fibers(uint32_t count) {
   }
 }
 
-// Whether any lane may go on.
-bool end_shuffles(uint32_t threads) {
+// Gives the lanes of a warp that wait in a shuffle what they wait for. Whether there are any.
+bool end_shuffle(uint32_t warp, uint32_t end) {
   bool is_any = false;
-  for (uint32_t thread = 0; thread < threads; ++thread) {
+  for (uint32_t thread = warp; thread < end; ++thread) {
     Fiber& fiber = *fibers[thread];
     if (fiber.state != State::kInShuffle) {
       continue;
     }
-    const uint32_t warp = thread / kWarp * kWarp;
     for (uint32_t lane = 0; lane < kWarp; ++lane) {
-      if ((fiber.mask >> lane & 1) == 0) {
-        continue;
-      }
-      const Fiber* other = warp + lane < threads ? fibers[warp + lane].get() : nullptr;
-      if (other == nullptr || other->state != State::kInShuffle || other->mask != fiber.mask) {
+      const Fiber* other = warp + lane < end ? fibers[warp + lane].get() : nullptr;
+      const bool is_there = other != nullptr && other->state == State::kInShuffle && other->mask == fiber.mask;
+      if ((fiber.mask >> lane & 1) != 0 && !is_there) {
         fail(warp + lane, "is not in a shuffle that names it");
       }
     }
-    if ((fiber.mask >> thread % kWarp & 1) == 0 || (fiber.mask >> fiber.source & 1) == 0) {
+    if ((fiber.mask >> (thread - warp) & 1) == 0 || (fiber.mask >> fiber.source & 1) == 0) {
       fail(thread, "is in a shuffle that does not name it, or not its source");
     }
     fiber.gotten = fibers[warp + fiber.source]->brought;
     is_any = true;
   }
-  for (uint32_t thread = 0; thread < threads; ++thread) {
+  for (uint32_t thread = warp; thread < end; ++thread) {
     if (fibers[thread]->state == State::kInShuffle) {
       fibers[thread]->state = State::kReady;
     }
@@ -140,24 +137,43 @@ bool end_barrier(uint32_t threads) {
   return true;
 }
 
-void run_block(uint32_t threads) {
-  std::memset(__start_emulated_shared, kPoison,
-              static_cast<size_t>(__stop_emulated_shared - __start_emulated_shared));
-  std::vector<uint32_t> order(threads);
-  std::iota(order.begin(), order.end(), 0);
-  for (uint32_t thread : order) {
-    fibers[thread]->state = State::kReady;
-  }
-  do {
-    std::shuffle(order.begin(), order.end(), random_source);
-    for (const uint32_t thread : order) {
-      if (fibers[thread]->state == State::kReady) {
-        current = fibers[thread].get();
-        thread_index.x = thread;
+// A warp goes on for a random number of shuffles. Whether it can go further.
+bool run_warp(uint32_t warp, uint32_t end) {
+  uint32_t order[kWarp];
+  std::iota(order, order + (end - warp), warp);
+  bool may_go_on = true;
+  for (bool goes_on = true; may_go_on && goes_on; goes_on = random_source() % 8 != 0) {
+    std::shuffle(order, order + (end - warp), random_source);
+    for (const uint32_t* thread = order; thread < order + (end - warp); ++thread) {
+      if (fibers[*thread]->state == State::kReady) {
+        current = fibers[*thread].get();
+        thread_index.x = *thread;
         enter(*current);
       }
     }
-  } while (end_shuffles(threads) || end_barrier(threads));
+    may_go_on = end_shuffle(warp, end);
+  }
+  return may_go_on;
+}
+
+void run_block(uint32_t threads) {
+  std::memset(__start_emulated_shared, kPoison,
+              static_cast<size_t>(__stop_emulated_shared - __start_emulated_shared));
+  for (uint32_t thread = 0; thread < threads; ++thread) {
+    fibers[thread]->state = State::kReady;
+  }
+  std::vector<uint32_t> ready;
+  do {
+    for (uint32_t warp = 0; warp < threads; warp += kWarp) {
+      ready.push_back(warp);
+    }
+    while (!ready.empty()) {
+      std::swap(ready[random_source() % ready.size()], ready.back());
+      if (!run_warp(ready.back(), std::min(threads, ready.back() + kWarp))) {
+        ready.pop_back();
+      }
+    }
+  } while (end_barrier(threads));
 }
 
 }  // namespace

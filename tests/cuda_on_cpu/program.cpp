@@ -4,7 +4,7 @@
 // Launches every kernel of csrc/cuda, emulated and under the sanitizers, on operands of random sizes, types, addresses
 // and values, and compares every bit of them with loops over the arithmetic of csrc/common. No torch.
 //
-// program SEED CASES
+// program SEED CASES [large]
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -229,11 +229,12 @@ class Records {
 
 // ---- cases
 
-// Where operands begin: all at a vector's address, all the same distance behind one, or each at its own.
+// Where operands begin: all at a vector's address, all the same distance behind one, each at its own, or most of them
+// at a vector's.
 struct Shifts {
-  int kind = static_cast<int>(below(3));
+  int kind = static_cast<int>(below(4));
   int64_t same = 1 + below(7);
-  int64_t next() const { return kind == 0 ? 0 : kind == 1 ? same : below(9); }
+  int64_t next() const { return kind == 1 ? same : kind == 2 || (kind == 3 && below(4) == 0) ? below(9) : 0; }
 };
 
 struct Case {
@@ -244,6 +245,7 @@ struct Case {
   Hyper hyper{one_of<double>({1e-3, 0.5, 0.0}), one_of<double>({0.9, 0.0}), one_of<double>({0.999, 0.95}),
               one_of<double>({1e-8, 1e-6}), one_of<double>({0.0, 0.1})};
   bool is_taken = below(4) != 0;
+  int64_t max_blocks = one_of<int64_t>({0, 0, 1, 3});
 
   explicit Case(int64_t numel) : numel(numel) {
     step.set(0, one_of<float>({0.0f, 1.0f, 9.0f, 3e6f}));
@@ -269,7 +271,9 @@ struct Update : Case {
   Floats master = floats("master", Format::kFloat32, 0.1f), exp_avg = floats("exp_avg", Format::kFloat32, 0.01f);
   Floats exp_avg_sq = floats("exp_avg_sq", Format::kFloat32, 1e-4f, true);
   Floats grad = floats("grad", any_format(), 0.03f), out = floats("out", any_format(), 0.1f);
-  Inputs inputs{hyper, grad.read(), grad_scale.fp32(), flag(), numel, one_of<int64_t>({0, 0, 1, 3})};
+  Bytes room{"prepared", sizeof(Prepared), 1, 0};
+  Scalars scalars{hyper, step.fp32(), grad_scale.fp32(), flag(), reinterpret_cast<Prepared*>(room.data())};
+  Inputs inputs{grad.read(), numel, max_blocks};
 
   using Case::Case;
   Element now(int64_t i) const { return adamw(factors(), {master[i], exp_avg[i], exp_avg_sq[i]}, grad[i]); }
@@ -293,8 +297,8 @@ void estimate(int64_t numel) {
   for (int64_t i = 0; i < numel; ++i) {
     on.out.expect(i, on.is_taken ? on.now(i).master : on.master[i]);
   }
-  require(launch_estimate(on.master.fp32(), on.exp_avg.fp32(), on.exp_avg_sq.fp32(), on.step.fp32(), on.inputs,
-                          on.out.write(), nullptr));
+  require(launch_estimate(on.master.fp32(), on.exp_avg.fp32(), on.exp_avg_sq.fp32(), on.scalars, on.inputs, on.out.write(),
+                          nullptr));
   on.check();
 }
 
@@ -309,8 +313,8 @@ void commit(int64_t numel) {
     on.out.expect(i, now.master);
   }
   on.step.expect(0, on.step[0] + (on.is_taken ? 1.0f : 0.0f));
-  require(launch_commit(on.master.fp32(), on.exp_avg.fp32(), on.exp_avg_sq.fp32(), on.step.fp32(), on.inputs,
-                        on.out.write(), nullptr));
+  require(launch_commit(on.master.fp32(), on.exp_avg.fp32(), on.exp_avg_sq.fp32(), on.step.fp32(), on.scalars,
+                        on.inputs, on.out.write(), nullptr));
   on.check();
 }
 
@@ -331,6 +335,7 @@ void traffic(int64_t numel) {
 
 void sum_of_squares(int64_t numel) {
   begin("sum_of_squares", numel);
+  const Case on(numel);
   const Format format = any_format();
   double totals[2], expected = 0.0;
   const uint32_t seed = static_cast<uint32_t>(random_source());
@@ -340,9 +345,9 @@ void sum_of_squares(int64_t numel) {
     for (int64_t i = 0; i < numel; ++i) {
       values.set(i, (static_cast<float>(same() % 2001) - 1000.0f) * 0.01f);
     }
-    Bytes sums("sums", sizeof(double), cuda::sum_blocks(numel), 0), sum("sum", sizeof(double), 1, 0);
+    Bytes sums("sums", sizeof(double), sum_chunks(numel), 0), sum("sum", sizeof(double), 1, 0);
     require(launch_sum_of_squares(values.read(), numel, reinterpret_cast<double*>(sums.data()),
-                                  reinterpret_cast<double*>(sum.data()), nullptr));
+                                  reinterpret_cast<double*>(sum.data()), on.max_blocks, nullptr));
     values.check();
     std::memcpy(&total, sum.data(), sizeof(total));
     expected = 0.0;
@@ -367,7 +372,7 @@ void pack(int64_t numel) {
       grads.expect(i, 0.0f);
     }
   }
-  require(launch_pack(grads.write(), packed.write(), numel, scale, clears, nullptr));
+  require(launch_pack(grads.write(), packed.write(), numel, scale, clears, on.max_blocks, nullptr));
   grads.check();
   packed.check();
 }
@@ -382,16 +387,16 @@ void quantize(int64_t numel) {
   for (int64_t i = 0; i < numel; ++i) {
     products.push_back(values[i] * scale);
   }
-  Records records("records", numel, bits, below(5));
+  Records records("records", numel, bits, 2 * below(3));
   records.expect(products, bits);
-  require(launch_quantize(values.read(), numel, scale, records.data(), bits, nullptr));
+  require(launch_quantize(values.read(), numel, scale, records.data(), bits, on.max_blocks, nullptr));
   values.check();
   records.check();
 }
 
 // Bytes as they come, or the records of values of that size.
 Records any_message(int64_t numel, int bits, bool is_wild, float size) {
-  Records message("message", numel, bits, below(5));
+  Records message("message", numel, bits, 2 * below(3));
   if (is_wild) {
     message.fill_at_random();
     return message;
@@ -427,7 +432,7 @@ void dequantize_sum(int64_t numel) {
     }
     total.expect(i, sum);
   }
-  require(launch_dequantize_sum(addresses.data(), count, total.fp32(), numel, bits, nullptr));
+  require(launch_dequantize_sum(addresses.data(), count, total.fp32(), numel, bits, on.max_blocks, nullptr));
   total.check();
   for (const Records& message : messages) {
     message.check();
@@ -445,9 +450,9 @@ void estimate_change(int64_t numel) {
   for (int64_t i = 0; i < numel; ++i) {
     changes.push_back(on.now(i).master - on.out[i]);
   }
-  Records records("records", numel, bits, below(5));
+  Records records("records", numel, bits, 2 * below(3));
   on.is_taken ? records.expect(changes, bits) : records.expect_zeros();
-  require(launch_estimate_change(on.master.fp32(), on.exp_avg.fp32(), on.exp_avg_sq.fp32(), on.step.fp32(), on.inputs,
+  require(launch_estimate_change(on.master.fp32(), on.exp_avg.fp32(), on.exp_avg_sq.fp32(), on.scalars, on.inputs,
                                  on.out.read(), records.data(), bits, nullptr));
   on.check();
   records.check();
@@ -462,7 +467,7 @@ void add_change(int64_t numel) {
   for (int64_t i = 0; i < numel && on.is_taken; ++i) {
     live.expect(i, live[i] + records.value(i, bits));
   }
-  require(launch_add_change(records.data(), on.flag(), live.write(), numel, bits, nullptr));
+  require(launch_add_change(records.data(), on.flag(), live.write(), numel, bits, on.max_blocks, nullptr));
   live.check();
   records.check();
   on.check();
@@ -478,7 +483,7 @@ void block_roots(int64_t numel) {
   }
   Floats roots("roots", Format::kFloat32, blocks, on.shifts.next());
   require(launch_block_roots(squares.fp32(), numel, on.step.fp32(), on.hyper.beta2, on.hyper.eps, roots.fp32(),
-                             nullptr));
+                             on.max_blocks, nullptr));
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t end = std::min(numel, 256 * block + 256);
     double sum = 0.0;
@@ -518,9 +523,19 @@ void predict_locally(int64_t shard_numel) {
     written.expect(i, predict(factors, newest[i], before[i], on.is_taken ? grad[i] : 0.0f, factor));
     before.expect(i, newest[i]);
   }
-  const Prediction operands{newest.read(),    before.write(),         written.write(), grad.read(), roots.fp32(),
-                            on.step.fp32(),   on.grad_scale.fp32(),   on.flag(),       on.numel,    shard_numel};
-  require(launch_predict_locally(operands, on.hyper, nullptr));
+  const Prediction operands{newest.read(),
+                            before.write(),
+                            written.write(),
+                            grad.read(),
+                            roots.fp32(),
+                            on.step.fp32(),
+                            on.grad_scale.fp32(),
+                            on.flag(),
+                            on.numel,
+                            shard_numel,
+                            on.max_blocks};
+  Bytes room("prepared", sizeof(PreparedLocally), 1, 0);
+  require(launch_predict_locally(operands, on.hyper, reinterpret_cast<PreparedLocally*>(room.data()), nullptr));
   for (const Floats* operand : {&newest, &before, &live, &grad, &roots}) {
     operand->check();
   }
@@ -531,13 +546,15 @@ using Check = void (*)(int64_t);
 const Check kChecks[] = {estimate,       commit,          traffic,    sum_of_squares, pack,           quantize,
                          dequantize_sum, estimate_change, add_change, block_roots,    predict_locally};
 
-// Around vectors, blocks, warps and grids; a chunk of the sum and more than a grid does in one go.
+// Around vectors, blocks, warps and chunks of the sum, and more than a grid does in one go.
 const std::vector<int64_t> kSizes = {0,   1,   2,   3,   4,   5,   7,    31,   33,   127,  128,   129,   255,
-                                     256, 257, 259, 511, 512, 513, 1023, 1025, 2049, 4097, 16384, 32768, 33001};
+                                     256, 257, 259, 511, 512, 513, 1023, 1025, 2049, 4095, 4097, 16384, 33001};
+// From here on the sum has larger chunks.
+constexpr int64_t kLarge = (int64_t{1} << 24) + 1;
 
 }  // namespace
 
-int main(int, char** words) {
+int main(int count, char** words) {
   const auto seed = static_cast<uint32_t>(std::atoi(words[1]));
   const int64_t cases = std::atoll(words[2]);
   random_source.seed(seed);
@@ -548,8 +565,11 @@ int main(int, char** words) {
       check(numel);
     }
   }
-  for (const auto& [name, count] : done) {
-    std::printf("%s: %lld cases\n", name.c_str(), static_cast<long long>(count));
+  if (count > 3) {
+    sum_of_squares(kLarge);
+  }
+  for (const auto& [name, number] : done) {
+    std::printf("%s: %lld cases\n", name.c_str(), static_cast<long long>(number));
   }
   std::printf("%lld launches, nothing wrong\n", static_cast<long long>(emulation::launch_count()));
 }

@@ -45,7 +45,7 @@ def test_every_kernel_under_sanitizers(program):
 @pytest.mark.full
 @pytest.mark.parametrize("seed", [2, 3])
 def test_more_cases(program, seed):
-    assert "nothing wrong" in build.run_program(program, seed=seed, cases=1040)
+    assert "nothing wrong" in build.run_program(program, seed=seed, cases=1040, with_large=True)
 
 
 @pytest.mark.full
