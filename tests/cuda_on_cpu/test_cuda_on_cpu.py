@@ -2,10 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels without a GPU: emulated under sanitizers, with faults put in, and in the place of the CPU's."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -14,7 +11,6 @@ from tests.cuda_on_cpu import build, library
 from tests.cuda_on_cpu.faults import FAULTS
 from tests.engine.test_equality import check_equal
 from tests.support import oracle, training
-from tests.support.launcher import ROOT
 from tests.support.ranks import RankPool
 
 pytestmark = [
@@ -57,13 +53,8 @@ def test_a_fault_is_found(program, fault, tmp_path):
 @pytest.mark.full
 @pytest.mark.native  # not built within the command
 def test_tests_of_the_kernels_pass_on_emulated_ones(emulated):
-    tests = ["tests/optim/test_ops.py", "tests/optim/test_quantization_ops.py", "tests/optim/test_local_prediction.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", library.__name__, *tests, "tests/cuda_on_cpu/as_on_gpu.py"]
-    environment = {**os.environ, library.VARIABLE: emulated, "DEEPSPEED_ACCO_KERNELS": "native", "PYTEST_ADDOPTS": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 200
-    assert int(re.search(r"(\d+) emulated launches", done.stdout)[1]) >= 1000
+    passed, launches = library.run_tests(emulated)
+    assert passed >= 240 and launches >= 4000
 
 
 @pytest.mark.full
