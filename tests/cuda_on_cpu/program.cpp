@@ -337,7 +337,8 @@ void sum_of_squares(int64_t numel) {
   begin("sum_of_squares", numel);
   const Case on(numel);
   const Format format = any_format();
-  double totals[2], expected = 0.0;
+  double totals[2];
+  long double expected = 0.0L;  // of millions of terms a double's last places are wrong
   const uint32_t seed = static_cast<uint32_t>(random_source());
   for (double& total : totals) {  // the same values at another address
     Floats values("values", format, numel, below(9));
@@ -350,12 +351,12 @@ void sum_of_squares(int64_t numel) {
                                   reinterpret_cast<double*>(sum.data()), on.max_blocks, nullptr));
     values.check();
     std::memcpy(&total, sum.data(), sizeof(total));
-    expected = 0.0;
+    expected = 0.0L;
     for (int64_t i = 0; i < numel; ++i) {
-      expected += static_cast<double>(values[i]) * values[i];
+      expected += static_cast<long double>(values[i]) * values[i];
     }
   }
-  if (!(std::fabs(totals[0] - expected) <= 1e-12 * expected) || totals[0] != totals[1]) {
+  if (!(std::fabs(totals[0] - expected) <= 1e-12L * expected) || totals[0] != totals[1]) {
     fail("the sum is wrong, or another at another address");
   }
 }
