@@ -54,7 +54,7 @@ def test_a_fault_is_found(program, fault, tmp_path):
 @pytest.mark.native  # not built within the command
 def test_tests_of_the_kernels_pass_on_emulated_ones(emulated):
     passed, launches = library.run_tests(emulated)
-    assert passed >= 240 and launches >= 4000
+    assert passed >= 220 and launches >= 4000
 
 
 @pytest.mark.full
