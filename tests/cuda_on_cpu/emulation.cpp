@@ -11,6 +11,7 @@
 #include <mutex>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 extern "C" char __start_emulated_shared[], __stop_emulated_shared[];  // by the linker
@@ -57,9 +58,7 @@ cudaError_t last_error = cudaSuccess;
 
 // Compile without sanitizers: they take a jump for the end of all frames that it leaves. noipa: who calls does not know
 // which registers another fiber leaves alone.
-[[noreturn]] __attribute__((noipa)) void jump(void** registers) {
-  __builtin_longjmp(registers, 1);
-}
+[[noreturn]] __attribute__((noipa)) void jump(void** registers) { __builtin_longjmp(registers, 1); }
 
 __attribute__((noipa)) void leave(Fiber& fiber) {
   if (__builtin_setjmp(fiber.registers) == 0) {
@@ -73,13 +72,16 @@ __attribute__((noipa)) void enter(Fiber& fiber) {
       fiber.stack.reset(new char[kStackBytes]);
       fiber.begin.uc_stack.ss_sp = fiber.stack.get();
       fiber.begin.uc_stack.ss_size = kStackBytes;
-      makecontext(&fiber.begin, [] {
-        for (;;) {
-          kernel_body(kernel);
-          current->state = State::kEnded;
-          leave(*current);
-        }
-      }, 0);
+      makecontext(
+          &fiber.begin,
+          [] {
+            for (;;) {
+              kernel_body(kernel);
+              current->state = State::kEnded;
+              leave(*current);
+            }
+          },
+          0);
       setcontext(&fiber.begin);
     }
     jump(fiber.registers);
@@ -157,8 +159,7 @@ bool run_warp(uint32_t warp, uint32_t end) {
 }
 
 void run_block(uint32_t threads) {
-  std::memset(__start_emulated_shared, kPoison,
-              static_cast<size_t>(__stop_emulated_shared - __start_emulated_shared));
+  std::memset(__start_emulated_shared, kPoison, static_cast<size_t>(__stop_emulated_shared - __start_emulated_shared));
   for (uint32_t thread = 0; thread < threads; ++thread) {
     fibers[thread]->state = State::kReady;
   }
@@ -238,5 +239,4 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
 }
 
 cudaError_t cudaGetLastError() { return std::exchange(emulation::last_error, cudaSuccess); }
-
 }

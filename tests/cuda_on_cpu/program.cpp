@@ -5,6 +5,7 @@
 // and values, and compares every bit of them with loops over the arithmetic of csrc/common. No torch.
 //
 // program SEED CASES [large]
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -121,15 +122,16 @@ void store(Format format, uint8_t* to, int64_t i, float value) {
 class Floats {
  public:
   Floats(const char* name, Format format, int64_t count, int64_t shift)
-      : format(format), width_(format == Format::kFloat32 ? 4 : 2), count_(count),
-        bytes_(name, width_, count, shift) {}
+      : format(format), width_(format == Format::kFloat32 ? 4 : 2), count_(count), bytes_(name, width_, count, shift) {}
 
   // Mostly ordinary numbers; in every fourth block of 256 bits as they come, in every other fourth zeros.
   void fill(float size, bool is_positive = false) {
     for (int64_t i = 0; i < count_; ++i) {
       const int64_t kind = (i / 256 + count_) % 4;
       float value = size * (static_cast<float>(below(20001)) - 10000.0f) * 1e-4f;
-      value = kind == 1 && below(2) ? float_of(static_cast<uint32_t>(random_source())) : kind == 3 ? 0.0f * value : value;
+      value = kind == 1 && below(2) ? float_of(static_cast<uint32_t>(random_source()))
+              : kind == 3           ? 0.0f * value
+                                    : value;
       set(i, is_positive ? std::fabs(value) : value);
     }
   }
@@ -297,8 +299,8 @@ void estimate(int64_t numel) {
   for (int64_t i = 0; i < numel; ++i) {
     on.out.expect(i, on.is_taken ? on.now(i).master : on.master[i]);
   }
-  require(launch_estimate(on.master.fp32(), on.exp_avg.fp32(), on.exp_avg_sq.fp32(), on.scalars, on.inputs, on.out.write(),
-                          nullptr));
+  require(launch_estimate(on.master.fp32(), on.exp_avg.fp32(), on.exp_avg_sq.fp32(), on.scalars, on.inputs,
+                          on.out.write(), nullptr));
   on.check();
 }
 
@@ -524,17 +526,9 @@ void predict_locally(int64_t shard_numel) {
     written.expect(i, predict(factors, newest[i], before[i], on.is_taken ? grad[i] : 0.0f, factor));
     before.expect(i, newest[i]);
   }
-  const Prediction operands{newest.read(),
-                            before.write(),
-                            written.write(),
-                            grad.read(),
-                            roots.fp32(),
-                            on.step.fp32(),
-                            on.grad_scale.fp32(),
-                            on.flag(),
-                            on.numel,
-                            shard_numel,
-                            on.max_blocks};
+  const Prediction operands{newest.read(), before.write(), written.write(),      grad.read(),
+                            roots.fp32(),  on.step.fp32(), on.grad_scale.fp32(), on.flag(),
+                            on.numel,      shard_numel,    on.max_blocks};
   Bytes room("prepared", sizeof(PreparedLocally), 1, 0);
   require(launch_predict_locally(operands, on.hyper, reinterpret_cast<PreparedLocally*>(room.data()), nullptr));
   for (const Floats* operand : {&newest, &before, &live, &grad, &roots}) {
@@ -548,7 +542,7 @@ const Check kChecks[] = {estimate,       commit,          traffic,    sum_of_squ
                          dequantize_sum, estimate_change, add_change, block_roots,    predict_locally};
 
 // Around vectors, blocks, warps and chunks of the sum, and more than a grid does in one go.
-const std::vector<int64_t> kSizes = {0,   1,   2,   3,   4,   5,   7,    31,   33,   127,  128,   129,   255,
+const std::vector<int64_t> kSizes = {0,   1,   2,   3,   4,   5,   7,    31,   33,   127,  128,  129,   255,
                                      256, 257, 259, 511, 512, 513, 1023, 1025, 2049, 4095, 4097, 16384, 33001};
 // From here on the sum has larger chunks.
 constexpr int64_t kLarge = (int64_t{1} << 24) + 1;
