@@ -9,6 +9,7 @@
 #include <c10/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "common/local_prediction.h"
 #include "common/quantize.h"
@@ -59,20 +60,50 @@ inline void check_update(const at::Tensor& master, const at::Tensor& exp_avg, co
   check_scalar(is_finite, master, at::kBool, "is_finite");
 }
 
-// `records` are those of the elements of `like`.
-inline void check_records(const at::Tensor& records, const at::Tensor& like, int64_t bits, const char* name) {
+// Returns how many shards of the elements of `like` have a place; without places it is one.
+inline int64_t check_places(const std::optional<at::Tensor>& places, const at::Tensor& like) {
+  if (!places) {
+    return 1;
+  }
+  TORCH_CHECK_VALUE(places->dim() == 1 && places->is_contiguous() && places->scalar_type() == at::kLong,
+                    "deepspeed_acco: places must be 1-D, contiguous and int64, got sizes ", places->sizes(), " of ",
+                    places->scalar_type());
+  TORCH_CHECK_VALUE(places->device() == like.device(), "deepspeed_acco: places is on ", places->device(), ", expected ",
+                    like.device());
+  TORCH_CHECK_VALUE(places->numel() > 0 && like.numel() % places->numel() == 0, "deepspeed_acco: ", like.numel(),
+                    " elements are not ", places->numel(), " equal shards");
+  return places->numel();
+}
+
+// `records` are those of the elements of `like`: one message, or of each of `count` equal shards one. Returns the bytes
+// from one to the next.
+inline int64_t check_records(const at::Tensor& records, const at::Tensor& like, int64_t bits, const char* name,
+                             int64_t count = 1) {
   TORCH_CHECK_VALUE(bits == 4 || bits == 8, "deepspeed_acco: bits is ", bits, "; allowed: 4, 8");
   TORCH_CHECK_VALUE(records.dim() == 1 && records.is_contiguous(), "deepspeed_acco: ", name,
                     " must be 1-D and contiguous, got sizes ", records.sizes(), " and strides ", records.strides());
   TORCH_CHECK_VALUE(records.scalar_type() == at::kByte, "deepspeed_acco: ", name, " must be uint8, got ",
                     records.scalar_type());
-  const int64_t bytes = message_bytes(like.numel(), static_cast<int>(bits));
-  TORCH_CHECK_VALUE(records.numel() == bytes, "deepspeed_acco: ", name, " has ", records.numel(), " bytes, expected ",
-                    bytes, ": ", like.numel(), " elements in ", bits, " bits");
+  const int64_t numel = like.numel() / count, stride = records.numel() / count;
+  const int64_t bytes = message_bytes(numel, static_cast<int>(bits));
+  if (count == 1) {
+    TORCH_CHECK_VALUE(stride == bytes, "deepspeed_acco: ", name, " has ", stride, " bytes, expected ", bytes, ": ",
+                      numel, " elements in ", bits, " bits");
+  } else {
+    TORCH_CHECK_VALUE(records.numel() % count == 0 && stride % 2 == 0 && stride >= bytes, "deepspeed_acco: ", name,
+                      " has ", records.numel(), " bytes, expected an even number for each of ", count,
+                      " shards and at least ", bytes, ": ", numel, " elements in ", bits, " bits");
+  }
   TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(records.const_data_ptr()) % 2 == 0, "deepspeed_acco: ", name,
                     " must begin at an even address: their scales take two bytes");
   TORCH_CHECK_VALUE(records.device() == like.device(), "deepspeed_acco: ", name, " is on ", records.device(),
                     ", expected ", like.device());
+  return stride;
+}
+
+inline void check_same_dtype(const at::Tensor& one, const at::Tensor& other) {
+  TORCH_CHECK_VALUE(one.scalar_type() == other.scalar_type(), "deepspeed_acco: both must have one dtype, got ",
+                    one.scalar_type(), " and ", other.scalar_type());
 }
 
 inline void check_messages(at::ArrayRef<at::Tensor> messages, const at::Tensor& total, int64_t bits) {

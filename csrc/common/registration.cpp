@@ -22,14 +22,25 @@ TORCH_LIBRARY(deepspeed_acco, m) {
       "Tensor grad_scale, Tensor is_finite, float lr, float beta1, float beta2, float eps, float weight_decay, "
       "Tensor(e!) out, int max_blocks=0) -> ()");
   m.def("grad_sumsq(Tensor grad, int max_blocks=0) -> Tensor");
-  m.def("pack(Tensor(a!) grads, Tensor(b!) packed, float scale, bool clears, int max_blocks=0) -> ()");
-  m.def("quantize(Tensor values, Tensor(a!) records, int bits, float scale, int max_blocks=0) -> ()");
+  // With `places` (int64) the operands are as many shards: shard r of the first is shard places[r] of the second. Without
+  // it is one.
+  m.def(
+      "pack(Tensor(a!) grads, Tensor(b!) packed, float scale, bool clears, Tensor? places=None, int max_blocks=0) "
+      "-> ()");
+  m.def("copy_shards(Tensor source, Tensor(a!) target, Tensor places, int max_blocks=0) -> ()");
+  m.def("swap_shards(Tensor(a!) one, Tensor(b!) other, Tensor? places=None, int max_blocks=0) -> ()");
+  // With `places` the records are as many messages, which begin at every so many bytes.
+  m.def(
+      "quantize(Tensor values, Tensor(a!) records, int bits, float scale, Tensor? places=None, int max_blocks=0) "
+      "-> ()");
   m.def("dequantize_sum(Tensor[] messages, Tensor(a!) total, int bits, int max_blocks=0) -> ()");
   m.def(
       "adamw_estimate_change(Tensor master, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, Tensor grad, "
       "Tensor grad_scale, Tensor is_finite, float lr, float beta1, float beta2, float eps, float weight_decay, "
       "Tensor live, Tensor(a!) records, int bits, int max_blocks=0) -> ()");
-  m.def("add_change(Tensor records, Tensor is_added, Tensor(a!) live, int bits, int max_blocks=0) -> ()");
+  m.def(
+      "add_change(Tensor records, Tensor is_added, Tensor(a!) live, int bits, Tensor? places=None, int max_blocks=0) "
+      "-> ()");
   m.def(
       "block_roots(Tensor exp_avg_sq, Tensor step, float beta2, float eps, Tensor(a!) roots, int max_blocks=0) -> ()");
   // `live` may be the same tensor as `newest`.

@@ -90,22 +90,6 @@ at::Tensor grad_sumsq(const at::Tensor& grad, int64_t /*max_blocks*/) {
   return at::scalar_tensor(total, grad.options().dtype(at::kDouble));
 }
 
-void pack(at::Tensor grads, at::Tensor packed, double scale, bool clears, int64_t /*max_blocks*/) {
-  check_flat(grads, grads, "grads");
-  check_flat(packed, grads, "packed");
-  const bool streams = packed.numel() * static_cast<int64_t>(packed.element_size()) >= kStreamingBytes;
-  with_format(grads.scalar_type(), [&](auto source_format) {
-    with_format(packed.scalar_type(), [&](auto target_format) {
-      using Source = decltype(source_format);
-      using Target = decltype(target_format);
-      for_parts(grads.numel(), kThreadNumel, [&](int64_t begin, int64_t end) {
-        const auto run = clears ? pack_range<Source, Target, true> : pack_range<Source, Target, false>;
-        run(write<Source>(grads), write<Target>(packed), static_cast<float>(scale), begin, end, streams);
-      });
-    });
-  });
-}
-
 template <bool kWritesState>
 void traffic(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& grad,
              const at::Tensor& out) {
@@ -130,7 +114,6 @@ TORCH_LIBRARY_IMPL(deepspeed_acco, CPU, m) {
   m.impl("adamw_estimate", acco::cpu::adamw_estimate);
   m.impl("adamw_commit", acco::cpu::adamw_commit);
   m.impl("grad_sumsq", acco::cpu::grad_sumsq);
-  m.impl("pack", acco::cpu::pack);
   m.impl("traffic_estimate", acco::cpu::traffic_estimate);
   m.impl("traffic_commit", acco::cpu::traffic_commit);
 }

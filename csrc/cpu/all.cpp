@@ -6,3 +6,4 @@
 #include "cpu/adamw_cpu.cpp"
 #include "cpu/local_prediction_cpu.cpp"
 #include "cpu/quantize_cpu.cpp"
+#include "cpu/shards_cpu.cpp"

@@ -8,6 +8,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "common/float16.h"
 #include "common/ranges.h"
@@ -29,6 +30,14 @@ void for_parts(int64_t count, int64_t least_per_thread, const F& f) {
 #pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static)
   for (int64_t part = 0; part < parts; ++part) {
     f(part_begin(count, parts, part), part_begin(count, parts, part + 1));
+  }
+}
+
+// f(shard, its place) for every shard, one after the other.
+template <class F>
+void for_shards(const std::optional<at::Tensor>& places, int64_t count, const F& f) {
+  for (int64_t shard = 0; shard < count; ++shard) {
+    f(shard, places ? places->const_data_ptr<int64_t>()[shard] : shard);
   }
 }
 

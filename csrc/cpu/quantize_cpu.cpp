@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "common/checks.h"
@@ -21,14 +22,20 @@ void for_record_parts(int64_t numel, const F& f) {
   for_parts(pieces_of(numel, kRecordNumel), kThreadNumel / kRecordNumel, f);
 }
 
-void quantize(const at::Tensor& values, at::Tensor records, int64_t bits, double scale, int64_t /*max_blocks*/) {
+void quantize(const at::Tensor& values, at::Tensor records, int64_t bits, double scale,
+              const std::optional<at::Tensor>& places, int64_t /*max_blocks*/) {
   check_flat(values, values, "values");
-  check_records(records, values, bits, "records");
+  const int64_t count = check_places(places, values);
+  const int64_t stride = check_records(records, values, bits, "records", count);
+  const int64_t numel = values.numel() / count;
   with_format(values.scalar_type(), [&](auto format) {
     using Source = decltype(format);
-    for_record_parts(values.numel(), [&](int64_t begin, int64_t end) {
-      quantize_range<Source>(read<Source>(values), records.mutable_data_ptr<uint8_t>(), static_cast<float>(scale),
-                             static_cast<int>(bits), values.numel(), begin, end);
+    for_shards(places, count, [&](int64_t shard, int64_t place) {
+      const auto* from = read<Source>(values) + shard * numel;
+      auto* to = records.mutable_data_ptr<uint8_t>() + place * stride;
+      for_record_parts(numel, [&](int64_t begin, int64_t end) {
+        quantize_range<Source>(from, to, static_cast<float>(scale), static_cast<int>(bits), numel, begin, end);
+      });
     });
   });
 }
@@ -74,18 +81,23 @@ void adamw_estimate_change(const at::Tensor& master, const at::Tensor& exp_avg, 
 }
 
 void add_change(const at::Tensor& records, const at::Tensor& is_added, at::Tensor live, int64_t bits,
-                int64_t /*max_blocks*/) {
+                const std::optional<at::Tensor>& places, int64_t /*max_blocks*/) {
   check_flat(live, live, "live");
-  check_records(records, live, bits, "records");
+  const int64_t count = check_places(places, live);
+  const int64_t stride = check_records(records, live, bits, "records", count);
   check_scalar(is_added, live, at::kBool, "is_added");
+  const int64_t numel = live.numel() / count;
   if (!*is_added.const_data_ptr<bool>()) {
     return;
   }
   with_format(live.scalar_type(), [&](auto format) {
     using Live = decltype(format);
-    for_record_parts(live.numel(), [&](int64_t begin, int64_t end) {
-      add_change_range<Live>(records.const_data_ptr<uint8_t>(), write<Live>(live), static_cast<int>(bits),
-                             live.numel(), begin, end);
+    for_shards(places, count, [&](int64_t shard, int64_t place) {
+      const auto* from = records.const_data_ptr<uint8_t>() + place * stride;
+      auto* to = write<Live>(live) + shard * numel;
+      for_record_parts(numel, [&](int64_t begin, int64_t end) {
+        add_change_range<Live>(from, to, static_cast<int>(bits), numel, begin, end);
+      });
     });
   });
 }

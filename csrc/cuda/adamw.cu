@@ -250,34 +250,6 @@ __global__ void __launch_bounds__(kThreads) total_kernel(const double* sums, int
   }
 }
 
-template <bool kIsWide, class Source, class Target>
-__global__ void __launch_bounds__(kThreads)
-    pack_kernel(typename Source::Storage* source, typename Target::Storage* target, FourSplit split, int source_width,
-                int target_width, float scale, bool clears) {
-  const int64_t first = grid_first(blockIdx.x, blockDim.x, threadIdx.x);
-  const int64_t stride = grid_stride(gridDim.x, blockDim.x);
-  for (int64_t four = first; four < split.fours; four += stride) {
-    const int64_t i = split.head + 4 * four;
-    const auto from = load_four(source + i, width_of<kIsWide>(source_width));
-    Four<typename Target::Storage> to;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      to.at[k] = Target::store(Source::load(from.at[k]) * scale);
-    }
-    store_four(target + i, width_of<kIsWide>(target_width), to);
-    if (clears) {
-      store_four(source + i, width_of<kIsWide>(source_width), Four<typename Source::Storage>{});
-    }
-  }
-  for (int64_t one = first; one < split.head + split.tail; one += stride) {
-    const int64_t i = one < split.head ? one : one + 4 * split.fours;
-    target[i] = Target::store(Source::load(source[i]) * scale);
-    if (clears) {
-      source[i] = 0;
-    }
-  }
-}
-
 }  // namespace
 
 cudaError_t prepare(const Scalars& scalars, float* next_step, cudaStream_t stream) {
@@ -329,31 +301,6 @@ cudaError_t launch_sum_of_squares(Array values, int64_t numel, double* sums, dou
   }
   total_kernel<<<1, kThreads, 0, stream>>>(sums, static_cast<int>(chunks), total);
   return cudaGetLastError();
-}
-
-cudaError_t launch_pack(MutableArray grads, MutableArray packed, int64_t numel, float scale, bool clears,
-                        int64_t max_blocks, cudaStream_t stream) {
-  int64_t most = 0;
-  const cudaError_t status = useful_blocks(&most, max_blocks);
-  if (status != cudaSuccess || numel == 0) {
-    return status;
-  }
-  return with_format(grads.format, [&](auto source_format) {
-    return with_format(packed.format, [&](auto target_format) {
-      using Source = decltype(source_format);
-      using Target = decltype(target_format);
-      auto* source = static_cast<typename Source::Storage*>(grads.data);
-      auto* target = static_cast<typename Target::Storage*>(packed.data);
-      const FourSplit split = split_at(source, numel);
-      const int from = width_at(source + split.head), to = width_at(target + split.head);
-      return with_bool(from == 4 && to == 4, [&](auto is_wide) {
-        pack_kernel<decltype(is_wide)::value, Source, Target><<<grid_blocks(split.fours, kThreads, most), kThreads, 0,
-                                                                stream>>>(source, target, split, from, to, scale,
-                                                                          clears);
-        return cudaGetLastError();
-      });
-    });
-  });
 }
 
 }  // namespace acco::cuda

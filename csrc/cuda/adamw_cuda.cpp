@@ -53,14 +53,6 @@ at::Tensor grad_sumsq(const at::Tensor& grad, int64_t max_blocks) {
   return total;
 }
 
-void pack(at::Tensor grads, at::Tensor packed, double scale, bool clears, int64_t max_blocks) {
-  check_flat(grads, grads, "grads");
-  check_flat(packed, grads, "packed");
-  const c10::cuda::CUDAGuard guard(grads.device());
-  C10_CUDA_CHECK(launch_pack(write(grads), write(packed), grads.numel(), static_cast<float>(scale), clears,
-                             max_blocks, c10::cuda::getCurrentCUDAStream()));
-}
-
 void traffic(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& grad,
              const at::Tensor& out, bool writes_state) {
   check_state(master, exp_avg, exp_avg_sq, grad, out);
@@ -90,7 +82,6 @@ TORCH_LIBRARY_IMPL(deepspeed_acco, CUDA, m) {
   m.impl("adamw_estimate", acco::cuda::adamw_estimate);
   m.impl("adamw_commit", acco::cuda::adamw_commit);
   m.impl("grad_sumsq", acco::cuda::grad_sumsq);
-  m.impl("pack", acco::cuda::pack);
   m.impl("traffic_estimate", acco::cuda::traffic_estimate);
   m.impl("traffic_commit", acco::cuda::traffic_commit);
 }

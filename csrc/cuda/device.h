@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/host_device.h"
 #include "common/ranges.h"
 #include "cuda/launch.h"
 
@@ -62,7 +63,7 @@ __device__ void store_four(T* address, const Four<T>& values) {
 
 // How many neighbors one access may take at this address: 4, 2 or 1.
 template <class T>
-int width_at(const T* address) {
+ACCO_HOST_DEVICE int width_at(const T* address) {
   const uintptr_t elements = reinterpret_cast<uintptr_t>(address) / sizeof(T);
   return elements % 4 == 0 ? 4 : elements % 2 == 0 ? 2 : 1;
 }
@@ -73,6 +74,32 @@ int width_of_rows(const T* address, int64_t numel) {
   const int rows = numel % 4 == 0 ? 4 : numel % 2 == 0 ? 2 : 1;
   const int first = width_at(address);
   return rows < first ? rows : first;
+}
+
+// The same where all shards begin.
+template <class T>
+int width_of_shards(const T* address, const Shards& shards) {
+  return shards.count > 1 ? width_of_rows(address, shards.numel) : width_at(address);
+}
+
+__device__ inline int64_t place_of(const Shards& shards, int64_t shard) {
+  return shards.places == nullptr ? shard : shards.places[shard];
+}
+
+// f(shard, piece) for every `stride`-th piece from `first` on, where each of `count` shards has `per_shard` of them.
+template <class F>
+__device__ void for_pieces_of_shards(int64_t count, int64_t per_shard, int64_t first, int64_t stride, const F& f) {
+  const int64_t shards_on = stride / per_shard, pieces_on = stride % per_shard;
+  int64_t shard = first / per_shard, piece = first % per_shard;
+  while (shard < count) {
+    f(shard, piece);
+    shard += shards_on;
+    piece += pieces_on;
+    if (piece >= per_shard) {
+      piece -= per_shard;
+      ++shard;
+    }
+  }
 }
 
 // Kernels come twice: for operands that all have width 4, so that no branch stands between loads, and for any widths.

@@ -64,12 +64,26 @@ int64_t sum_chunks(int64_t numel);
 cudaError_t launch_sum_of_squares(Array values, int64_t numel, double* sums, double* total, int64_t max_blocks,
                                   cudaStream_t stream);
 
-cudaError_t launch_pack(MutableArray grads, MutableArray packed, int64_t numel, float scale, bool clears,
+// The shards of two flat operands, `numel` elements each: what is shard r of the one is shard places[r] of the other.
+struct Shards {
+  const int64_t* places;  // on the device; null: there is one shard
+  int64_t count, numel;
+};
+
+cudaError_t launch_pack(MutableArray grads, MutableArray packed, const Shards& shards, float scale, bool clears,
                         int64_t max_blocks, cudaStream_t stream);
 
-// The quantised estimate; `bits` is 4 or 8.
-cudaError_t launch_quantize(Array values, int64_t numel, float scale, uint8_t* records, int bits, int64_t max_blocks,
-                            cudaStream_t stream);
+// Of elements of two or four bytes.
+cudaError_t launch_copy_shards(const void* source, void* target, int64_t element_bytes, const Shards& shards,
+                               int64_t max_blocks, cudaStream_t stream);
+
+cudaError_t launch_swap_shards(void* one, void* other, int64_t element_bytes, const Shards& shards, int64_t max_blocks,
+                               cudaStream_t stream);
+
+// The quantised estimate; `bits` is 4 or 8. The messages of several shards are `stride` bytes apart, in the order of
+// their places.
+cudaError_t launch_quantize(Array values, const Shards& shards, int64_t stride, float scale, uint8_t* records, int bits,
+                            int64_t max_blocks, cudaStream_t stream);
 
 // `messages` lies on the host and may be freed after the call.
 cudaError_t launch_dequantize_sum(const uint8_t* const* messages, int64_t message_count, float* total, int64_t numel,
@@ -79,8 +93,8 @@ cudaError_t launch_estimate_change(const float* master, const float* exp_avg, co
                                    const Scalars& scalars, const Inputs& inputs, Array live, uint8_t* records, int bits,
                                    cudaStream_t stream);
 
-cudaError_t launch_add_change(const uint8_t* records, const bool* is_added, MutableArray live, int64_t numel, int bits,
-                              int64_t max_blocks, cudaStream_t stream);
+cudaError_t launch_add_change(const uint8_t* records, const bool* is_added, MutableArray live, const Shards& shards,
+                              int64_t stride, int bits, int64_t max_blocks, cudaStream_t stream);
 
 // The schedule `local`; `numel` elements are whole shards.
 cudaError_t launch_block_roots(const float* exp_avg_sq, int64_t numel, const float* step, double beta2, double eps,

@@ -6,6 +6,9 @@
 
 #include <ATen/ATen.h>
 
+#include <optional>
+
+#include "common/checks.h"
 #include "cuda/launch.h"
 
 namespace acco::cuda {
@@ -18,6 +21,12 @@ inline Format format_of(const at::Tensor& tensor) {
 
 inline Array read(const at::Tensor& tensor) { return {tensor.const_data_ptr(), format_of(tensor)}; }
 inline MutableArray write(const at::Tensor& tensor) { return {tensor.mutable_data_ptr(), format_of(tensor)}; }
+
+// The shards of the elements of `like`, after the checks.
+inline Shards shards_of(const std::optional<at::Tensor>& places, const at::Tensor& like) {
+  const int64_t count = check_places(places, like);
+  return {places ? places->const_data_ptr<int64_t>() : nullptr, count, like.numel() / count};
+}
 
 // Room on the device for a T. The allocator gives it to others in the order of this stream.
 template <class T>

@@ -29,6 +29,21 @@ __device__ void for_records(int64_t numel, const F& f) {
   }
 }
 
+// The same for the records of several shards; f is also told where the elements lie, and which byte of all messages is
+// the record's first.
+template <int kBits, class F>
+__device__ void for_records_of_shards(const Shards& shards, int64_t stride, const F& f) {
+  const int64_t first = grid_first(blockIdx.x, blockDim.x, threadIdx.x) / kWarp;
+  const int64_t warps = grid_stride(gridDim.x, blockDim.x) / kWarp;
+  const int64_t records = pieces_of(shards.numel, kRecordNumel);
+  for_pieces_of_shards(shards.count, records, first, warps, [&](int64_t shard, int64_t record) {
+    const int64_t in_shard = record * kRecordNumel;
+    const int64_t byte = place_of(shards, shard) * stride + record * record_bytes(kBits);
+    with_count<kRecordNumel>(static_cast<int>(record_numel(in_shard, shards.numel)),
+                             [&](auto count) { f(shard * shards.numel + in_shard, count, byte); });
+  });
+}
+
 // The first of the lane's four elements in that turn, counted from the record's first.
 __device__ int first_of_four(int turn) { return 4 * static_cast<int>(turn * kWarp + threadIdx.x % kWarp); }
 
@@ -128,12 +143,14 @@ __device__ void encode_record(const Four<float> (&values)[kTurns], uint8_t* reco
 
 template <bool kIsWide, class Source, int kBits>
 __global__ void __launch_bounds__(kThreads)
-    quantize_kernel(const typename Source::Storage* values, int64_t numel, int width, float scale, uint8_t* records) {
-  for_records<kBits>(numel, [&](int64_t at, auto count, int64_t byte) {
+    quantize_kernel(const typename Source::Storage* values, Shards shards, int64_t stride, float scale,
+                    uint8_t* records) {
+  for_records_of_shards<kBits>(shards, stride, [&](int64_t at, auto count, int64_t byte) {
+    const int width = width_of<kIsWide>(width_at(values + at));
     Four<float> products[kTurns];
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
-      const auto four = load_up_to_four(values + at, first_of_four(turn), count, width_of<kIsWide>(width));
+      const auto four = load_up_to_four(values + at, first_of_four(turn), count, width);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         // What is not there stays 0, whatever the scale is.
@@ -257,19 +274,20 @@ __global__ void __launch_bounds__(kThreads)
 
 template <bool kIsWide, class Live, int kBits>
 __global__ void __launch_bounds__(kThreads)
-    add_change_kernel(const uint8_t* records, const bool* is_added, typename Live::Storage* live, int64_t numel,
-                      int width) {
+    add_change_kernel(const uint8_t* records, const bool* is_added, typename Live::Storage* live, Shards shards,
+                      int64_t stride) {
   if (!*is_added) {
     return;
   }
-  for_records<kBits>(numel, [&](int64_t at, auto count, int64_t byte) {
+  for_records_of_shards<kBits>(shards, stride, [&](int64_t at, auto count, int64_t byte) {
+    const int width = width_of<kIsWide>(width_at(live + at));
     const float scale = load_scale_value(records + byte);
     uint32_t levels[kTurns];
     Four<typename Live::Storage> weights[kTurns];
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       levels[turn] = load_levels<kBits>(records + byte, first_of_four(turn), count);
-      weights[turn] = load_up_to_four(live + at, first_of_four(turn), count, width_of<kIsWide>(width));
+      weights[turn] = load_up_to_four(live + at, first_of_four(turn), count, width);
     }
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
@@ -278,7 +296,7 @@ __global__ void __launch_bounds__(kThreads)
         typename Live::Storage& weight = weights[turn].at[k];
         weight = Live::store(Live::load(weight) + value_of_level<kBits>(levels[turn], k) * scale);
       }
-      store_up_to_four(live + at, first_of_four(turn), count, width_of<kIsWide>(width), weights[turn]);
+      store_up_to_four(live + at, first_of_four(turn), count, width, weights[turn]);
     }
   });
 }
@@ -291,28 +309,27 @@ cudaError_t with_bits(int bits, const F& f) {
 
 // f(blocks) with enough of them for a warp per record.
 template <class F>
-cudaError_t with_record_grid(int64_t numel, int64_t max_blocks, const F& f) {
+cudaError_t with_record_grid(int64_t shards, int64_t numel, int64_t max_blocks, const F& f) {
   int64_t most = 0;
   const cudaError_t status = useful_blocks(&most, max_blocks);
-  if (status != cudaSuccess || numel == 0) {
+  if (status != cudaSuccess || shards == 0 || numel == 0) {
     return status;
   }
-  return f(grid_blocks(pieces_of(numel, kRecordNumel), kThreads / kWarp, most));
+  return f(grid_blocks(shards * pieces_of(numel, kRecordNumel), kThreads / kWarp, most));
 }
 
 }  // namespace
 
-cudaError_t launch_quantize(Array values, int64_t numel, float scale, uint8_t* records, int bits, int64_t max_blocks,
-                            cudaStream_t stream) {
-  return with_record_grid(numel, max_blocks, [&](uint32_t blocks) {
+cudaError_t launch_quantize(Array values, const Shards& shards, int64_t stride, float scale, uint8_t* records, int bits,
+                            int64_t max_blocks, cudaStream_t stream) {
+  return with_record_grid(shards.count, shards.numel, max_blocks, [&](uint32_t blocks) {
     return with_format(values.format, [&](auto format) {
       return with_bits(bits, [&](auto of_level) {
         using Source = decltype(format);
         constexpr int kBits = decltype(of_level)::value;
         const auto* data = static_cast<const typename Source::Storage*>(values.data);
-        const int width = width_at(data);
-        return with_bool(width == 4, [&](auto is_wide) {
-          quantize_kernel<decltype(is_wide)::value, Source, kBits><<<blocks, kThreads, 0, stream>>>(data, numel, width,
+        return with_bool(width_of_shards(data, shards) == 4, [&](auto is_wide) {
+          quantize_kernel<decltype(is_wide)::value, Source, kBits><<<blocks, kThreads, 0, stream>>>(data, shards, stride,
                                                                                                     scale, records);
           return cudaGetLastError();
         });
@@ -323,7 +340,7 @@ cudaError_t launch_quantize(Array values, int64_t numel, float scale, uint8_t* r
 
 cudaError_t launch_dequantize_sum(const uint8_t* const* messages, int64_t message_count, float* total, int64_t numel,
                                   int bits, int64_t max_blocks, cudaStream_t stream) {
-  return with_record_grid(numel, max_blocks, [&](uint32_t blocks) {
+  return with_record_grid(1, numel, max_blocks, [&](uint32_t blocks) {
     return with_bits(bits, [&](auto of_level) {
       constexpr int kBits = decltype(of_level)::value;
       for (int64_t done = 0; done < message_count; done += kMostMessages) {
@@ -351,7 +368,7 @@ cudaError_t launch_estimate_change(const float* master, const float* exp_avg, co
   if (status != cudaSuccess) {
     return status;
   }
-  return with_record_grid(inputs.numel, inputs.max_blocks, [&](uint32_t blocks) {
+  return with_record_grid(1, inputs.numel, inputs.max_blocks, [&](uint32_t blocks) {
     return with_format(inputs.grad.format, [&](auto grad_format) {
       return with_format(live.format, [&](auto live_format) {
         return with_bits(bits, [&](auto of_level) {
@@ -379,18 +396,17 @@ cudaError_t launch_estimate_change(const float* master, const float* exp_avg, co
   });
 }
 
-cudaError_t launch_add_change(const uint8_t* records, const bool* is_added, MutableArray live, int64_t numel, int bits,
-                              int64_t max_blocks, cudaStream_t stream) {
-  return with_record_grid(numel, max_blocks, [&](uint32_t blocks) {
+cudaError_t launch_add_change(const uint8_t* records, const bool* is_added, MutableArray live, const Shards& shards,
+                              int64_t stride, int bits, int64_t max_blocks, cudaStream_t stream) {
+  return with_record_grid(shards.count, shards.numel, max_blocks, [&](uint32_t blocks) {
     return with_format(live.format, [&](auto format) {
       return with_bits(bits, [&](auto of_level) {
         using Live = decltype(format);
         constexpr int kBits = decltype(of_level)::value;
         auto* data = static_cast<typename Live::Storage*>(live.data);
-        const int width = width_at(data);
-        return with_bool(width == 4, [&](auto is_wide) {
+        return with_bool(width_of_shards(data, shards) == 4, [&](auto is_wide) {
           add_change_kernel<decltype(is_wide)::value, Live, kBits><<<blocks, kThreads, 0, stream>>>(
-              records, is_added, data, numel, width);
+              records, is_added, data, shards, stride);
           return cudaGetLastError();
         });
       });

@@ -9,6 +9,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <vector>
 
 #include "common/checks.h"
@@ -18,11 +19,13 @@
 namespace acco::cuda {
 namespace {
 
-void quantize(const at::Tensor& values, at::Tensor records, int64_t bits, double scale, int64_t max_blocks) {
+void quantize(const at::Tensor& values, at::Tensor records, int64_t bits, double scale,
+              const std::optional<at::Tensor>& places, int64_t max_blocks) {
   check_flat(values, values, "values");
-  check_records(records, values, bits, "records");
+  const Shards shards = shards_of(places, values);
+  const int64_t stride = check_records(records, values, bits, "records", shards.count);
   const c10::cuda::CUDAGuard guard(values.device());
-  C10_CUDA_CHECK(launch_quantize(read(values), values.numel(), static_cast<float>(scale),
+  C10_CUDA_CHECK(launch_quantize(read(values), shards, stride, static_cast<float>(scale),
                                  records.mutable_data_ptr<uint8_t>(), static_cast<int>(bits), max_blocks,
                                  c10::cuda::getCurrentCUDAStream()));
 }
@@ -56,13 +59,14 @@ void adamw_estimate_change(const at::Tensor& master, const at::Tensor& exp_avg, 
 }
 
 void add_change(const at::Tensor& records, const at::Tensor& is_added, at::Tensor live, int64_t bits,
-                int64_t max_blocks) {
+                const std::optional<at::Tensor>& places, int64_t max_blocks) {
   check_flat(live, live, "live");
-  check_records(records, live, bits, "records");
+  const Shards shards = shards_of(places, live);
+  const int64_t stride = check_records(records, live, bits, "records", shards.count);
   check_scalar(is_added, live, at::kBool, "is_added");
   const c10::cuda::CUDAGuard guard(live.device());
   C10_CUDA_CHECK(launch_add_change(records.const_data_ptr<uint8_t>(), is_added.const_data_ptr<bool>(), write(live),
-                                   live.numel(), static_cast<int>(bits), max_blocks,
+                                   shards, stride, static_cast<int>(bits), max_blocks,
                                    c10::cuda::getCurrentCUDAStream()));
 }
 

@@ -46,6 +46,7 @@ def sources(with_cuda: bool) -> list[Path]:
     if with_cuda:
         names += ["cuda/adamw_cuda.cpp", "cuda/adamw.cu", "cuda/quantize_cuda.cpp", "cuda/quantize.cu"]
         names += ["cuda/local_prediction_cuda.cpp", "cuda/local_prediction.cu"]
+        names += ["cuda/shards_cuda.cpp", "cuda/shards.cu"]
     return [csrc() / name for name in names]
 
 

@@ -1,10 +1,11 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Walks through flat tensors in pieces: packing, clearing and summing them in plain PyTorch."""
+"""Walks through flat tensors in shards and pieces: packs, moves, clears and sums them in plain PyTorch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,40 @@ from torch import Tensor
 # result does not depend on how many threads the caller has (worker and main thread must agree bit by bit).
 _CPU_PIECE_NUMEL = 2**15
 _DEVICE_PIECE_NUMEL = 2**24
+
+
+@dataclass(frozen=True, eq=False)
+class Shards:
+    """Says in which order one flat tensor has the equal shards of another.
+
+    Attributes:
+        places: shard r of the first tensor is shard ``places[r]`` of the second.
+        table: the same for kernels, int64, 1-D, on the device of the tensors.
+    """
+
+    places: tuple[int, ...]
+    table: Tensor
+
+    @classmethod
+    def of(cls, places: Sequence[int], device: torch.device) -> Shards:
+        """Makes the table; ``places`` has each of 0, 1, ... once."""
+        assert sorted(places) == list(range(len(places))), places
+        return cls(tuple(places), torch.tensor(places, dtype=torch.int64, device=device))
+
+    def inverse(self) -> Shards:
+        """Returns where the first tensor has the shards of the second."""
+        shards = sorted(range(len(self.places)), key=self.places.__getitem__)
+        return Shards.of(shards, self.table.device)
+
+
+def pairs_of_shards(one: Tensor, other: Tensor, shards: Shards | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the parts of two flat tensors that belong together: both of them where there are no shards."""
+    if shards is None:
+        yield one, other
+        return
+    numel = one.numel() // len(shards.places)
+    for shard, place in enumerate(shards.places):
+        yield one.narrow(0, shard * numel, numel), other.narrow(0, place * numel, numel)
 
 
 def pieces(numel: int, piece_numel: int) -> Iterator[tuple[int, int]]:
@@ -39,13 +74,35 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def pack(grads: Tensor, packed: Tensor, scale: float, *, clears: bool) -> None:
-    """Writes ``grads * scale`` to ``packed`` in its dtype; then zeroes ``grads`` if ``clears``. Both 1-D."""
-    for start, length in pieces(grads.numel(), piece_numel(grads.device)):
-        source, target = grads[start : start + length], packed[start : start + length]
+def pack(grads: Tensor, packed: Tensor, scale: float, *, clears: bool, shards: Shards | None = None) -> None:
+    """Writes ``grads * scale`` to ``packed`` in its dtype and the order of ``shards``; then zeroes ``grads`` if
+    ``clears``. Both 1-D."""
+    for part, target in _pairs_of_pieces(grads, packed, shards):
         if scale == 1.0:
-            target.copy_(source)
+            target.copy_(part)
         else:
-            torch.mul(source, scale, out=target)
+            torch.mul(part, scale, out=target)
         if clears:
-            source.zero_()
+            part.zero_()
+
+
+@torch.no_grad()
+def copy_shards(source: Tensor, target: Tensor, shards: Shards | None = None) -> None:
+    """Copies all shards of ``source`` to their places in ``target``. Both 1-D, of one dtype."""
+    for part, place in pairs_of_shards(source, target, shards):
+        place.copy_(part)
+
+
+@torch.no_grad()
+def swap_shards(one: Tensor, other: Tensor, shards: Shards | None = None) -> None:
+    """Swaps all shards of ``one`` with those at their places in ``other``. Both 1-D, of one dtype."""
+    for part, place in _pairs_of_pieces(one, other, shards):
+        kept = part.clone()
+        part.copy_(place)
+        place.copy_(kept)
+
+
+def _pairs_of_pieces(one: Tensor, other: Tensor, shards: Shards | None) -> Iterator[tuple[Tensor, Tensor]]:
+    for part, place in pairs_of_shards(one, other, shards):
+        for start, length in pieces(part.numel(), piece_numel(part.device)):
+            yield part[start : start + length], place[start : start + length]

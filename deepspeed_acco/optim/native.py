@@ -18,7 +18,7 @@ from . import build
 CHOICE_VARIABLE = "DEEPSPEED_ACCO_KERNELS"
 CHOICES = ("auto", "native", "torch")
 _NAMESPACE = "deepspeed_acco"
-_PROBED = f"{_NAMESPACE}::predict_locally"  # the youngest: an older library lacks it
+_PROBED = f"{_NAMESPACE}::swap_shards"  # the youngest: an older library lacks it
 
 _reasons: dict[str, str] = {}  # by device type; empty: native
 
@@ -96,8 +96,10 @@ def _is_registered() -> bool:
 
 
 _fakes: list[torch.library.Library] = []
+_UPDATES = ("adamw_estimate", "adamw_commit", "traffic_estimate", "traffic_commit")
 _QUANTIZED = ("quantize", "dequantize_sum", "adamw_estimate_change", "add_change")
 _LOCAL = ("block_roots", "predict_locally")
+_SHARDS = ("pack", "copy_shards", "swap_shards")
 
 
 def _register_fakes() -> None:
@@ -105,7 +107,7 @@ def _register_fakes() -> None:
     if _fakes:
         return
     library = torch.library.Library(_NAMESPACE, "FRAGMENT")
-    for name in ("adamw_estimate", "adamw_commit", *_QUANTIZED, *_LOCAL, "pack", "traffic_estimate", "traffic_commit"):
+    for name in (*_UPDATES, *_QUANTIZED, *_LOCAL, *_SHARDS):
         torch.library.register_fake(f"{_NAMESPACE}::{name}", lambda *_, **__: None, lib=library)
     torch.library.register_fake(
         f"{_NAMESPACE}::grad_sumsq", lambda grad, max_blocks=0: grad.new_empty((), dtype=torch.float64), lib=library

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import adamw, flat, local_prediction, quantization
 from .adamw import AdamWHyper, AdamWShard
+from .flat import Shards
 from .native import reason_against
 
 BLOCK_THREADS = 256  # kThreads of csrc/cuda/device.h
@@ -87,24 +88,46 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def pack(grads: Tensor, packed: Tensor, scale: float, *, clears: bool) -> None:
+def pack(grads: Tensor, packed: Tensor, scale: float, *, clears: bool, shards: Shards | None = None) -> None:
     """Does what :func:`flat.pack` does, in one pass."""
     if reason_against(grads.device):
-        flat.pack(grads, packed, scale, clears=clears)
+        flat.pack(grads, packed, scale, clears=clears, shards=shards)
     else:
-        torch.ops.deepspeed_acco.pack(grads, packed, scale, clears, max_blocks=_most_blocks)
+        torch.ops.deepspeed_acco.pack(grads, packed, scale, clears, _table(shards), max_blocks=_most_blocks)
+
+
+@torch.no_grad()
+def copy_shards(source: Tensor, target: Tensor, shards: Shards | None = None) -> None:
+    """Does what :func:`flat.copy_shards` does, in one pass."""
+    if shards is None or reason_against(source.device):
+        flat.copy_shards(source, target, shards)
+    else:
+        torch.ops.deepspeed_acco.copy_shards(source, target, shards.table, max_blocks=_most_blocks)
+
+
+@torch.no_grad()
+def swap_shards(one: Tensor, other: Tensor, shards: Shards | None = None) -> None:
+    """Does what :func:`flat.swap_shards` does, in one pass."""
+    if reason_against(one.device):
+        flat.swap_shards(one, other, shards)
+    else:
+        torch.ops.deepspeed_acco.swap_shards(one, other, _table(shards), max_blocks=_most_blocks)
+
+
+def _table(shards: Shards | None) -> Tensor | None:
+    return None if shards is None else shards.table
 
 
 # ---- the quantized estimate; arguments as in quantization.py
 
 
 @torch.no_grad()
-def quantize(values: Tensor, records: Tensor, bits: int, scale: float) -> None:
+def quantize(values: Tensor, records: Tensor, bits: int, scale: float, shards: Shards | None = None) -> None:
     """Does what :func:`quantization.quantize` does, in one pass."""
     if reason_against(values.device):
-        quantization.quantize(values, records, bits, scale)
+        quantization.quantize(values, records, bits, scale, shards)
     else:
-        torch.ops.deepspeed_acco.quantize(values, records, bits, scale, max_blocks=_most_blocks)
+        torch.ops.deepspeed_acco.quantize(values, records, bits, scale, _table(shards), max_blocks=_most_blocks)
 
 
 @torch.no_grad()
@@ -136,12 +159,12 @@ def adamw_estimate_change(
 
 
 @torch.no_grad()
-def add_change(records: Tensor, is_added: Tensor, live: Tensor, bits: int) -> None:
+def add_change(records: Tensor, is_added: Tensor, live: Tensor, bits: int, shards: Shards | None = None) -> None:
     """Does what :func:`quantization.add_change` does, in one pass."""
     if reason_against(live.device):
-        quantization.add_change(records, is_added, live, bits)
+        quantization.add_change(records, is_added, live, bits, shards)
     else:
-        torch.ops.deepspeed_acco.add_change(records, is_added, live, bits, max_blocks=_most_blocks)
+        torch.ops.deepspeed_acco.add_change(records, is_added, live, bits, _table(shards), max_blocks=_most_blocks)
 
 
 # ---- the prediction of the schedule local; arguments as in local_prediction.py

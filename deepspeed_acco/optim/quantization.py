@@ -16,12 +16,14 @@ scale NaN (0x7FC0) and levels 0. ``level * scale`` is exact in fp32, so that eve
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from . import adamw
 from .adamw import AdamWHyper, AdamWShard
-from .flat import piece_numel, pieces
+from .flat import Shards, piece_numel, pieces
 
 BLOCK = 256
 LARGEST_LEVEL = {8: 127, 4: 7}
@@ -48,15 +50,17 @@ def message_stride(numel: int, bits: int) -> int:
 
 
 @torch.no_grad()
-def quantize(values: Tensor, records: Tensor, bits: int, scale: float = 1.0) -> None:
+def quantize(values: Tensor, records: Tensor, bits: int, scale: float = 1.0, shards: Shards | None = None) -> None:
     """Writes to ``records`` those of ``values * scale``, the product in fp32.
 
     Args:
         values: 1-D, any floating dtype; it begins at a block.
-        records: uint8, 1-D, :func:`message_bytes` of ``values.numel()``.
+        records: uint8, 1-D, :func:`message_bytes` of ``values.numel()``. With ``shards`` as many messages, each at its
+            place, :func:`message_stride` apart.
     """
-    for at, at_records in _pieces(values, bits):
-        _encode(values[at].float() * scale, records[at_records], bits)
+    for part, message in _messages_of_shards(values, records, bits, shards):
+        for at, at_records in _pieces(part, bits):
+            _encode(part[at].float() * scale, message[at_records], bits)
 
 
 @torch.no_grad()
@@ -99,16 +103,17 @@ def adamw_estimate_change(
 
 
 @torch.no_grad()
-def add_change(records: Tensor, is_added: Tensor, live: Tensor, bits: int) -> None:
+def add_change(records: Tensor, is_added: Tensor, live: Tensor, bits: int, shards: Shards | None = None) -> None:
     """Adds ``level * scale`` to ``live`` in fp32, rounded once to its dtype; nothing where not ``is_added``.
 
     Args:
-        records: of one shard. is_added: bool, 0-dim. live: that shard's weights, 1-D.
+        records: as in :func:`quantize`. is_added: bool, 0-dim. live: the weights, 1-D.
     """
-    for at, at_records in _pieces(live, bits):
-        part = live[at]
-        changed = (part.float() + _decode(records[at_records], part.numel(), bits)).to(part.dtype)
-        part.copy_(torch.where(is_added, changed, part))
+    for weights, message in _messages_of_shards(live, records, bits, shards):
+        for at, at_records in _pieces(weights, bits):
+            part = weights[at]
+            changed = (part.float() + _decode(message[at_records], part.numel(), bits)).to(part.dtype)
+            part.copy_(torch.where(is_added, changed, part))
 
 
 @torch.no_grad()
@@ -122,6 +127,20 @@ def are_finite(messages: Tensor, shards: int, numel: int, bits: int) -> Tensor:
     strides = (message_stride(numel, bits), record_bytes(bits), 1)
     scales = messages.as_strided((shards, blocks, SCALE_BYTES), strides, messages.storage_offset())
     return _as_scales(scales).isfinite().all()
+
+
+def _messages_of_shards(
+    values: Tensor, records: Tensor, bits: int, shards: Shards | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields each shard of ``values`` with its message; all of both where there are no shards."""
+    if shards is None:
+        yield values, records
+        return
+    count = len(shards.places)
+    numel, stride = values.numel() // count, records.numel() // count
+    for shard, place in enumerate(shards.places):
+        message = records.narrow(0, place * stride, message_bytes(numel, bits))
+        yield values.narrow(0, shard * numel, numel), message
 
 
 def _pieces(values: Tensor, bits: int):

@@ -9,20 +9,17 @@ shards lie by their places in the levels (levels.py); packing and installing mov
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from ..optim import ops
-from ..optim.flat import pieces
+from ..optim.flat import Shards
 from ..optim.local_prediction import block_count
 from ..optim.quantization import are_finite, message_bytes, message_stride
 from .encoding import Encoding
 from .layout import GroupLayout
 
 _ALIGNMENT_BYTES = 16
-_EXCHANGE_BYTES = 2**22
 
 
 class FlatBuffers:
@@ -67,6 +64,11 @@ class FlatBuffers:
             flat[layout.comm_shard_of(layout.rank)] for flat, layout in zip(self.comm_weights, self.layouts)
         ]
         self.live_shards = [flat[layout.shard_of(layout.rank)] for flat, layout in zip(self.live, self.layouts)]
+        levels = layouts[0].levels
+        self._shards = Shards.of([levels.place(rank) for rank in range(levels.world_size)], device)
+        # From P to X and back; None: they have one order.
+        self._to_comm = None if levels.is_flat else self._shards
+        self._to_live = None if levels.is_flat else self._shards.inverse()
         self.before: list[Tensor] = []
         self.roots: list[Tensor] = []
         if predicts_locally:
@@ -84,19 +86,17 @@ class FlatBuffers:
         for layout, grads, packed, records in zip(self.layouts, self.grads, self.comm_grads, self.comm_records):
             if bits and layout.levels.is_flat:
                 assert not clears, "what lost bits is needed again"
-                for rank in range(layout.world_size):
-                    ops.quantize(grads[layout.shard_of(rank)], self._message(records, layout, rank), bits, scale)
-                continue
-            for in_flat, in_comm in layout.runs():
-                ops.pack(grads[in_flat], packed[in_comm], scale, clears=clears)
+                ops.quantize(grads, records, bits, scale, self._shards)
+            else:
+                ops.pack(grads, packed, scale, clears=clears, shards=self._to_comm)
 
     def own_records(self) -> list[Tensor]:
         """Returns this rank's part of the records in X, uint8, one 1-D view per group."""
-        return [self._message(records, layout, layout.rank) for layout, records in zip(self.layouts, self.comm_records)]
-
-    def _message(self, records: Tensor, layout: GroupLayout, rank: int) -> Tensor:
-        size = message_bytes(layout.shard_numel, self.estimate_bits)
-        return records.narrow(0, layout.levels.place(rank) * (records.numel() // layout.world_size), size)
+        own = []
+        for layout, records in zip(self.layouts, self.comm_records):
+            begin = layout.levels.place(layout.rank) * (records.numel() // layout.world_size)
+            own.append(records.narrow(0, begin, message_bytes(layout.shard_numel, self.estimate_bits)))
+        return own
 
     def clear_gradients(self) -> None:
         """Zeroes A."""
@@ -105,19 +105,13 @@ class FlatBuffers:
 
     def install(self) -> None:
         """Copies the weights in X to P: parameters, their views and DeepSpeed's mappings keep pointing at P."""
-        for live, gathered in self._runs():
-            live.copy_(gathered)
+        for live, gathered in zip(self.live, self.comm_weights):
+            ops.copy_shards(gathered, live, self._to_live)
 
     def take_out(self) -> None:
         """Copies the weights in P to X."""
-        for live, gathered in self._runs():
-            gathered.copy_(live)
-
-    def _runs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields parts of P and of X that belong together and cover both."""
-        for layout, live, gathered in zip(self.layouts, self.live, self.comm_weights):
-            for in_flat, in_comm in layout.runs():
-                yield live[in_flat], gathered[in_comm]
+        for live, gathered in zip(self.live, self.comm_weights):
+            ops.copy_shards(live, gathered, self._to_comm)
 
     def install_change(self) -> None:
         """Adds to P the changes that X holds as records, the same bits on every rank; nothing where any of them is not
@@ -128,9 +122,8 @@ class FlatBuffers:
             for layout, records in zip(self.layouts, self.comm_records)
         ]
         is_added = torch.stack(are_all_finite).all()
-        for layout, live, records in zip(self.layouts, self.live, self.comm_records):
-            for rank in range(layout.world_size):
-                ops.add_change(self._message(records, layout, rank), is_added, live[layout.shard_of(rank)], bits)
+        for live, records in zip(self.live, self.comm_records):
+            ops.add_change(records, is_added, live, bits, self._shards)
 
     def true_copy(self, group: int, start: int, numel: int) -> Tensor:
         """Returns a copy of elements of X's weights, by their places in the flat group: 1-D."""
@@ -156,13 +149,9 @@ class FlatBuffers:
         return copies
 
     def exchange(self) -> None:
-        """Swaps P and X in place, piece by piece."""
-        for live, gathered in self._runs():
-            for start, length in pieces(live.numel(), _EXCHANGE_BYTES // live.element_size()):
-                at = slice(start, start + length)
-                kept = live[at].clone()
-                live[at] = gathered[at]
-                gathered[at] = kept
+        """Swaps P and X in place."""
+        for live, gathered in zip(self.live, self.comm_weights):
+            ops.swap_shards(live, gathered, self._to_comm)
 
     def own_bytes(self) -> int:
         """Returns the bytes of all but P: what this library adds to weights and optimizer state."""

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from deepspeed_acco.optim import ops  # noqa: E402
 from deepspeed_acco.optim.native import kernels_reason  # noqa: E402
-from tests.support import kernel_checks, local_prediction_checks, quantization_checks  # noqa: E402
+from tests.support import kernel_checks, local_prediction_checks, quantization_checks, shards_checks  # noqa: E402
 
 SIZES = (1, 255, 4099)
 
@@ -53,6 +53,10 @@ def main() -> None:
                     quantization_checks.check_dequantize_sum(ops, numel, bits, messages=3, device="cuda")
                     quantization_checks.check_estimate_change(ops, numel, grad, out, bits, device="cuda")
                 local_prediction_checks.check_prediction(ops, numel, 3, out, grad, device="cuda")
+                places = shards_checks.PLACES[1]
+                shards_checks.check_pack(ops, places, numel, grad, out, device="cuda", shift=1)
+                shards_checks.check_moves(ops, places, numel, out, device="cuda", shift=1)
+                shards_checks.check_messages(ops, places, numel, out, 4, device="cuda", shift=1)
         quantization_checks.check_dequantize_sum(ops, 513, 4, messages=131, device="cuda")
         for numel in SIZES:
             local_prediction_checks.check_roots(ops, numel, 3.0, device="cuda")

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepspeed_acco.optim import local_prediction
 from deepspeed_acco.optim.adamw import AdamWShard
+from deepspeed_acco.optim.flat import Shards
 from tests.support import kernel_checks as checks
 from tests.support.kernel_checks import DTYPE_PAIRS, DTYPES, HYPER, SIZES, Case, same_bits
 
@@ -155,6 +156,8 @@ def test_the_bound_on_thread_blocks_reaches_every_kernel(native):
             case.run(native.adamw_estimate)
             native.sum_of_squares([case.grad, case.out])
             native.pack(case.grad, case.out, 1.0, clears=False)
+            native.copy_shards(case.grad, case.out, Shards.of([1, 0], torch.device("cpu")))
+            native.swap_shards(case.grad, case.out)
             native.block_roots(squares, case.shard.step, 0.9, 1e-8, roots)
             native.predict_locally(on, HYPER, case.scale, case.is_finite)
             native.quantize(case.grad[:512], records[:260], 4, 1.0)
@@ -163,7 +166,7 @@ def test_the_bound_on_thread_blocks_reaches_every_kernel(native):
             native.adamw_estimate_change(
                 case.shard, case.grad, HYPER, case.scale, case.is_finite, case.out, torch.zeros(306).byte(), 4
             )
-    assert len(calls.bounds) == 11 and set(calls.bounds) == {7}
+    assert len(calls.bounds) == 13 and set(calls.bounds) == {7}
     with Calls() as calls:
         native.sum_of_squares([case.grad])
     assert all(map(torch.is_tensor, calls.bounds)), "the bound ends with its block"
