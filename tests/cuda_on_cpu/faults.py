@@ -41,6 +41,7 @@ class Fault:
 
 
 ADAMW, QUANTIZE, LOCAL = "cuda/adamw.cu", "cuda/quantize.cu", "cuda/local_prediction.cu"
+DEVICE, SHARDS = "cuda/device.h", "cuda/shards.cu"
 
 FAULTS = (
     Fault(
@@ -67,15 +68,15 @@ FAULTS = (
     Fault(
         "the tail is one element short",
         ADAMW,
-        "one < split.head + split.tail;",
-        "one + 1 < split.head + split.tail;",
+        "i < split.head + split.tail;",
+        "i + 1 < split.head + split.tail;",
         VALUE,
     ),
     Fault(
         "the tail is one element long",
         ADAMW,
-        "one < split.head + split.tail;",
-        "one <= split.head + split.tail;",
+        "i < split.head + split.tail;",
+        "i <= split.head + split.tail;",
         OVERFLOW,
     ),
     Fault("a skipped step counts", ADAMW, "next_step != nullptr && is_taken", "next_step != nullptr", "step is wrong"),
@@ -87,8 +88,44 @@ FAULTS = (
         "width.out == 4;",
         MISALIGNED,
     ),
-    Fault("a small gradient is not cleared", ADAMW, "source[i] = 0;", "", VALUE),
-    Fault("warps stride as threads do", QUANTIZE, "grid_stride(gridDim.x, blockDim.x) / kWarp;", "1 << 20;", VALUE),
+    Fault("gradients are not cleared", SHARDS, "if (clears) {", "if (false) {", VALUE),
+    Fault("the last tile of a shard is a whole one", SHARDS, "rest < kTile ? rest : kTile", "kTile", OVERFLOW),
+    Fault(
+        "shards stay in their order",
+        SHARDS,
+        "place_of(shards, shard) * shards.numel",
+        "shard * shards.numel",
+        VALUE,
+    ),
+    Fault(
+        "what is swapped is written twice",
+        SHARDS,
+        "one_width, others[turn]);",
+        "one_width, ones[turn]);",
+        VALUE,
+    ),
+    Fault(
+        "only the first shard's address is asked for",
+        DEVICE,
+        "shards.count > 1 ? width_of_rows(address, shards.numel) : width_at(address);",
+        "width_at(address);",
+        MISALIGNED,
+    ),
+    Fault("a shard's first pieces are left out", DEVICE, "piece -= per_shard;", "piece = 0;", VALUE),
+    Fault(
+        "messages lie one behind the other",
+        QUANTIZE,
+        "place_of(shards, shard) * stride",
+        "place_of(shards, shard) * record_bytes(kBits) * records",
+        OVERFLOW,
+    ),
+    Fault(
+        "warps stride as threads do",
+        QUANTIZE,
+        "stride = grid_stride(gridDim.x, blockDim.x) / kWarp;",
+        "stride = 1 << 20;",
+        VALUE,
+    ),
     Fault("messages beyond 64 are dropped", QUANTIZE, "done < message_count;", "done < 1;", VALUE),
     Fault(
         "four levels of a record are one access",
@@ -97,7 +134,7 @@ FAULTS = (
         "*reinterpret_cast<const uint32_t*>(packed);",
         MISALIGNED,
     ),
-    Fault("a change is added that is not to be", QUANTIZE, "if (!*is_added) {", "if (numel < 0) {", VALUE),
+    Fault("a change is added that is not to be", QUANTIZE, "if (!*is_added) {", "if (stride < 0) {", VALUE),
     Fault(
         "a lane is missing in a shuffle",
         QUANTIZE,

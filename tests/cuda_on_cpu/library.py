@@ -19,6 +19,7 @@ from tests.support.launcher import ROOT
 
 TESTS = (
     *("tests/optim/test_ops.py", "tests/optim/test_quantization_ops.py", "tests/optim/test_local_prediction.py"),
+    "tests/optim/test_shards.py",
     "tests/cuda_on_cpu/as_on_gpu.py",
 )
 VARIABLE = "EMULATED_KERNELS"  # for the plugin: where the library lies

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -162,12 +163,15 @@ class Floats {
 
 class Records {
  public:
-  Records(const char* name, int64_t numel, int bits, int64_t shift)
-      : bytes_(name, 1, message_numel(numel, bits), shift) {}
+  // With a `stride` of the messages of `shards`, with bytes of nobody behind each.
+  Records(const char* name, int64_t numel, int bits, int64_t shift, int64_t shards = 1)
+      : stride_(message_numel(numel, bits) + (shards > 1 ? message_numel(numel, bits) % 2 + 2 * below(8) : 0)),
+        bytes_(name, 1, shards * stride_, shift) {}
 
+  int64_t stride() const { return stride_; }
   // The records of a shard as deepspeed_acco/optim/quantization.py describes them.
-  void expect(const std::vector<float>& values, int bits) {
-    uint8_t* record = bytes_.expected.data();
+  void expect(const std::vector<float>& values, int bits, int64_t place = 0) {
+    uint8_t* record = bytes_.expected.data() + place * stride_;
     for (size_t begin = 0; begin < values.size(); begin += 256) {
       const size_t count = std::min<size_t>(256, values.size() - begin);
       record = encode(values.data() + begin, count, bits, record);
@@ -182,8 +186,8 @@ class Records {
   }
   void take_expected() { std::copy(bytes_.expected.begin(), bytes_.expected.end(), data()); }
   void keep() { bytes_.keep(); }
-  float value(int64_t i, int bits) const {
-    const uint8_t* record = data() + i / 256 * (bits == 8 ? 258 : 130);
+  float value(int64_t i, int bits, int64_t place = 0) const {
+    const uint8_t* record = data() + place * stride_ + i / 256 * (bits == 8 ? 258 : 130);
     const int64_t at = i % 256;
     const uint8_t byte = record[2 + (bits == 8 ? at : at / 2)];
     const int nibble = at % 2 == 0 ? byte & 15 : byte >> 4;
@@ -226,6 +230,7 @@ class Records {
     return record + (bits == 4 && count % 2 == 1);
   }
 
+  int64_t stride_;
   Bytes bytes_;
 };
 
@@ -266,6 +271,37 @@ struct Case {
     Floats made(name, format, numel, shifts.next());
     made.fill(size, is_positive);
     return made;
+  }
+};
+
+// Where the shards of a flat operand lie in another.
+struct Order {
+  int64_t shard_numel;
+  std::vector<int64_t> places;
+  Bytes table;
+  bool has_table;
+
+  explicit Order(int64_t numel) : Order(numel, one_of<int64_t>({1, 1, 2, 3, 4, 6})) {}
+  int64_t numel() const { return static_cast<int64_t>(places.size()) * shard_numel; }
+  // Where element i of the one is in the other.
+  int64_t operator[](int64_t i) const { return places[static_cast<size_t>(i / shard_numel)] * shard_numel + i % shard_numel; }
+  Shards shards() const {
+    const auto* on_device = reinterpret_cast<const int64_t*>(table.data());
+    return {has_table ? on_device : nullptr, static_cast<int64_t>(places.size()), shard_numel};
+  }
+  void check() const {
+    table.check(8, [](const uint8_t* is, const uint8_t* should) { return std::memcmp(is, should, 8) == 0; });
+  }
+
+ private:
+  Order(int64_t numel, int64_t count)
+      : shard_numel(numel), places(static_cast<size_t>(count)), table("places", 8, count, below(2)),
+        has_table(count > 1 || below(2)) {
+    std::iota(places.begin(), places.end(), 0);
+    std::shuffle(places.begin(), places.end(), random_source);
+    std::memcpy(table.data(), places.data(), 8 * places.size());
+    table.keep();
+    in_hand += " in " + std::to_string(count) + " shards";
   }
 };
 
@@ -365,48 +401,90 @@ void sum_of_squares(int64_t numel) {
 
 void pack(int64_t numel) {
   begin("pack", numel);
-  Case on(numel);
+  const Order order(numel);
+  Case on(order.numel());
   Floats grads = on.floats("grads", any_format(), 0.03f), packed = on.floats("packed", any_format(), 1.0f);
   const float scale = one_of<float>({1.0f, 0.5f, 1.0f / 3.0f, 1e30f});
   const bool clears = below(2);
-  for (int64_t i = 0; i < numel; ++i) {
-    packed.expect(i, grads[i] * scale);
+  for (int64_t i = 0; i < on.numel; ++i) {
+    packed.expect(order[i], grads[i] * scale);
     if (clears) {
       grads.expect(i, 0.0f);
     }
   }
-  require(launch_pack(grads.write(), packed.write(), numel, scale, clears, on.max_blocks, nullptr));
+  require(launch_pack(grads.write(), packed.write(), order.shards(), scale, clears, on.max_blocks, nullptr));
   grads.check();
   packed.check();
+  order.check();
 }
+
+// Whatever the bits are: a bit more or less of them may be a number.
+void move_shards(int64_t numel, bool swaps) {
+  begin(swaps ? "swap_shards" : "copy_shards", numel);
+  const Order order(numel);
+  const Case on(order.numel());
+  const size_t width = one_of<size_t>({2, 4});
+  Bytes one("one", width, on.numel, on.shifts.next()), other("other", width, on.numel, on.shifts.next());
+  for (Bytes* operand : {&one, &other}) {
+    std::generate(operand->data(), operand->data() + operand->expected.size(),
+                  [] { return static_cast<uint8_t>(random_source()); });
+    operand->keep();
+  }
+  for (int64_t i = 0; i < on.numel; ++i) {
+    uint8_t* there = other.expected.data() + static_cast<size_t>(order[i]) * width;
+    uint8_t* here = one.expected.data() + static_cast<size_t>(i) * width;
+    std::copy_n(one.data() + static_cast<size_t>(i) * width, width, there);
+    if (swaps) {
+      std::copy_n(other.data() + static_cast<size_t>(order[i]) * width, width, here);
+    }
+  }
+  const auto bytes = static_cast<int64_t>(width);
+  require(swaps ? launch_swap_shards(one.data(), other.data(), bytes, order.shards(), on.max_blocks, nullptr)
+                : launch_copy_shards(one.data(), other.data(), bytes, order.shards(), on.max_blocks, nullptr));
+  for (const Bytes* operand : {&one, &other}) {
+    operand->check(width, [&](const uint8_t* is, const uint8_t* should) { return std::memcmp(is, should, width) == 0; });
+  }
+  order.check();
+}
+
+void copy_shards(int64_t numel) { move_shards(numel, false); }
+void swap_shards(int64_t numel) { move_shards(numel, true); }
 
 void quantize(int64_t numel) {
   begin("quantize", numel);
-  Case on(numel);
+  const Order order(numel);
+  const auto shards = static_cast<int64_t>(order.places.size());
+  Case on(order.numel());
   const int bits = one_of<int>({4, 8});
   const Floats values = on.floats("values", any_format(), 0.03f);
   const float scale = one_of<float>({1.0f, 1.0f / 3.0f, 1e-3f, INFINITY, 0.0f});
-  std::vector<float> products;
-  for (int64_t i = 0; i < numel; ++i) {
-    products.push_back(values[i] * scale);
+  Records records("records", numel, bits, 2 * below(3), shards);
+  for (int64_t shard = 0; shard < shards; ++shard) {
+    std::vector<float> products;
+    for (int64_t i = shard * numel; i < (shard + 1) * numel; ++i) {
+      products.push_back(values[i] * scale);
+    }
+    records.expect(products, bits, order.places[static_cast<size_t>(shard)]);
   }
-  Records records("records", numel, bits, 2 * below(3));
-  records.expect(products, bits);
-  require(launch_quantize(values.read(), numel, scale, records.data(), bits, on.max_blocks, nullptr));
+  require(launch_quantize(values.read(), order.shards(), records.stride(), scale, records.data(), bits, on.max_blocks,
+                          nullptr));
   values.check();
   records.check();
+  order.check();
 }
 
 // Bytes as they come, or the records of values of that size.
-Records any_message(int64_t numel, int bits, bool is_wild, float size) {
-  Records message("message", numel, bits, 2 * below(3));
+Records any_message(int64_t numel, int bits, bool is_wild, float size, int64_t shards = 1) {
+  Records message("message", numel, bits, 2 * below(3), shards);
   if (is_wild) {
     message.fill_at_random();
     return message;
   }
-  Floats values("values", Format::kFloat32, numel, 0);
-  values.fill(size);
-  message.expect(std::vector<float>(values.fp32(), values.fp32() + numel), bits);
+  for (int64_t shard = 0; shard < shards; ++shard) {
+    Floats values("values", Format::kFloat32, numel, 0);
+    values.fill(size);
+    message.expect(std::vector<float>(values.fp32(), values.fp32() + numel), bits, shard);
+  }
   message.take_expected();
   return message;
 }
@@ -463,16 +541,20 @@ void estimate_change(int64_t numel) {
 
 void add_change(int64_t numel) {
   begin("add_change", numel);
-  Case on(numel);
+  const Order order(numel);
+  Case on(order.numel());
   const int bits = one_of<int>({4, 8});
-  const Records records = any_message(numel, bits, below(3) == 0, any_size());
+  const auto shards = static_cast<int64_t>(order.places.size());
+  const Records records = any_message(numel, bits, below(3) == 0, any_size(), shards);
   Floats live = on.floats("live", any_format(), 0.1f);
-  for (int64_t i = 0; i < numel && on.is_taken; ++i) {
-    live.expect(i, live[i] + records.value(i, bits));
+  for (int64_t i = 0; i < on.numel && on.is_taken; ++i) {
+    live.expect(i, live[i] + records.value(i % numel, bits, order.places[static_cast<size_t>(i / numel)]));
   }
-  require(launch_add_change(records.data(), on.flag(), live.write(), numel, bits, on.max_blocks, nullptr));
+  require(launch_add_change(records.data(), on.flag(), live.write(), order.shards(), records.stride(), bits,
+                            on.max_blocks, nullptr));
   live.check();
   records.check();
+  order.check();
   on.check();
 }
 
@@ -539,7 +621,8 @@ void predict_locally(int64_t shard_numel) {
 
 using Check = void (*)(int64_t);
 const Check kChecks[] = {estimate,       commit,          traffic,    sum_of_squares, pack,           quantize,
-                         dequantize_sum, estimate_change, add_change, block_roots,    predict_locally};
+                         dequantize_sum, estimate_change, add_change, block_roots,    predict_locally,
+                         copy_shards,    swap_shards};
 
 // Around vectors, blocks, warps and chunks of the sum, and more than a grid does in one go.
 const std::vector<int64_t> kSizes = {0,   1,   2,   3,   4,   5,   7,    31,   33,   127,  128,  129,   255,
