@@ -20,6 +20,11 @@ inline bool is_supported(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
 }
 
+inline void check_dtype(at::ScalarType dtype, const char* name) {
+  TORCH_CHECK_VALUE(is_supported(dtype), "deepspeed_acco: ", name, " has dtype ", dtype,
+                    "; allowed: float32, bfloat16, float16");
+}
+
 inline void check_flat(const at::Tensor& tensor, const at::Tensor& like, const char* name) {
   TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.is_contiguous(), "deepspeed_acco: ", name,
                     " must be 1-D and contiguous, got sizes ", tensor.sizes(), " and strides ", tensor.strides());
@@ -27,8 +32,7 @@ inline void check_flat(const at::Tensor& tensor, const at::Tensor& like, const c
                     " elements, expected ", like.numel());
   TORCH_CHECK_VALUE(tensor.device() == like.device(), "deepspeed_acco: ", name, " is on ", tensor.device(),
                     ", expected ", like.device());
-  TORCH_CHECK_VALUE(is_supported(tensor.scalar_type()), "deepspeed_acco: ", name, " has dtype ", tensor.scalar_type(),
-                    "; allowed: float32, bfloat16, float16");
+  check_dtype(tensor.scalar_type(), name);
 }
 
 inline void check_scalar(const at::Tensor& tensor, const at::Tensor& like, at::ScalarType dtype, const char* name) {
@@ -39,7 +43,7 @@ inline void check_scalar(const at::Tensor& tensor, const at::Tensor& like, at::S
 }
 
 inline void check_state(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
-                        const at::Tensor& grad, const at::Tensor& out, const char* out_name = "out") {
+                        const at::Tensor& grad) {
   check_flat(master, master, "master");
   check_flat(exp_avg, master, "exp_avg");
   check_flat(exp_avg_sq, master, "exp_avg_sq");
@@ -48,13 +52,12 @@ inline void check_state(const at::Tensor& master, const at::Tensor& exp_avg, con
                       state.scalar_type());
   }
   check_flat(grad, master, "grad");
-  check_flat(out, master, out_name);
 }
 
 inline void check_update(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
                          const at::Tensor& step, const at::Tensor& grad, const at::Tensor& grad_scale,
-                         const at::Tensor& is_finite, const at::Tensor& out, const char* out_name = "out") {
-  check_state(master, exp_avg, exp_avg_sq, grad, out, out_name);
+                         const at::Tensor& is_finite) {
+  check_state(master, exp_avg, exp_avg_sq, grad);
   check_scalar(step, master, at::kFloat, "step");
   check_scalar(grad_scale, master, at::kFloat, "grad_scale");
   check_scalar(is_finite, master, at::kBool, "is_finite");

@@ -37,7 +37,7 @@ TORCH_LIBRARY(deepspeed_acco, m) {
   m.def(
       "adamw_estimate_change(Tensor master, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, Tensor grad, "
       "Tensor grad_scale, Tensor is_finite, float lr, float beta1, float beta2, float eps, float weight_decay, "
-      "Tensor live, Tensor(a!) records, int bits, int max_blocks=0) -> ()");
+      "ScalarType live_dtype, Tensor(a!) records, int bits, int max_blocks=0) -> ()");
   m.def(
       "add_change(Tensor records, Tensor is_added, Tensor(a!) live, int bits, Tensor? places=None, int max_blocks=0) "
       "-> ()");

@@ -42,7 +42,8 @@ template <bool kWritesState>
 void adamw_or_skip(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
                    const at::Tensor& step, const at::Tensor& grad, const at::Tensor& grad_scale,
                    const at::Tensor& is_finite, const Hyper& hyper, const at::Tensor& out) {
-  check_update(master, exp_avg, exp_avg_sq, step, grad, grad_scale, is_finite, out);
+  check_update(master, exp_avg, exp_avg_sq, step, grad, grad_scale, is_finite);
+  check_flat(out, master, "out");
   if (!*is_finite.const_data_ptr<bool>()) {
     out.copy_(master.detach());
     return;
@@ -93,7 +94,8 @@ at::Tensor grad_sumsq(const at::Tensor& grad, int64_t /*max_blocks*/) {
 template <bool kWritesState>
 void traffic(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& grad,
              const at::Tensor& out) {
-  check_state(master, exp_avg, exp_avg_sq, grad, out);
+  check_state(master, exp_avg, exp_avg_sq, grad);
+  check_flat(out, master, "out");
   update<kWritesState>(master, exp_avg, exp_avg_sq, grad, out, Traffic{});
 }
 

@@ -81,16 +81,17 @@ int32_t scale_block(const typename Source::Storage* __restrict values, float sca
   return largest;
 }
 
-// changes <- the weights after AdamW's step, in fp32, minus those that stand. Returns the largest magnitude.
+// changes <- the weights after AdamW's step, in fp32, minus those before it as Live has them. Returns the largest
+// magnitude.
 template <class Grad, class Live>
 int32_t change_block(const Factors& factors, const float* __restrict master, const float* __restrict exp_avg,
                      const float* __restrict exp_avg_sq, const typename Grad::Storage* __restrict grad,
-                     const typename Live::Storage* __restrict live, float* __restrict changes, int64_t count) {
+                     float* __restrict changes, int64_t count) {
   int32_t largest = 0;
 #pragma omp simd reduction(max : largest)
   for (int64_t i = 0; i < count; ++i) {
     const Element now = adamw(factors, Element{master[i], exp_avg[i], exp_avg_sq[i]}, Grad::load(grad[i]));
-    const float change = now.master - Live::load(live[i]);
+    const float change = now.master - Live::load(Live::store(master[i]));
     const int32_t magnitude = magnitude_of(change);
     largest = magnitude > largest ? magnitude : largest;
     changes[i] = change;
@@ -128,17 +129,17 @@ void quantize_range(const typename Source::Storage* values, uint8_t* records, fl
   }
 }
 
-// records <- how far AdamW's step goes from `live`.
+// records <- how far AdamW's step goes from the master weights as Live has them.
 template <class Grad, class Live>
 void estimate_change_range(const Factors& factors, const float* master, const float* exp_avg, const float* exp_avg_sq,
-                           const typename Grad::Storage* grad, const typename Live::Storage* live, uint8_t* records,
-                           int bits, int64_t numel, int64_t begin, int64_t end) {
+                           const typename Grad::Storage* grad, uint8_t* records, int bits, int64_t numel, int64_t begin,
+                           int64_t end) {
   alignas(64) float changes[kRecordNumel];
   for (int64_t record = begin; record < end; ++record) {
     const int64_t at = record * kRecordNumel;
     const int64_t count = record_numel(at, numel);
     const int32_t largest = change_block<Grad, Live>(factors, master + at, exp_avg + at, exp_avg_sq + at, grad + at,
-                                                     live + at, changes, count);
+                                                     changes, count);
     encode_record(changes, largest, records + record * record_bytes(bits), bits, count);
   }
 }

@@ -56,9 +56,10 @@ void dequantize_sum(at::TensorList messages, at::Tensor total, int64_t bits, int
 void adamw_estimate_change(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
                            const at::Tensor& step, const at::Tensor& grad, const at::Tensor& grad_scale,
                            const at::Tensor& is_finite, double lr, double beta1, double beta2, double eps,
-                           double weight_decay, const at::Tensor& live, at::Tensor records, int64_t bits,
+                           double weight_decay, at::ScalarType live_dtype, at::Tensor records, int64_t bits,
                            int64_t /*max_blocks*/) {
-  check_update(master, exp_avg, exp_avg_sq, step, grad, grad_scale, is_finite, live, "live");
+  check_update(master, exp_avg, exp_avg_sq, step, grad, grad_scale, is_finite);
+  check_dtype(live_dtype, "live");
   check_records(records, master, bits, "records");
   auto* bytes = records.mutable_data_ptr<uint8_t>();
   if (!*is_finite.const_data_ptr<bool>()) {
@@ -68,13 +69,12 @@ void adamw_estimate_change(const at::Tensor& master, const at::Tensor& exp_avg, 
   const Factors factors =
       make_factors(Hyper{lr, beta1, beta2, eps, weight_decay}, *read<Float32>(step), *read<Float32>(grad_scale));
   with_format(grad.scalar_type(), [&](auto grad_format) {
-    with_format(live.scalar_type(), [&](auto live_format) {
+    with_format(live_dtype, [&](auto live_format) {
       using Grad = decltype(grad_format);
       using Live = decltype(live_format);
       for_record_parts(master.numel(), [&](int64_t begin, int64_t end) {
         estimate_change_range<Grad, Live>(factors, read<Float32>(master), read<Float32>(exp_avg),
-                                          read<Float32>(exp_avg_sq), read<Grad>(grad), read<Live>(live), bytes,
-                                          static_cast<int>(bits), master.numel(), begin, end);
+                                          read<Float32>(exp_avg_sq), read<Grad>(grad), bytes, static_cast<int>(bits), master.numel(), begin, end);
       });
     });
   });

@@ -19,7 +19,8 @@ void adamw_estimate(const at::Tensor& master, const at::Tensor& exp_avg, const a
                     const at::Tensor& step, const at::Tensor& grad, const at::Tensor& grad_scale,
                     const at::Tensor& is_finite, double lr, double beta1, double beta2, double eps, double weight_decay,
                     at::Tensor out, int64_t max_blocks) {
-  check_update(master, exp_avg, exp_avg_sq, step, grad, grad_scale, is_finite, out);
+  check_update(master, exp_avg, exp_avg_sq, step, grad, grad_scale, is_finite);
+  check_flat(out, master, "out");
   const c10::cuda::CUDAGuard guard(master.device());
   const at::Tensor room = room_for<Prepared>(master);
   C10_CUDA_CHECK(launch_estimate(
@@ -31,7 +32,8 @@ void adamw_estimate(const at::Tensor& master, const at::Tensor& exp_avg, const a
 void adamw_commit(at::Tensor master, at::Tensor exp_avg, at::Tensor exp_avg_sq, at::Tensor step, const at::Tensor& grad,
                   const at::Tensor& grad_scale, const at::Tensor& is_finite, double lr, double beta1, double beta2,
                   double eps, double weight_decay, at::Tensor out, int64_t max_blocks) {
-  check_update(master, exp_avg, exp_avg_sq, step, grad, grad_scale, is_finite, out);
+  check_update(master, exp_avg, exp_avg_sq, step, grad, grad_scale, is_finite);
+  check_flat(out, master, "out");
   const c10::cuda::CUDAGuard guard(master.device());
   const at::Tensor room = room_for<Prepared>(master);
   C10_CUDA_CHECK(launch_commit(
@@ -55,7 +57,8 @@ at::Tensor grad_sumsq(const at::Tensor& grad, int64_t max_blocks) {
 
 void traffic(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& grad,
              const at::Tensor& out, bool writes_state) {
-  check_state(master, exp_avg, exp_avg_sq, grad, out);
+  check_state(master, exp_avg, exp_avg_sq, grad);
+  check_flat(out, master, "out");
   const c10::cuda::CUDAGuard guard(master.device());
   const auto pointer = [&](const at::Tensor& state) {
     return writes_state ? state.mutable_data_ptr<float>() : const_cast<float*>(state.const_data_ptr<float>());

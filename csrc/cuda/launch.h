@@ -89,9 +89,10 @@ cudaError_t launch_quantize(Array values, const Shards& shards, int64_t stride, 
 cudaError_t launch_dequantize_sum(const uint8_t* const* messages, int64_t message_count, float* total, int64_t numel,
                                   int bits, int64_t max_blocks, cudaStream_t stream);
 
+// The change is that from the master weights as `live` has them.
 cudaError_t launch_estimate_change(const float* master, const float* exp_avg, const float* exp_avg_sq,
-                                   const Scalars& scalars, const Inputs& inputs, Array live, uint8_t* records, int bits,
-                                   cudaStream_t stream);
+                                   const Scalars& scalars, const Inputs& inputs, Format live, uint8_t* records,
+                                   int bits, cudaStream_t stream);
 
 cudaError_t launch_add_change(const uint8_t* records, const bool* is_added, MutableArray live, const Shards& shards,
                               int64_t stride, int bits, int64_t max_blocks, cudaStream_t stream);

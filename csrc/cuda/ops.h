@@ -13,14 +13,14 @@
 
 namespace acco::cuda {
 
-inline Format format_of(const at::Tensor& tensor) {
-  return tensor.scalar_type() == at::kFloat      ? Format::kFloat32
-         : tensor.scalar_type() == at::kBFloat16 ? Format::kBFloat16
-                                                 : Format::kFloat16;
+inline Format format_of(at::ScalarType dtype) {
+  return dtype == at::kFloat ? Format::kFloat32 : dtype == at::kBFloat16 ? Format::kBFloat16 : Format::kFloat16;
 }
 
-inline Array read(const at::Tensor& tensor) { return {tensor.const_data_ptr(), format_of(tensor)}; }
-inline MutableArray write(const at::Tensor& tensor) { return {tensor.mutable_data_ptr(), format_of(tensor)}; }
+inline Array read(const at::Tensor& tensor) { return {tensor.const_data_ptr(), format_of(tensor.scalar_type())}; }
+inline MutableArray write(const at::Tensor& tensor) {
+  return {tensor.mutable_data_ptr(), format_of(tensor.scalar_type())};
+}
 
 // The shards of the elements of `like`, after the checks.
 inline Shards shards_of(const std::optional<at::Tensor>& places, const at::Tensor& like) {

@@ -227,14 +227,13 @@ struct ChangeOperands {
   const float* exp_avg;
   const float* exp_avg_sq;
   const typename Grad::Storage* grad;
-  const typename Live::Storage* live;
   int64_t numel;
   struct {
-    int master, exp_avg, exp_avg_sq, grad, live;
+    int master, exp_avg, exp_avg_sq, grad;
   } width;
 
   bool are_aligned_alike() const {
-    return width.master == 4 && width.exp_avg == 4 && width.exp_avg_sq == 4 && width.grad == 4 && width.live == 4;
+    return width.master == 4 && width.exp_avg == 4 && width.exp_avg_sq == 4 && width.grad == 4;
   }
 
   template <bool kIsWide>
@@ -243,13 +242,12 @@ struct ChangeOperands {
     const auto m = load_up_to_four(exp_avg + at, first, count, width_of<kIsWide>(width.exp_avg));
     const auto v = load_up_to_four(exp_avg_sq + at, first, count, width_of<kIsWide>(width.exp_avg_sq));
     const auto g = load_up_to_four(grad + at, first, count, width_of<kIsWide>(width.grad));
-    const auto w = load_up_to_four(live + at, first, count, width_of<kIsWide>(width.live));
     Four<float> change;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const Element now = adamw(factors, Element{p.at[k], m.at[k], v.at[k]}, Grad::load(g.at[k]));
       // What is not there stays 0, whatever the factors make of it.
-      change.at[k] = first + k < count ? now.master - Live::load(w.at[k]) : 0.0f;
+      change.at[k] = first + k < count ? now.master - Live::load(Live::store(p.at[k])) : 0.0f;
     }
     return change;
   }
@@ -362,29 +360,27 @@ cudaError_t launch_dequantize_sum(const uint8_t* const* messages, int64_t messag
 }
 
 cudaError_t launch_estimate_change(const float* master, const float* exp_avg, const float* exp_avg_sq,
-                                   const Scalars& scalars, const Inputs& inputs, Array live, uint8_t* records, int bits,
-                                   cudaStream_t stream) {
+                                   const Scalars& scalars, const Inputs& inputs, Format live, uint8_t* records,
+                                   int bits, cudaStream_t stream) {
   const cudaError_t status = prepare(scalars, nullptr, stream);
   if (status != cudaSuccess) {
     return status;
   }
   return with_record_grid(1, inputs.numel, inputs.max_blocks, [&](uint32_t blocks) {
     return with_format(inputs.grad.format, [&](auto grad_format) {
-      return with_format(live.format, [&](auto live_format) {
+      return with_format(live, [&](auto live_format) {
         return with_bits(bits, [&](auto of_level) {
           using Grad = decltype(grad_format);
           using Live = decltype(live_format);
           constexpr int kBits = decltype(of_level)::value;
           const auto* grad = static_cast<const typename Grad::Storage*>(inputs.grad.data);
-          const auto* weights = static_cast<const typename Live::Storage*>(live.data);
           const ChangeOperands<Grad, Live> operands{
               master,
               exp_avg,
               exp_avg_sq,
               grad,
-              weights,
               inputs.numel,
-              {width_at(master), width_at(exp_avg), width_at(exp_avg_sq), width_at(grad), width_at(weights)}};
+              {width_at(master), width_at(exp_avg), width_at(exp_avg_sq), width_at(grad)}};
           return with_bool(operands.are_aligned_alike(), [&](auto is_wide) {
             estimate_change_kernel<decltype(is_wide)::value, Grad, Live, kBits><<<blocks, kThreads, 0, stream>>>(
                 operands, scalars.prepared, records);

@@ -45,16 +45,17 @@ void dequantize_sum(at::TensorList messages, at::Tensor total, int64_t bits, int
 void adamw_estimate_change(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
                            const at::Tensor& step, const at::Tensor& grad, const at::Tensor& grad_scale,
                            const at::Tensor& is_finite, double lr, double beta1, double beta2, double eps,
-                           double weight_decay, const at::Tensor& live, at::Tensor records, int64_t bits,
+                           double weight_decay, at::ScalarType live_dtype, at::Tensor records, int64_t bits,
                            int64_t max_blocks) {
-  check_update(master, exp_avg, exp_avg_sq, step, grad, grad_scale, is_finite, live, "live");
+  check_update(master, exp_avg, exp_avg_sq, step, grad, grad_scale, is_finite);
+  check_dtype(live_dtype, "live");
   check_records(records, master, bits, "records");
   const c10::cuda::CUDAGuard guard(master.device());
   const at::Tensor room = room_for<Prepared>(master);
   C10_CUDA_CHECK(launch_estimate_change(
       master.const_data_ptr<float>(), exp_avg.const_data_ptr<float>(), exp_avg_sq.const_data_ptr<float>(),
       scalars_of(Hyper{lr, beta1, beta2, eps, weight_decay}, step, grad_scale, is_finite, room),
-      {read(grad), grad.numel(), max_blocks}, read(live), records.mutable_data_ptr<uint8_t>(), static_cast<int>(bits),
+      {read(grad), grad.numel(), max_blocks}, format_of(live_dtype), records.mutable_data_ptr<uint8_t>(), static_cast<int>(bits),
       c10::cuda::getCurrentCUDAStream()));
 }
 

@@ -146,15 +146,15 @@ def adamw_estimate_change(
     hyper: AdamWHyper,
     grad_scale: Tensor,
     is_finite: Tensor,
-    live: Tensor,
+    live_dtype: torch.dtype,
     records: Tensor,
     bits: int,
 ) -> None:
     """Does what :func:`quantization.adamw_estimate_change` does, in one pass that writes ``records`` alone."""
     if reason_against(grad.device):
-        quantization.adamw_estimate_change(shard, grad, hyper, grad_scale, is_finite, live, records, bits)
+        quantization.adamw_estimate_change(shard, grad, hyper, grad_scale, is_finite, live_dtype, records, bits)
     else:
-        arguments = _arguments(shard, grad, hyper, grad_scale, is_finite, live)
+        arguments = _arguments(shard, grad, hyper, grad_scale, is_finite, live_dtype)
         torch.ops.deepspeed_acco.adamw_estimate_change(*arguments, records, bits, max_blocks=_most_blocks)
 
 

@@ -84,21 +84,18 @@ def adamw_estimate_change(
     hyper: AdamWHyper,
     grad_scale: Tensor,
     is_finite: Tensor,
-    live: Tensor,
+    live_dtype: torch.dtype,
     records: Tensor,
     bits: int,
 ) -> None:
-    """Writes to ``records`` how far the weights of :func:`adamw.adamw_estimate`, in fp32, are from ``live``.
-
-    Args:
-        live: the shard of the weights as they stand, 1-D, any floating dtype. What its rounding lost is part of the
-            change. Where ``is_finite`` is False the change is 0: the step is skipped, and the weights stay as they are.
-    """
-    for at, at_records in _pieces(live, bits):
+    """Writes to ``records`` how far the weights of :func:`adamw.adamw_estimate`, in fp32, are from the live ones: the
+    master weights rounded to ``live_dtype``, any floating one. What the rounding lost is part of the change. Where
+    ``is_finite`` is False the change is 0: the step is skipped, and the weights stay as they are."""
+    for at, at_records in _pieces(shard.master, bits):
         part = AdamWShard(shard.master[at], shard.exp_avg[at], shard.exp_avg_sq[at], shard.step)
-        weights = torch.empty(part.master.numel(), dtype=torch.float32, device=live.device)
+        weights = torch.empty_like(part.master)
         adamw.adamw_estimate(part, grad[at], hyper, grad_scale, is_finite, weights)
-        change = torch.where(is_finite, weights.sub_(live[at].float()), 0.0)
+        change = torch.where(is_finite, weights.sub_(part.master.to(live_dtype).float()), 0.0)
         _encode(change, records[at_records], bits)
 
 

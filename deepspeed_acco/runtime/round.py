@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..algorithm.schedules import Round
 from ..optim.adamw import AdamWShard, sums_of_error_and_step
-from ..optim.flat import piece_numel, pieces
 from ..optim.ops import (
     adamw_commit,
     adamw_estimate,
@@ -24,11 +23,8 @@ from ..optim.ops import (
 from .buffers import FlatBuffers
 from .clock import HostValue
 from .communicator import Communicator
-from .encoding import Encoding
 from .local_prediction import LocalPrediction
 from .round_inputs import Contribution, RoundInputs
-
-_ROUNDED_NUMEL = 2**20  # master weights that a CPU rounds at a time
 
 
 @dataclass(frozen=True)
@@ -156,13 +152,7 @@ class RoundWork:
         for shard, grad, hyper, live, records in zip(
             self._shards, grads, inputs.hyper, buffers.live_shards, buffers.own_records()
         ):
-            at_a_time = max(_ROUNDED_NUMEL, piece_numel(live.device))
-            for start, numel in pieces(live.numel(), at_a_time if live.dtype != shard.master.dtype else live.numel()):
-                at = slice(start, start + numel)
-                part = AdamWShard(shard.master[at], shard.exp_avg[at], shard.exp_avg_sq[at], shard.step)
-                stands_at = part.master.to(live.dtype)
-                message = Encoding(live.dtype, bits).piece_of(records, start, numel)
-                adamw_estimate_change(part, grad[at], hyper, scale, is_finite, stands_at, message, bits)
+            adamw_estimate_change(shard, grad, hyper, scale, is_finite, live.dtype, records, bits)
 
     def _own_report(self, like: Tensor, contribution: Contribution) -> Tensor:
         """Returns what this rank adds to the round's small all-reduce (:class:`ReportedCounts` before the sum). It is

@@ -152,11 +152,11 @@ def _quantized(low: _Operands, full: _Operands, is_native: bool) -> Iterator[_Ca
         module.quantize(gradients, message, _BITS, 1.0)
     master, exp_avg, exp_avg_sq = (tensor[:numel] for tensor in low.state())
     shard = ops.AdamWShard(master, exp_avg, exp_avg_sq, low.shard.step)
-    operands = (shard, low.grad[:numel], _HYPER, low.scale, low.is_finite, weights, records, _BITS)
+    operands = (shard, low.grad[:numel], _HYPER, low.scale, low.is_finite, bf16, records, _BITS)
     estimate = partial(module.adamw_estimate_change, *operands)
     size = records.numel() / numel
     rows: list[tuple[str, torch.dtype | str, torch.dtype | str, float, Callable[[], Any]]] = [
-        (f"estimate to {int4}", bf16, int4, _STATE_BYTES + 4 + size, estimate),
+        (f"estimate to {int4}", bf16, int4, _STATE_BYTES + 2 + size, estimate),
         ("pack", fp32, bf16, 6, partial(pack, gradients, weights, 0.5, clears=False)),
         (f"pack to {int4}", fp32, int4, 4 + size, partial(module.quantize, gradients, records, _BITS, 0.5)),
         (f"sum of 2 in {int4}", int4, fp32, 2 * size + 4, partial(module.dequantize_sum, sent[:2], total, _BITS)),

@@ -72,7 +72,7 @@ def test_same_bits_whatever_the_grid(native):
         records = Bytes(case.numel, 4, device="cuda").view
         torch.ops.deepspeed_acco.adamw_estimate_change(
             *(shard.master, shard.exp_avg, shard.exp_avg_sq, shard.step, case.grad, case.scale, case.is_finite),
-            *(*numbers, case.out, records, 4),
+            *(*numbers, torch.bfloat16, records, 4),
             max_blocks=max_blocks,
         )
         results.append(records)
@@ -83,7 +83,7 @@ def test_runs_on_the_current_stream_and_waits_for_nothing(native):
     numel = 2**20
     case = Case(numel, torch.bfloat16, torch.bfloat16, device="cuda")
     records, expected = (Bytes(numel, 4, device="cuda").view for _ in range(2))
-    checks.run_change(native, case, case.out, expected, 4)
+    checks.run_change(native, case, torch.bfloat16, expected, 4)
     live, expected_live = case.out.clone(), case.out.clone()
     native.add_change(expected, case.is_finite, expected_live, 4)
     total = torch.empty(numel, device="cuda")
@@ -94,7 +94,7 @@ def test_runs_on_the_current_stream_and_waits_for_nothing(native):
         with torch.cuda.stream(side):
             torch.cuda._sleep(50_000_000)
             case.scale.mul_(1.0)  # behind the sleep: the kernels must not overtake it
-            checks.run_change(native, case, case.out, records, 4)
+            checks.run_change(native, case, torch.bfloat16, records, 4)
             native.add_change(records, case.is_finite, live, 4)
             native.dequantize_sum([records, records], total, 4)
             native.quantize(total, records, 4, 0.5)

@@ -164,7 +164,7 @@ def test_the_bound_on_thread_blocks_reaches_every_kernel(native):
             native.add_change(records[:260], case.is_finite, case.out[:512], 4)
             native.dequantize_sum([records[:260]], case.out[:512], 4)
             native.adamw_estimate_change(
-                case.shard, case.grad, HYPER, case.scale, case.is_finite, case.out, torch.zeros(306).byte(), 4
+                case.shard, case.grad, HYPER, case.scale, case.is_finite, torch.float32, torch.zeros(306).byte(), 4
             )
     assert len(calls.bounds) == 13 and set(calls.bounds) == {7}
     with Calls() as calls:
