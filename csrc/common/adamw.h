@@ -72,4 +72,20 @@ ACCO_HOST_DEVICE inline Element adamw(const Factors& f, Element old, float grad)
   return {next_master(f, old.master, now.exp_avg, denominator_of(f, now.exp_avg_sq)), now.exp_avg, now.exp_avg_sq};
 }
 
+// How a commit moved the weights, to be found of what it left (deepspeed_acco/optim/adamw.py): `decay` is lr *
+// weight_decay, and what moved() gives is (1 - decay) times the step, its sign turned.
+struct StepFactors {
+  Factors factors;
+  float decay;
+};
+
+// `step` counts the commits, the one in question among them.
+ACCO_HOST_DEVICE inline StepFactors make_step_factors(const Hyper& hyper, float step) {
+  return {make_factors(hyper, step - 1.0f, 1.0f), static_cast<float>(hyper.lr * hyper.weight_decay)};
+}
+
+ACCO_HOST_DEVICE inline float moved(const StepFactors& f, Element now) {
+  return now.exp_avg / denominator_of(f.factors, now.exp_avg_sq) * f.factors.step_size + now.master * f.decay;
+}
+
 }  // namespace acco

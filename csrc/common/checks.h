@@ -43,7 +43,7 @@ inline void check_scalar(const at::Tensor& tensor, const at::Tensor& like, at::S
 }
 
 inline void check_state(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
-                        const at::Tensor& grad) {
+                        const at::Tensor& grad, const char* grad_name = "grad") {
   check_flat(master, master, "master");
   check_flat(exp_avg, master, "exp_avg");
   check_flat(exp_avg_sq, master, "exp_avg_sq");
@@ -51,7 +51,7 @@ inline void check_state(const at::Tensor& master, const at::Tensor& exp_avg, con
     TORCH_CHECK_VALUE(state.scalar_type() == at::kFloat, "deepspeed_acco: the state must be float32, got ",
                       state.scalar_type());
   }
-  check_flat(grad, master, "grad");
+  check_flat(grad, master, grad_name);
 }
 
 inline void check_update(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,

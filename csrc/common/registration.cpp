@@ -22,6 +22,10 @@ TORCH_LIBRARY(deepspeed_acco, m) {
       "Tensor grad_scale, Tensor is_finite, float lr, float beta1, float beta2, float eps, float weight_decay, "
       "Tensor(e!) out, int max_blocks=0) -> ()");
   m.def("grad_sumsq(Tensor grad, int max_blocks=0) -> Tensor");
+  // Two sums: |stands_at - master|^2, and |(1 - lr weight_decay) step|^2 of the commit that left this state.
+  m.def(
+      "error_and_step(Tensor master, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, float lr, float beta1, "
+      "float beta2, float eps, float weight_decay, Tensor stands_at, int max_blocks=0) -> Tensor");
   // With `places` (int64) the operands are as many shards: shard r of the first is shard places[r] of the second. Without
   // it is one.
   m.def(

@@ -91,6 +91,34 @@ at::Tensor grad_sumsq(const at::Tensor& grad, int64_t /*max_blocks*/) {
   return at::scalar_tensor(total, grad.options().dtype(at::kDouble));
 }
 
+at::Tensor error_and_step(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
+                          const at::Tensor& step, double lr, double beta1, double beta2, double eps,
+                          double weight_decay, const at::Tensor& stands_at, int64_t /*max_blocks*/) {
+  check_state(master, exp_avg, exp_avg_sq, stands_at, "stands_at");
+  check_scalar(step, master, at::kFloat, "step");
+  const StepFactors factors = make_step_factors(Hyper{lr, beta1, beta2, eps, weight_decay}, *read<Float32>(step));
+  const int64_t numel = master.numel();
+  std::vector<ErrorAndStep> sums(static_cast<size_t>(pieces_of(numel, kSumBlock)));
+  with_format(stands_at.scalar_type(), [&](auto format) {
+    using Live = decltype(format);
+    for_parts(static_cast<int64_t>(sums.size()), kThreadNumel / kSumBlock, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t at = block * kSumBlock;
+        sums[static_cast<size_t>(block)] = block_error_and_step<Live>(
+            factors, read<Float32>(master) + at, read<Float32>(exp_avg) + at, read<Float32>(exp_avg_sq) + at,
+            read<Live>(stands_at) + at, std::min(kSumBlock, numel - at));
+      }
+    });
+  });
+  at::Tensor totals = at::zeros({2}, master.options().dtype(at::kDouble));
+  auto* total = totals.mutable_data_ptr<double>();
+  for (const ErrorAndStep& sum : sums) {
+    total[0] += sum.error;
+    total[1] += sum.step;
+  }
+  return totals;
+}
+
 template <bool kWritesState>
 void traffic(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& grad,
              const at::Tensor& out) {
@@ -116,6 +144,7 @@ TORCH_LIBRARY_IMPL(deepspeed_acco, CPU, m) {
   m.impl("adamw_estimate", acco::cpu::adamw_estimate);
   m.impl("adamw_commit", acco::cpu::adamw_commit);
   m.impl("grad_sumsq", acco::cpu::grad_sumsq);
+  m.impl("error_and_step", acco::cpu::error_and_step);
   m.impl("traffic_estimate", acco::cpu::traffic_estimate);
   m.impl("traffic_commit", acco::cpu::traffic_commit);
 }

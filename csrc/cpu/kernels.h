@@ -168,6 +168,15 @@ void pack_range(typename Source::Storage* __restrict source, typename Target::St
 constexpr int64_t kSumBlock = int64_t{1} << 14;
 constexpr int64_t kSumLanes = 32;
 
+inline double sum_of_lanes(double (&lanes)[kSumLanes]) {
+  for (int64_t half = kSumLanes / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) {
+      lanes[lane] += lanes[lane + half];
+    }
+  }
+  return lanes[0];
+}
+
 template <class Source>
 double block_sum_of_squares(const typename Source::Storage* values, int64_t count) {
   double lanes[kSumLanes] = {};
@@ -183,12 +192,30 @@ double block_sum_of_squares(const typename Source::Storage* values, int64_t coun
     const double value = Source::load(values[at]);
     lanes[lane] += value * value;
   }
-  for (int64_t half = kSumLanes / 2; half > 0; half /= 2) {
-    for (int64_t lane = 0; lane < half; ++lane) {
-      lanes[lane] += lanes[lane + half];
+  return sum_of_lanes(lanes);
+}
+
+// What is measured of a commit, as two sums of squares.
+struct ErrorAndStep {
+  double error, step;
+};
+
+template <class Live>
+ErrorAndStep block_error_and_step(const StepFactors& factors, const float* master, const float* exp_avg,
+                                  const float* exp_avg_sq, const typename Live::Storage* stands_at, int64_t count) {
+  double errors[kSumLanes] = {}, steps[kSumLanes] = {};
+  for (int64_t at = 0; at < count; at += kSumLanes) {
+    const int64_t lanes = count - at < kSumLanes ? count - at : kSumLanes;
+#pragma omp simd
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t i = at + lane;
+      const double error = Live::load(stands_at[i]) - master[i];
+      const double step = moved(factors, Element{master[i], exp_avg[i], exp_avg_sq[i]});
+      errors[lane] += error * error;
+      steps[lane] += step * step;
     }
   }
-  return lanes[0];
+  return {sum_of_lanes(errors), sum_of_lanes(steps)};
 }
 
 }  // namespace acco::cpu

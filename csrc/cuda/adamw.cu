@@ -232,7 +232,70 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void __launch_bounds__(kThreads) total_kernel(const double* sums, int count, double* total) {
+__global__ void prepare_step_kernel(Hyper hyper, const float* step, StepFactors* prepared) {
+  *prepared = make_step_factors(hyper, *step);
+}
+
+template <class Live>
+struct ErrorOperands {
+  const float* master;
+  const float* exp_avg;
+  const float* exp_avg_sq;
+  const typename Live::Storage* stands_at;
+  struct {
+    int master, exp_avg, exp_avg_sq, stands_at;
+  } width;
+
+  bool are_aligned_alike() const {
+    return width.master == 4 && width.exp_avg == 4 && width.exp_avg_sq == 4 && width.stands_at == 4;
+  }
+};
+
+// The sums of the errors' squares, and behind those of all chunks those of the steps'.
+template <bool kIsWide, class Live>
+__global__ void __launch_bounds__(kThreads)
+    error_kernel(ErrorOperands<Live> on, int64_t numel, int64_t chunk_numel, const StepFactors* prepared,
+                 double* sums) {
+  const StepFactors factors = *prepared;
+  const int64_t chunks = pieces_of(numel, chunk_numel);
+  for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+    const int64_t end = chunk + 1 < chunks ? (chunk + 1) * chunk_numel : numel;
+    double error = 0.0, step = 0.0;
+    for (int64_t tile = chunk * chunk_numel; tile < end; tile += kTile) {
+      const int count = static_cast<int>(end - tile < kTile ? end - tile : kTile);
+      const auto add = [&](auto numel_here) {
+#pragma unroll 2
+        for (int turn = 0; turn < kTurns; ++turn) {
+          const int first = 4 * static_cast<int>(turn * kThreads + threadIdx.x);
+          const auto p = load_up_to_four(on.master + tile, first, numel_here, width_of<kIsWide>(on.width.master));
+          const auto m = load_up_to_four(on.exp_avg + tile, first, numel_here, width_of<kIsWide>(on.width.exp_avg));
+          const auto v =
+              load_up_to_four(on.exp_avg_sq + tile, first, numel_here, width_of<kIsWide>(on.width.exp_avg_sq));
+          const auto w =
+              load_up_to_four(on.stands_at + tile, first, numel_here, width_of<kIsWide>(on.width.stands_at));
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const bool is_there = first + k < numel_here;  // with eps 0 what is not there would be 0 / 0
+            const double off = Live::load(w.at[k]) - p.at[k];
+            const double on_way = is_there ? moved(factors, Element{p.at[k], m.at[k], v.at[k]}) : 0.0f;
+            error = fma(off, off, error);  // the square is exact
+            step = fma(on_way, on_way, step);
+          }
+        }
+      };
+      with_count<kTile>(count, add);
+    }
+    const double error_of_chunk = sum_over_block(error), step_of_chunk = sum_over_block(step);
+    if (threadIdx.x == 0) {
+      sums[chunk] = error_of_chunk;
+      sums[chunks + chunk] = step_of_chunk;
+    }
+  }
+}
+
+// Block k adds up the k-th `count` of the sums.
+__global__ void __launch_bounds__(kThreads) total_kernel(const double* all_sums, int count, double* totals) {
+  const double* sums = all_sums + static_cast<int64_t>(blockIdx.x) * count;
   double of_thread[kSumsOfThread];
 #pragma unroll
   for (int i = 0; i < kSumsOfThread; ++i) {
@@ -246,7 +309,7 @@ __global__ void __launch_bounds__(kThreads) total_kernel(const double* sums, int
   }
   sum = sum_over_block(sum);
   if (threadIdx.x == 0) {
-    *total = sum;
+    totals[blockIdx.x] = sum;
   }
 }
 
@@ -300,6 +363,36 @@ cudaError_t launch_sum_of_squares(Array values, int64_t numel, double* sums, dou
     return status;
   }
   total_kernel<<<1, kThreads, 0, stream>>>(sums, static_cast<int>(chunks), total);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_error_and_step(const Committed& state, const Hyper& hyper, const float* step, StepFactors* prepared,
+                                  double* sums, double* totals, int64_t max_blocks, cudaStream_t stream) {
+  int64_t most = 0;
+  cudaError_t status = useful_blocks(&most, max_blocks);
+  const int64_t chunks = sum_chunks(state.numel);
+  if (status == cudaSuccess && chunks > 0) {
+    prepare_step_kernel<<<1, 1, 0, stream>>>(hyper, step, prepared);
+    status = with_format(state.stands_at.format, [&](auto format) {
+      using Live = decltype(format);
+      const auto* stands_at = static_cast<const typename Live::Storage*>(state.stands_at.data);
+      const ErrorOperands<Live> operands{
+          state.master,
+          state.exp_avg,
+          state.exp_avg_sq,
+          stands_at,
+          {width_at(state.master), width_at(state.exp_avg), width_at(state.exp_avg_sq), width_at(stands_at)}};
+      return with_bool(operands.are_aligned_alike(), [&](auto is_wide) {
+        error_kernel<decltype(is_wide)::value><<<grid_blocks(chunks, 1, most), kThreads, 0, stream>>>(
+            operands, state.numel, chunk_numel(state.numel), prepared, chunks == 1 ? totals : sums);
+        return cudaGetLastError();
+      });
+    });
+  }
+  if (status != cudaSuccess || chunks == 1) {
+    return status;
+  }
+  total_kernel<<<2, kThreads, 0, stream>>>(sums, static_cast<int>(chunks), totals);
   return cudaGetLastError();
 }
 

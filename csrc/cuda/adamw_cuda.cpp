@@ -55,6 +55,24 @@ at::Tensor grad_sumsq(const at::Tensor& grad, int64_t max_blocks) {
   return total;
 }
 
+at::Tensor error_and_step(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
+                          const at::Tensor& step, double lr, double beta1, double beta2, double eps,
+                          double weight_decay, const at::Tensor& stands_at, int64_t max_blocks) {
+  check_state(master, exp_avg, exp_avg_sq, stands_at, "stands_at");
+  check_scalar(step, master, at::kFloat, "step");
+  const c10::cuda::CUDAGuard guard(master.device());
+  const auto options = master.options().dtype(at::kDouble);
+  const at::Tensor room = room_for<StepFactors>(master), sums = at::empty({2 * sum_chunks(master.numel())}, options);
+  at::Tensor totals = at::empty({2}, options);
+  const Committed state{master.const_data_ptr<float>(), exp_avg.const_data_ptr<float>(),
+                        exp_avg_sq.const_data_ptr<float>(), read(stands_at), master.numel()};
+  C10_CUDA_CHECK(launch_error_and_step(state, Hyper{lr, beta1, beta2, eps, weight_decay}, step.const_data_ptr<float>(),
+                                       in_room<StepFactors>(room), sums.mutable_data_ptr<double>(),
+                                       totals.mutable_data_ptr<double>(), max_blocks,
+                                       c10::cuda::getCurrentCUDAStream()));
+  return totals;
+}
+
 void traffic(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& grad,
              const at::Tensor& out, bool writes_state) {
   check_state(master, exp_avg, exp_avg_sq, grad);
@@ -85,6 +103,7 @@ TORCH_LIBRARY_IMPL(deepspeed_acco, CUDA, m) {
   m.impl("adamw_estimate", acco::cuda::adamw_estimate);
   m.impl("adamw_commit", acco::cuda::adamw_commit);
   m.impl("grad_sumsq", acco::cuda::grad_sumsq);
+  m.impl("error_and_step", acco::cuda::error_and_step);
   m.impl("traffic_estimate", acco::cuda::traffic_estimate);
   m.impl("traffic_commit", acco::cuda::traffic_commit);
 }

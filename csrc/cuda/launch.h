@@ -64,6 +64,19 @@ int64_t sum_chunks(int64_t numel);
 cudaError_t launch_sum_of_squares(Array values, int64_t numel, double* sums, double* total, int64_t max_blocks,
                                   cudaStream_t stream);
 
+// The state that a commit left, and where training stood while it ran. `sums` has room for 2 sum_chunks(numel) doubles,
+// `totals` for two, `prepared` for what the launch makes of the 0-dim step.
+struct Committed {
+  const float* master;
+  const float* exp_avg;
+  const float* exp_avg_sq;
+  Array stands_at;
+  int64_t numel;
+};
+
+cudaError_t launch_error_and_step(const Committed& state, const Hyper& hyper, const float* step, StepFactors* prepared,
+                                  double* sums, double* totals, int64_t max_blocks, cudaStream_t stream);
+
 // The shards of two flat operands, `numel` elements each: what is shard r of the one is shard places[r] of the other.
 struct Shards {
   const int64_t* places;  // on the device; null: there is one shard

@@ -139,5 +139,10 @@ def sums_of_error_and_step(shard: AdamWShard, hyper: AdamWHyper, stands_at: Tens
         moved = torch.div(shard.exp_avg[at], denominator, out=denominator).mul_(step_size)
         moved.add_(master, alpha=decay)
         sums[1] += torch.linalg.vector_norm(moved, dtype=torch.float64).square()
-    sums[1] /= (1 - decay) ** 2 or math.nan
+    sums[1] /= square_of_what_remains(hyper)
     return sums
+
+
+def square_of_what_remains(hyper: AdamWHyper) -> float:
+    """Returns the square of what the decay of a step leaves of a weight; NaN where that is nothing."""
+    return (1 - hyper.lr * hyper.weight_decay) ** 2 or math.nan

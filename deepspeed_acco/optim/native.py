@@ -18,7 +18,7 @@ from . import build
 CHOICE_VARIABLE = "DEEPSPEED_ACCO_KERNELS"
 CHOICES = ("auto", "native", "torch")
 _NAMESPACE = "deepspeed_acco"
-_PROBED = f"{_NAMESPACE}::swap_shards"  # the youngest: an older library lacks it
+_PROBED = f"{_NAMESPACE}::error_and_step"  # the youngest: an older library lacks it
 
 _reasons: dict[str, str] = {}  # by device type; empty: native
 
@@ -103,7 +103,7 @@ _SHARDS = ("pack", "copy_shards", "swap_shards")
 
 
 def _register_fakes() -> None:
-    """Tells torch.compile and opcheck what the operators do to shapes: nothing, but for the sum."""
+    """Tells torch.compile and opcheck what the operators do to shapes: nothing, but for the sums."""
     if _fakes:
         return
     library = torch.library.Library(_NAMESPACE, "FRAGMENT")
@@ -111,5 +111,8 @@ def _register_fakes() -> None:
         torch.library.register_fake(f"{_NAMESPACE}::{name}", lambda *_, **__: None, lib=library)
     torch.library.register_fake(
         f"{_NAMESPACE}::grad_sumsq", lambda grad, max_blocks=0: grad.new_empty((), dtype=torch.float64), lib=library
+    )
+    torch.library.register_fake(
+        f"{_NAMESPACE}::error_and_step", lambda master, *_, **__: master.new_empty(2, dtype=torch.float64), lib=library
     )
     _fakes.append(library)

@@ -72,8 +72,12 @@ def adamw_commit(
 
 
 def _arguments(shard, grad, hyper, grad_scale, is_finite, out):
-    numbers = (hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay)
-    return (shard.master, shard.exp_avg, shard.exp_avg_sq, shard.step, grad, grad_scale, is_finite, *numbers, out)
+    state = (shard.master, shard.exp_avg, shard.exp_avg_sq, shard.step)
+    return (*state, grad, grad_scale, is_finite, *_numbers(hyper), out)
+
+
+def _numbers(hyper):
+    return hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay
 
 
 @torch.no_grad()
@@ -85,6 +89,17 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     for other in others:
         total += other
     return total
+
+
+@torch.no_grad()
+def sums_of_error_and_step(shard: AdamWShard, hyper: AdamWHyper, stands_at: Tensor) -> Tensor:
+    """Does what :func:`adamw.sums_of_error_and_step` does, in one pass."""
+    if reason_against(stands_at.device):
+        return adamw.sums_of_error_and_step(shard, hyper, stands_at)
+    state = (shard.master, shard.exp_avg, shard.exp_avg_sq, shard.step)
+    sums = torch.ops.deepspeed_acco.error_and_step(*state, *_numbers(hyper), stands_at, max_blocks=_most_blocks)
+    sums[1] /= adamw.square_of_what_remains(hyper)
+    return sums
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..algorithm.schedules import Round
-from ..optim.adamw import AdamWShard, sums_of_error_and_step
+from ..optim.adamw import AdamWShard
 from ..optim.ops import (
     adamw_commit,
     adamw_estimate,
@@ -19,6 +19,7 @@ from ..optim.ops import (
     at_most_blocks,
     blocks_of_share,
     sum_of_squares,
+    sums_of_error_and_step,
 )
 from .buffers import FlatBuffers
 from .clock import HostValue

@@ -399,6 +399,55 @@ void sum_of_squares(int64_t numel) {
   }
 }
 
+void error_and_step(int64_t numel) {
+  begin("error_and_step", numel);
+  Case on(numel);
+  on.step.set(0, one_of<float>({1.0f, 9.0f, 3e6f}));
+  on.hyper.eps = one_of<double>({1e-8, 0.0});  // 0: what is not there must not be 0 / 0
+  const Format format = any_format();
+  const StepFactors factors = make_step_factors(on.hyper, on.step[0]);
+  const uint32_t seed = static_cast<uint32_t>(random_source());
+  double totals[2][2];
+  long double expected[2] = {};
+  for (int turn = 0; turn < 2; ++turn) {  // the same values at other addresses
+    const Shifts shifts;
+    Floats master("master", Format::kFloat32, numel, shifts.next()), live("stands_at", format, numel, shifts.next());
+    Floats exp_avg("exp_avg", Format::kFloat32, numel, shifts.next());
+    Floats exp_avg_sq("exp_avg_sq", Format::kFloat32, numel, shifts.next());
+    std::mt19937 same(seed);
+    const auto any = [&] { return (static_cast<float>(same() % 2001) - 1000.0f) * 1e-4f; };
+    for (int64_t i = 0; i < numel; ++i) {
+      master.set(i, any());
+      live.set(i, any());
+      exp_avg.set(i, any());
+      exp_avg_sq.set(i, 1e-3f * std::fabs(any()) + 1e-6f);
+    }
+    const int64_t chunks = sum_chunks(numel);
+    Bytes sums("sums", sizeof(double), 2 * chunks, 0), both("totals", sizeof(double), 2, 0);
+    Bytes room("prepared", sizeof(StepFactors), 1, 0);
+    require(launch_error_and_step({master.fp32(), exp_avg.fp32(), exp_avg_sq.fp32(), live.read(), numel}, on.hyper,
+                                  on.step.fp32(), reinterpret_cast<StepFactors*>(room.data()),
+                                  reinterpret_cast<double*>(sums.data()), reinterpret_cast<double*>(both.data()),
+                                  on.max_blocks, nullptr));
+    std::memcpy(totals[turn], both.data(), sizeof(totals[turn]));
+    for (int64_t i = 0; i < numel && turn == 0; ++i) {
+      const long double error = live[i] - master[i];
+      const long double step = moved(factors, {master[i], exp_avg[i], exp_avg_sq[i]});
+      expected[0] += error * error;
+      expected[1] += step * step;
+    }
+    for (const Floats* operand : {&master, &live, &exp_avg, &exp_avg_sq}) {
+      operand->check();
+    }
+  }
+  for (int sum = 0; sum < 2; ++sum) {
+    if (!(std::fabs(totals[0][sum] - expected[sum]) <= 1e-12L * expected[sum]) || totals[0][sum] != totals[1][sum]) {
+      fail("sum " + std::to_string(sum) + " is wrong, or another at another address");
+    }
+  }
+  on.check();
+}
+
 void pack(int64_t numel) {
   begin("pack", numel);
   const Order order(numel);
@@ -621,7 +670,7 @@ void predict_locally(int64_t shard_numel) {
 using Check = void (*)(int64_t);
 const Check kChecks[] = {estimate,       commit,          traffic,    sum_of_squares, pack,           quantize,
                          dequantize_sum, estimate_change, add_change, block_roots,    predict_locally,
-                         copy_shards,    swap_shards};
+                         copy_shards,    swap_shards,     error_and_step};
 
 // Around vectors, blocks, warps and chunks of the sum, and more than a grid does in one go.
 const std::vector<int64_t> kSizes = {0,   1,   2,   3,   4,   5,   7,    31,   33,   127,  128,  129,   255,

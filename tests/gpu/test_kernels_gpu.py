@@ -48,6 +48,13 @@ def test_sum_of_squares(native, dtype, shift):
         checks.check_sum_of_squares(native, numel, dtype, device="cuda", shift=shift)
 
 
+@pytest.mark.parametrize("shift", [0, 1, 4])
+@pytest.mark.parametrize("live_dtype", DTYPES)
+def test_error_and_step(native, live_dtype, shift):
+    for numel in (*SIZES, 2**12, 2**24 + 1):
+        checks.check_error_and_step(native, numel, live_dtype, device="cuda", shift=shift)
+
+
 def test_conversions(native):
     checks.check_conversions(native, device="cuda")
 
@@ -62,7 +69,8 @@ def test_same_bits_whatever_the_grid(native):
         torch.ops.deepspeed_acco.adamw_commit(
             *state, case.grad, case.scale, case.is_finite, *numbers, case.out, max_blocks=max_blocks
         )
-        results.append([*state, case.out])
+        sums = torch.ops.deepspeed_acco.error_and_step(*state, *numbers, case.grad, max_blocks=max_blocks)
+        results.append([*state, case.out, sums])
     for other in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(results[0], other))
 

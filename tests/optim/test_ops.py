@@ -66,6 +66,13 @@ def test_sum_of_squares(native, dtype, shift):
         checks.check_sum_of_squares(native, numel, dtype, shift=shift)
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("live_dtype", DTYPES)
+def test_error_and_step(native, live_dtype, shift):
+    for numel in SIZES:
+        checks.check_error_and_step(native, numel, live_dtype, shift=shift)
+
+
 def test_conversions(native):
     checks.check_conversions(native)
 
@@ -89,6 +96,10 @@ def test_past_the_cache(native):
         checks.check_pack(native, numel, torch.float32, torch.float32, shift=shift)
 
 
+def _sums(ops, case):
+    return ops.sum_of_squares([case.shard.exp_avg]), ops.sums_of_error_and_step(case.shard, HYPER, case.out)
+
+
 def _all_results(ops, numel):
     case = Case(numel, torch.bfloat16, torch.bfloat16, shift=1)
     case.run(ops.adamw_estimate)
@@ -96,7 +107,7 @@ def _all_results(ops, numel):
     case.run(ops.adamw_commit)
     packed = torch.empty(numel, dtype=torch.bfloat16)
     ops.pack(case.shard.master, packed, 1 / 3, clears=False)
-    return [*results, case.out, *case.state().values(), packed, ops.sum_of_squares([case.shard.exp_avg])]
+    return [*results, case.out, *case.state().values(), packed, *_sums(ops, case)]
 
 
 @pytest.mark.parametrize("numel", [2**15 + 1, 2**17 - 3, 2**21 + 5])
@@ -155,6 +166,7 @@ def test_the_bound_on_thread_blocks_reaches_every_kernel(native):
             case.run(native.adamw_commit)
             case.run(native.adamw_estimate)
             native.sum_of_squares([case.grad, case.out])
+            native.sums_of_error_and_step(case.shard, HYPER, case.out)
             native.pack(case.grad, case.out, 1.0, clears=False)
             native.copy_shards(case.grad, case.out, Shards.of([1, 0], torch.device("cpu")))
             native.swap_shards(case.grad, case.out)
@@ -166,7 +178,7 @@ def test_the_bound_on_thread_blocks_reaches_every_kernel(native):
             native.adamw_estimate_change(
                 case.shard, case.grad, HYPER, case.scale, case.is_finite, torch.float32, torch.zeros(306).byte(), 4
             )
-    assert len(calls.bounds) == 13 and set(calls.bounds) == {7}
+    assert len(calls.bounds) == 14 and set(calls.bounds) == {7}
     with Calls() as calls:
         native.sum_of_squares([case.grad])
     assert all(map(torch.is_tensor, calls.bounds)), "the bound ends with its block"

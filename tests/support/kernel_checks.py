@@ -211,6 +211,27 @@ def check_sum_of_squares(ops, numel, dtype, device="cpu", shift=0):
     assert torch.equal(total, ops.sum_of_squares([values.clone()])), "the result depends on the address"
 
 
+def check_error_and_step(ops, numel, live_dtype, device="cpu", shift=0):
+    """Checks the error of an estimate and the step of a commit against float64, the same at every address."""
+    case = Case(numel, torch.bfloat16, live_dtype, device=device, shift=shift)
+    master, exp_avg, exp_avg_sq = (case.state()[name].double() for name in ("master", "exp_avg", "exp_avg_sq"))
+    case.out.copy_(case.shard.master * 0.99)
+    before = case.snapshot()
+    sums = ops.sums_of_error_and_step(case.shard, HYPER, case.out)
+    for name, tensor in case.state().items():
+        assert same_bits(tensor, before[name]), name
+    assert sums.dtype == torch.float64 and sums.shape == (2,) and sums.device == case.out.device
+    step = float(case.shard.step)  # the commit in question is counted
+    change = exp_avg / (exp_avg_sq.sqrt() / math.sqrt(1 - HYPER.beta2**step) + HYPER.eps)
+    decay = HYPER.lr * HYPER.weight_decay
+    moved = (change * HYPER.lr / (1 - HYPER.beta1**step) + master * decay) / (1 - decay)
+    expected = torch.stack([(case.out.double() - master).square().sum(), moved.square().sum()])
+    # A few roundings to fp32 of each element, of which sums of squares see twice as much.
+    torch.testing.assert_close(sums, expected, rtol=32 * EPS, atol=0.0)
+    twin = AdamWShard(*(tensor.clone() for tensor in before.values()))
+    assert torch.equal(sums, ops.sums_of_error_and_step(twin, HYPER, case.out.clone())), "depends on the address"
+
+
 def opcheck_arguments(device="cpu"):
     """Yields (operator, arguments) for torch.library.opcheck."""
     overloads = torch.ops.deepspeed_acco
@@ -223,6 +244,7 @@ def opcheck_arguments(device="cpu"):
         yield overloads.adamw_estimate.default, arguments
         yield overloads.adamw_commit.default, arguments
         yield overloads.grad_sumsq.default, (case.grad,)
+        yield overloads.error_and_step.default, (*state, shard.step, *numbers, case.out)
         yield overloads.pack.default, (case.grad, case.out, 0.5, True)
         yield overloads.traffic_estimate.default, (*state, case.grad, case.out)
         yield overloads.traffic_commit.default, (*state, case.grad, case.out)
