@@ -16,6 +16,7 @@ from ..optim import ops
 from ..optim.flat import Shards
 from ..optim.local_prediction import block_count
 from ..optim.quantization import are_finite, message_bytes, message_stride
+from . import devices
 from .encoding import Encoding
 from .layout import GroupLayout
 
@@ -55,7 +56,7 @@ class FlatBuffers:
         self.estimate_bits = estimate_bits
         records = [_records_bytes(layout, estimate_bits) if estimate_bits else 0 for layout in layouts]
         # Between two halves where collectives move whole messages: what leaves, and as much that arrives.
-        halves = 2 if device.type == "cuda" and layouts[0].levels.is_flat else 1
+        halves = 2 if devices.uses_nccl(device) and layouts[0].levels.is_flat else 1
         self._comm, self.arenas = _allocate_comm(live, comm_dtype, [halves * count for count in records])
         self.comm_grads = [arena.view(comm_dtype)[: flat.numel()] for arena, flat in zip(self.arenas, live)]
         self.comm_weights = [arena.view(flat.dtype)[: flat.numel()] for arena, flat in zip(self.arenas, live)]

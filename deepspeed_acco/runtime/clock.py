@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from . import devices
+
 
 class HostValue:
     """Gives the host a small tensor later, without ever waiting for the device.
@@ -20,7 +22,7 @@ class HostValue:
     def __init__(self, value: torch.Tensor):
         self._passed = None
         self._value = self._on_device = value
-        if value.device.type == "cuda":
+        if devices.has_streams(value.device):
             self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             self._value.copy_(value, non_blocking=True)
             self._passed = torch.cuda.current_stream(value.device).record_event()
@@ -50,7 +52,7 @@ class Instant:
     def __init__(self, device: torch.device):
         self._host_s = time.perf_counter()
         self._passed = None
-        if device.type == "cuda":
+        if devices.has_streams(device):
             stream = torch.cuda.current_stream(device)
             self._passed = stream.record_event(torch.cuda.Event(enable_timing=True))
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import devices
 from .collectives import Collectives
 from .encoding import Encoding
 from .failures import Guard
@@ -56,12 +57,12 @@ class Communicator:
         self.whereabouts = Whereabouts(self._group, self.rank, self.world_size)
         where = (self.rank, self.world_size, timeout_s, self.whereabouts)
         self._guard = Guard(*where)
-        self._overdue = Overdue(*where) if device.type == "cuda" else None  # gloo raises by itself
+        self._overdue = Overdue(*where) if devices.uses_nccl(device) else None  # gloo raises by itself
         self._sent_bytes = 0  # beside what the rounds move
         self.use_levels(Levels.flat(self.world_size))
 
     def _new_group(self, ranks: list[int]):
-        is_nccl = self.device.type == "cuda"
+        is_nccl = devices.uses_nccl(self.device)
         key = (tuple(ranks), self.timeout_s, is_nccl, self.sm_share)
         group = _take_left(key)
         # A group over some of the ranks is made by its members alone: with tensor parallelism each data-parallel group
@@ -100,7 +101,7 @@ class Communicator:
         """Lets the rounds go over these levels from now on; every rank must call it with the same ones."""
         self.levels = levels
         self._rounds: Messages | Collectives
-        if self.device.type != "cuda":
+        if not devices.uses_nccl(self.device):
             self._rounds = Messages(self._group, self._global_ranks, self.rank, levels, self._guard)
             return
         row_group, column_group = None, self._group

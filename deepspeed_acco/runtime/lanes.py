@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from . import devices
 from .clock import LaneTimes
 
 _LEAD_S = 2e-3  # what the host needs to enqueue the next micro-batch's beginning
@@ -263,4 +264,4 @@ def make_lane(name: str, device: torch.device) -> InlineLane:
         )
     if name == "inline":
         return InlineLane()
-    return StreamLane(device) if device.type == "cuda" else ThreadLane()
+    return StreamLane(device) if devices.has_streams(device) else ThreadLane()
