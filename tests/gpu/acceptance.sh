@@ -33,7 +33,7 @@ tests() { # file ...: counts in a JUnit file; ranks and workers share the GPU
 }
 
 kernel_tests() { tests kernel_tests 4 tests/gpu/test_kernels_gpu.py tests/gpu/test_quantization_gpu.py \
-    tests/gpu/test_local_prediction_gpu.py; }
+    tests/gpu/test_local_prediction_gpu.py tests/gpu/test_shards_gpu.py; }
 runtime_tests() { tests runtime_tests 0 tests/gpu/test_runtime_gpu.py; }
 engine_tests() { tests engine_tests 6 tests/gpu/test_engine_gpu.py; }
 kernels() { python3 -m deepspeed_acco.tools.cli kernels --device cuda --json "$logs/kernels.json"; }
