@@ -88,7 +88,7 @@ def test_equals_the_reference(ranks, estimate_comm, world_size, clip, groups, n,
         assert all(mine.equal(theirs) for mine, theirs in zip(record["live"], records[0]["live"]))
 
 
-@pytest.mark.parametrize(("estimate_comm", "world_size"), [("int8", 2), ("int4", 3), ("int4", 4)])
+@pytest.mark.parametrize(("estimate_comm", "world_size"), [("int4", 1), ("int8", 2), ("int4", 3), ("int4", 4)])
 def test_equals_the_reference_to_rounding(ranks, estimate_comm, world_size):
     """So few levels that none is near a tie."""
     config = training.ds_config(4, estimate_comm=estimate_comm)

@@ -57,7 +57,7 @@ def test_the_order_of_both_streams(native, lane, no_waiting):
     torch.cuda.set_sync_debug_mode("default")
     assert c.eq(6.0).all() and lane.is_finished()
     times = lane.times()
-    assert times.rounds == 1 and 0.01 < times.exposed_s <= times.round_s, "the whole second half was waited for"
+    assert times.rounds == 1 and 0.01 < times.exposed_s < times.round_s + 1e-4, "all of it was waited for"
 
 
 def test_training_goes_on_while_the_round_runs(native, lane):
