@@ -78,10 +78,11 @@ inline int64_t check_places(const std::optional<at::Tensor>& places, const at::T
   return places->numel();
 }
 
-// `records` are those of the elements of `like`: one message, or of each of `count` equal shards one. Returns the bytes
-// from one to the next.
+// `records` are those of the elements of `like`: one message, or, with places, a message of each shard at equal
+// distances. Returns the bytes from one to the next.
 inline int64_t check_records(const at::Tensor& records, const at::Tensor& like, int64_t bits, const char* name,
-                             int64_t count = 1) {
+                             const std::optional<at::Tensor>& places = std::nullopt) {
+  const int64_t count = check_places(places, like);
   TORCH_CHECK_VALUE(bits == 4 || bits == 8, "deepspeed_acco: bits is ", bits, "; allowed: 4, 8");
   TORCH_CHECK_VALUE(records.dim() == 1 && records.is_contiguous(), "deepspeed_acco: ", name,
                     " must be 1-D and contiguous, got sizes ", records.sizes(), " and strides ", records.strides());
@@ -89,7 +90,7 @@ inline int64_t check_records(const at::Tensor& records, const at::Tensor& like, 
                     records.scalar_type());
   const int64_t numel = like.numel() / count, stride = records.numel() / count;
   const int64_t bytes = message_bytes(numel, static_cast<int>(bits));
-  if (count == 1) {
+  if (!places) {
     TORCH_CHECK_VALUE(stride == bytes, "deepspeed_acco: ", name, " has ", stride, " bytes, expected ", bytes, ": ",
                       numel, " elements in ", bits, " bits");
   } else {

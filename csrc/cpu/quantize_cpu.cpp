@@ -26,7 +26,7 @@ void quantize(const at::Tensor& values, at::Tensor records, int64_t bits, double
               const std::optional<at::Tensor>& places, int64_t /*max_blocks*/) {
   check_flat(values, values, "values");
   const int64_t count = check_places(places, values);
-  const int64_t stride = check_records(records, values, bits, "records", count);
+  const int64_t stride = check_records(records, values, bits, "records", places);
   const int64_t numel = values.numel() / count;
   with_format(values.scalar_type(), [&](auto format) {
     using Source = decltype(format);
@@ -84,7 +84,7 @@ void add_change(const at::Tensor& records, const at::Tensor& is_added, at::Tenso
                 const std::optional<at::Tensor>& places, int64_t /*max_blocks*/) {
   check_flat(live, live, "live");
   const int64_t count = check_places(places, live);
-  const int64_t stride = check_records(records, live, bits, "records", count);
+  const int64_t stride = check_records(records, live, bits, "records", places);
   check_scalar(is_added, live, at::kBool, "is_added");
   const int64_t numel = live.numel() / count;
   if (!*is_added.const_data_ptr<bool>()) {

@@ -23,7 +23,7 @@ void quantize(const at::Tensor& values, at::Tensor records, int64_t bits, double
               const std::optional<at::Tensor>& places, int64_t max_blocks) {
   check_flat(values, values, "values");
   const Shards shards = shards_of(places, values);
-  const int64_t stride = check_records(records, values, bits, "records", shards.count);
+  const int64_t stride = check_records(records, values, bits, "records", places);
   const c10::cuda::CUDAGuard guard(values.device());
   C10_CUDA_CHECK(launch_quantize(read(values), shards, stride, static_cast<float>(scale),
                                  records.mutable_data_ptr<uint8_t>(), static_cast<int>(bits), max_blocks,
@@ -63,7 +63,7 @@ void add_change(const at::Tensor& records, const at::Tensor& is_added, at::Tenso
                 const std::optional<at::Tensor>& places, int64_t max_blocks) {
   check_flat(live, live, "live");
   const Shards shards = shards_of(places, live);
-  const int64_t stride = check_records(records, live, bits, "records", shards.count);
+  const int64_t stride = check_records(records, live, bits, "records", places);
   check_scalar(is_added, live, at::kBool, "is_added");
   const c10::cuda::CUDAGuard guard(live.device());
   C10_CUDA_CHECK(launch_add_change(records.const_data_ptr<uint8_t>(), is_added.const_data_ptr<bool>(), write(live),

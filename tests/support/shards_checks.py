@@ -79,7 +79,7 @@ def check_messages(ops, places, numel, dtype, bits, device="cpu", shift=0):
     live = operands.operand(_values(places, numel, dtype, device, seed=1), dtype, shift)
     lead = 2 * shift
     buffer = torch.full((lead + len(places) * stride + 8,), CANARY_BYTE, dtype=torch.uint8, device=device)
-    records = buffer.narrow(0, lead, len(places) * (stride if len(places) > 1 else size))
+    records = buffer.narrow(0, lead, len(places) * stride)
     expected = torch.full_like(buffer, CANARY_BYTE)
     changed = live.clone()
     ops.quantize(values, records, bits, 1 / 3, shards)
