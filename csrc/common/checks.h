@@ -78,16 +78,16 @@ inline int64_t check_places(const std::optional<at::Tensor>& places, const at::T
   return places->numel();
 }
 
-// `records` are those of the elements of `like`: one message, or with `places` a message of each shard. Returns the bytes
-// from one to the next.
+// `records` are those of the elements of `like`: one message, or, with places, a message of each shard at equal
+// distances. Returns the bytes from one to the next.
 inline int64_t check_records(const at::Tensor& records, const at::Tensor& like, int64_t bits, const char* name,
                              const std::optional<at::Tensor>& places = std::nullopt) {
+  const int64_t count = check_places(places, like);
   TORCH_CHECK_VALUE(bits == 4 || bits == 8, "deepspeed_acco: bits is ", bits, "; allowed: 4, 8");
   TORCH_CHECK_VALUE(records.dim() == 1 && records.is_contiguous(), "deepspeed_acco: ", name,
                     " must be 1-D and contiguous, got sizes ", records.sizes(), " and strides ", records.strides());
   TORCH_CHECK_VALUE(records.scalar_type() == at::kByte, "deepspeed_acco: ", name, " must be uint8, got ",
                     records.scalar_type());
-  const int64_t count = check_places(places, like);
   const int64_t numel = like.numel() / count, stride = records.numel() / count;
   const int64_t bytes = message_bytes(numel, static_cast<int>(bits));
   if (!places) {

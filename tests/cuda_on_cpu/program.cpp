@@ -442,7 +442,7 @@ void error_and_step(int64_t numel) {
   }
   for (int sum = 0; sum < 2; ++sum) {
     if (!(std::fabs(totals[0][sum] - expected[sum]) <= 1e-12L * expected[sum]) || totals[0][sum] != totals[1][sum]) {
-      fail("sum " + std::to_string(sum) + " is wrong, or another at another address");
+      fail("the sum is wrong, or another at another address: " + std::to_string(sum));
     }
   }
   on.check();

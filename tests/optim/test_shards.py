@@ -57,7 +57,7 @@ def test_moves(path, dtype):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_messages(path, dtype, bits):
-    for places, (number, numel) in itertools.product(PLACES[1:4], enumerate(SIZES)):
+    for places, (number, numel) in itertools.product((*PLACES[1:4], PLACES[5]), enumerate(SIZES)):
         checks.check_messages(path, places, numel, dtype, bits, shift=number % 3)
 
 

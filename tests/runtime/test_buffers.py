@@ -33,7 +33,7 @@ def _buffers(levels, bits=0, shard_numel=262):
     return FlatBuffers(live, layouts, torch.float32, torch.float32, bits)
 
 
-LEVELS = (Levels.consecutive(6, 3), Levels(((5, 1, 2), (0, 4, 3))), Levels.flat(4))
+LEVELS = (Levels.consecutive(6, 3), Levels(((5, 1, 2), (0, 4, 3))), Levels.flat(4), Levels.flat(1))
 
 
 @pytest.mark.parametrize("levels", LEVELS, ids=str)

@@ -148,15 +148,19 @@ FAULTS = {
         lambda: without_waiting_in("_start"), "acco", "read before it is written", "pack on training", "on rounds"
     ),
     "training does not wait for a round": Fault(
-        lambda: without_waiting_in("_finish"), "acco", "read before it is written", "on rounds", "install on training"
+        lambda: without_waiting_in("_finish"),
+        "acco",
+        "read before it is written",
+        "on rounds",
+        "copy_shards on training",
     ),
     "a finished round is taken for one that is ordered": Fault(
         lambda: changed(StreamLane, "_finish", without_waiting_if_finished),
-        *("acco", "read before it is written", "on rounds", "install on training", "always"),
+        *("acco", "read before it is written", "on rounds", "copy_shards on training", "always"),
     ),
     "what finished on one stream is not ordered on another": Fault(
         lambda: mock.patch.object(StreamLane, "order", lambda self: None),
-        *("acco, finished on another stream", "read before it is written", "on rounds", "install on training"),
+        *("acco, finished on another stream", "read before it is written", "on rounds", "copy_shards on training"),
     ),
     "a value for the host is copied on another stream": Fault(
         lambda: changed(HostValue, "__init__", on_a_stream_without_order),
@@ -172,7 +176,7 @@ FAULTS = {
     ),
     "a round installs its weights itself": Fault(
         lambda: changed(RoundWork, "run", run_and_install),
-        *("acco", "read before it is written", "install on rounds", "others' code on training"),
+        *("acco", "read before it is written", "copy_shards on rounds", "others' code on training"),
     ),
     "a round zeroes the gradients itself": Fault(
         lambda: changed(RoundWork, "run", run_and_clear),
@@ -180,7 +184,7 @@ FAULTS = {
     ),
     "nobody waits for a collective": Fault(
         lambda: changed(Collectives, "all_gather", on_a_stream_of_its_own),
-        *("acco", "read before it is written", "_gather_in_place on another", "install on training"),
+        *("acco", "read before it is written", "_gather_in_place on another", "copy_shards on training"),
     ),
     "a tensor is freed while a round reads it": Fault(
         a_temporary_of_training, "acco", "freed and reused", "on rounds", "on training"
@@ -191,7 +195,7 @@ FAULTS = {
     ),
     "a look does not wait for the round": Fault(
         lambda: without_finishing_in("show_true"),
-        *("acco, looks", "written twice in any order", "on rounds", "exchange on training"),
+        *("acco, looks", "written twice in any order", "on rounds", "swap_shards on training"),
     ),
     "reading the optimizer's state does not wait": Fault(
         lambda: without_finishing_in("call"),
@@ -211,6 +215,6 @@ FAULTS = {
     ),
     "installing is left to another stream": Fault(
         lambda: changed(FlatBuffers, "install", on_a_stream_of_its_own),
-        *("acco", "read before it is written", "install on another", "others' code on training"),
+        *("acco", "read before it is written", "copy_shards on another", "others' code on training"),
     ),
 }
