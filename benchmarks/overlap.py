@@ -210,7 +210,7 @@ def draw(results):
     axes.set_xlabel("delay of a round, in times of the computation C")
     axes.set_ylabel("step, in times of C")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, ncols=len(names))
+    figure.legend(loc="outside lower center", frameon=False, ncols=4)
     axes.set_title(
         f"{results['device']}: {results['parameters'] / 1e6:.0f}M parameters, n = {results['n']}", fontsize=11
     )
@@ -241,8 +241,9 @@ def main():
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
 
     def wait():
+        """Returns when training has come here; a round may go on, as it does between two windows of a long run."""
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
 
     x = torch.randn(args.batch, args.seq_len, args.width, device=device).bfloat16()
     delay = Delay(device)
