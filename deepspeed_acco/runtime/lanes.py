@@ -248,7 +248,10 @@ class StreamLane(InlineLane):
 
     def close(self) -> None:
         self._weights_ready = None
-        self._comm_stream.synchronize()  # the group is destroyed next
+        # The group is destroyed next, and buffers are freed to the stream that they came from; a last look may have
+        # exchanged them on another one.
+        self._comm_stream.synchronize()
+        torch.cuda.current_stream(self._device).synchronize()
 
 
 def make_lane(name: str, device: torch.device) -> InlineLane:

@@ -165,9 +165,10 @@ class Accesses:
 
     def read_by_host(self, tensors: list[Tensor], by: str) -> None:
         """Lets the host read tensors: in its own memory what it has seen to be over, others behind a wait."""
-        if not all(self.memory(tensor).is_of_host for tensor in tensors):
+        pinned = [tensor for tensor in tensors if self.memory(tensor).is_of_host]
+        if len(pinned) < len(tensors):
             self._device.wait(self._device.current_stream().clock, by)
-        for tensor in tensors:
+        for tensor in pinned:
             for span in self.memory(tensor).take(*extent(tensor)):
                 write = span.write
                 if write is not None and self._device.seen.get(write.stream, 0) < write.number:
@@ -262,10 +263,6 @@ class WatchOperators(TorchDispatchMode):
         of_host = [accesses.memory(tensor).is_of_host for tensor in reads + writes]
         by_host = is_pinned or (bool(of_host) and all(of_host))
         crosses = name == "aten::copy_" and any(of_host) and not by_host
-        if name in READ_BY_HOST:
-            accesses.read_by_host(reads, name)
-        elif not crosses:  # what lies with the host it reads itself
-            accesses.read_by_host([tensor for tensor in reads if accesses.memory(tensor).is_of_host], name)
         access = None
         if not by_host:
             access = accesses.begin(f"{name} in {place_of_caller()}")
@@ -273,8 +270,12 @@ class WatchOperators(TorchDispatchMode):
                 accesses.read(tensor, access)
             for tensor in writes:
                 accesses.write(tensor, access)
-        if crosses and not (args[2:] or kwargs.get("non_blocking")):
+        if name in READ_BY_HOST:
+            accesses.read_by_host(reads, name)
+        elif crosses and not (args[2:] or kwargs.get("non_blocking")):
             self._device.wait(self._device.current_stream().clock, "copy")
+        elif not crosses:  # what lies with the host it reads itself
+            accesses.read_by_host([tensor for tensor in reads if accesses.memory(tensor).is_of_host], name)
         result = function(*args, **kwargs)
         for tensor in operands.made(result):
             if access is None:

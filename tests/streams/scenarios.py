@@ -13,9 +13,15 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+)
 
 import deepspeed_acco
+from deepspeed_acco.algorithm.schedules import SCHEDULES
 from deepspeed_acco.runtime import devices
 from tests.streams.accesses import watched
 from tests.streams.clocks import Device
@@ -131,6 +137,16 @@ class Training:
                 self._engines.pop().destroy()
 
 
+@contextmanager
+def behind(stream) -> Iterator[None]:
+    """Goes on on this stream inside, behind the current one, which waits for it afterwards."""
+    current = torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
+
+
 # ---- ways to train
 
 
@@ -180,11 +196,8 @@ def on_another_stream(training: Training) -> None:
     """Trains on a stream of the user's own, from the second window on."""
     engine = training.start()
     training.windows(engine, 1)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with behind(torch.cuda.Stream()):
         training.windows(engine, WINDOWS - 1, first=1)
-    torch.cuda.current_stream().wait_stream(stream)
 
 
 def with_looks_on_another_stream(training: Training) -> None:
@@ -192,14 +205,12 @@ def with_looks_on_another_stream(training: Training) -> None:
     stream = torch.cuda.Stream()
 
     def look(engine, window, micro_batch):
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with behind(stream):
             if micro_batch == 1:
                 safe_get_full_fp32_param(engine.module.last.weight)
             if micro_batch == 2:
                 training.evaluate(engine)
                 engine.module.state_dict()
-        torch.cuda.current_stream().wait_stream(stream)
 
     training.windows(training.start(), look=look)
 
@@ -235,6 +246,47 @@ def saved_and_loaded(training: Training) -> None:
     with training.uncounted():
         engine.load_checkpoint(training.folder)
     training.windows(engine, 2, first=2)
+
+
+def on_changing_streams(training: Training) -> None:
+    """Trains every other window on a stream of the user's own."""
+    engine, stream = training.start(), torch.cuda.Stream()
+    for window in range(WINDOWS + 1):
+        with behind(stream) if window % 2 else nullcontext():
+            training.windows(engine, 1, first=window)
+
+
+def saved_and_loaded_on_another_stream(training: Training) -> None:
+    engine, stream = training.start(), torch.cuda.Stream()
+    training.windows(engine, 2)
+    with behind(stream):
+        engine.save_checkpoint(training.folder)
+    training.windows(engine, 2, first=2)
+    with behind(stream):
+        engine.load_checkpoint(training.folder)
+    training.windows(engine, 2, first=2)
+
+
+def with_a_state_that_is_set(training: Training) -> None:
+    """Writes a parameter's master weights in the midst of rounds."""
+
+    def look(engine, window, micro_batch):
+        param = engine.module.last.weight
+        if micro_batch == 1:
+            safe_set_full_fp32_param(param, safe_get_full_fp32_param(param) * 0.9)
+
+    training.windows(training.start(), look=look)
+
+
+def destroyed_on_another_stream(training: Training) -> None:
+    """Destroys the engine on a stream that training does not wait for; then its memory is used again."""
+    training.windows(training.start(), 2)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        training.end()
+    training.forget()
+    torch.zeros(1000)
 
 
 def left_in_a_round(training: Training) -> None:
@@ -297,8 +349,24 @@ SCENARIOS = {
     "acco, saved and loaded": Scenario(saved_and_loaded, waits={_DIFFERS: 2}),
     "local, saved and loaded": Scenario(saved_and_loaded, {"schedule": "local"}, waits={_DIFFERS: 3}),
     "wp, saved and loaded": Scenario(saved_and_loaded, {"schedule": "wp"}, waits={_DIFFERS: 2}),
+    "acco, destroyed on another stream": Scenario(destroyed_on_another_stream),
     "acco, left in a round": Scenario(left_in_a_round),
     "two engines": Scenario(two_engines),
+}
+# Whose waits nobody has counted: every schedule in ways of which the ones above take some.
+MORE_SCENARIOS = {
+    f"{schedule} {precision}, {drive.__name__}": Scenario(drive, {"schedule": schedule, "precision": precision})
+    for schedule in SCHEDULES
+    for precision in ("fp32", "bf16+fp32")
+    for drive in (
+        with_looks,
+        with_looks_on_another_stream,
+        finished_on_another_stream,
+        on_changing_streams,
+        saved_and_loaded_on_another_stream,
+        with_a_state_that_is_set,
+        destroyed_on_another_stream,
+    )
 }
 
 
@@ -321,7 +389,7 @@ def modelled(device: Device) -> Iterator[Any]:
 
 def run(name: str, folder: str, answers: str, fault: str | None = None, ranks_per_host: int = 1, seed: int = 1) -> Seen:
     """Runs one scenario on this rank, with one of the faults if it is named."""
-    device, scenario = Device(answers, seed + dist.get_rank()), SCENARIOS[name]
+    device, scenario = Device(answers, seed + dist.get_rank()), (SCENARIOS | MORE_SCENARIOS)[name]
     training = Training(scenario, device, folder, ranks_per_host)
     with FAULTS[fault].seed() if fault else nullcontext(), modelled(device) as operators:
         try:

@@ -6,8 +6,9 @@ where it is known to and nowhere else, and mistakes in that order are found (doc
 import pytest
 
 from tests.streams import scenarios
+from tests.streams.clocks import ANSWERS
 from tests.streams.faults import FAULTS
-from tests.streams.scenarios import SCENARIOS
+from tests.streams.scenarios import MORE_SCENARIOS, SCENARIOS
 
 SEEDS = (1, 2, 3)
 ALWAYS_RUN = {("acco, looks", 1), ("acco, finished on another stream", 1), ("acco adaptive", 1)}
@@ -38,10 +39,18 @@ def test_whatever_queries_answer(ranks, tmp_path, name, seed):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("name", MORE_SCENARIOS)
+def test_more_ways(ranks, tmp_path, name):
+    for answers in ANSWERS:
+        (seen,) = ranks(1).run(scenarios.run, name=name, folder=str(tmp_path / answers), answers=answers)
+        assert seen.findings == {}
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("world_size, ranks_per_host", [(2, 1), (4, 2)])
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_among_several_ranks(ranks, tmp_path, name, world_size, ranks_per_host):
-    for answers in ("never", "at random", "always"):
+    for answers in ANSWERS:
         where = dict(world_size=world_size, ranks_per_host=ranks_per_host)
         require_ordered(ranks, name, tmp_path / answers, answers=answers, **where)
 
