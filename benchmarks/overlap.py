@@ -239,6 +239,8 @@ def main():
     from deepspeed_acco.tools.kernel_benchmark import device_name
 
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # the rounds have a core, too
 
     def wait():
         """Returns when training has come here; a round may go on, as it does between two windows of a long run."""

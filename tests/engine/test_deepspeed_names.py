@@ -29,7 +29,7 @@ USED_METHODS = [name for name, member in vars(Engine).items() if inspect.isfunct
 
 # modules, classes and what is found in them: "module:name" or "module:class"
 EXISTING = {
-    "deepspeed": "__version__ add_config_arguments init_distributed initialize",
+    "deepspeed": "__version__ add_config_arguments comm init_distributed initialize",
     "deepspeed.accelerator": "get_accelerator",
     "deepspeed.checkpoint": "SubparamShape",
     "deepspeed.constants": "default_pg_timeout",

@@ -24,7 +24,7 @@ from deepspeed_acco.tools.doctor.costly_settings import SETTINGS, Facts
 from deepspeed_acco.tools.doctor.costly_settings import finding_of as finding_of_settings
 from deepspeed_acco.tools.doctor.finding import FAIL, NOT_APPLICABLE, OK, WARN, Finding, together
 from deepspeed_acco.tools.doctor.installation import check_locks
-from tests.support.launcher import ROOT, operators_folder, rank_environment
+from tests.support.launcher import ROOT, rank_environment
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -89,7 +89,7 @@ def test_under_other_launchers(ranks, launcher, tmp_path):
 def test_a_run_that_is_not_well_ends_with_1(ranks, tmp_path, capfd, monkeypatch):
     operators = tmp_path / "operators"
     (operators / "forgotten").mkdir(parents=True)
-    for built in Path(operators_folder()).iterdir():
+    for built in Path(os.environ["TORCH_EXTENSIONS_DIR"]).iterdir():
         (operators / built.name).symlink_to(built)
     lock = operators / "forgotten" / "lock"
     lock.touch()
