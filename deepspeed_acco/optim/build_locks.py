@@ -26,6 +26,11 @@ def find_locks() -> list[Path]:
     return [path for path in locks if not path.relative_to(root).parts[0].startswith(f"{NAME}_")]
 
 
+def is_forgotten(lock: Path) -> bool:
+    """Tells whether no process of this machine holds the lock, so that whoever waits for it waits for ever."""
+    return lock.is_file() and _holders(lock) == []
+
+
 def describe_lock(lock: Path) -> str:
     """Returns a sentence: where the lock is, how old, who holds it, and what to do where nobody does."""
     try:

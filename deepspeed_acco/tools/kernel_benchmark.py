@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ..optim import adamw, flat, local_prediction, native, ops
+from ..optim import adamw, build_locks, flat, local_prediction, native, ops
 from ..optim import quantization as quantize
 from ..optim.adamw import AdamWHyper
 from ..optim.huge_pages import use_huge_pages
@@ -118,6 +118,10 @@ def _clone_step_restore(optimizer, out) -> Callable[[], Any]:
 
 def _deepspeed_candidate(device: torch.device):
     """Returns (name, maker, why not) of DeepSpeed's own Adam for that device, which it has to build first."""
+    operators = "cpu_adam" if device.type == "cpu" else "fused_adam"
+    for lock in build_locks.find_locks():
+        if lock.parent.name == operators and build_locks.is_forgotten(lock):
+            return "", None, build_locks.describe_lock(lock)
     try:
         if device.type == "cpu":
             from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -73,3 +73,14 @@ def test_what_waits_for_the_device_is_told(monkeypatch):
     clock = kernel_benchmark.DeviceClock(torch.device("cuda"), repetitions=1)
     assert clock.seconds(device.waiting_call) == pytest.approx(HOST_S + DEVICE_S)
     assert clock.waits == {device.waiting_call}
+
+
+def test_a_forgotten_lock_of_deepspeeds_adam_is_told_and_not_waited_for(native, tmp_path, monkeypatch):
+    lock = tmp_path / "py" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    report = kernel_benchmark.measure(1000, torch.device("cpu"), turns=1)
+    (remark,) = [remark for remark in report["remarks"] if "Adam" in remark]
+    assert remark.startswith(f"DeepSpeed's own Adam is not measured: {lock}: a build lock") and "Remove it" in remark
+    assert not any(row["name"] == "DeepSpeedCPUAdam" for row in report["rows"])
