@@ -58,7 +58,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         gradients: the accumulated ones.
         divisor: by what the sum over the ranks is divided: their number, or 1 where sums are wanted.
         progress: where training stands in its window.
-        lane_name: ``stream``, ``thread`` or ``inline``.
+        lane: where the rounds run; its ``name`` is ``stream``, ``thread`` or ``inline``.
         levels: which data-parallel ranks share a host.
         origin: names run and rank in checkpoints.
         last_micro_batches: how many micro-batches this rank had in the window that ended last; 0 before the first.
@@ -86,8 +86,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         timeout_s = self.settings.comm_timeout_s or default_pg_timeout.total_seconds()
         device = live[0].device
         native.prepare(device)  # may build the kernels, which takes longer than a collective may wait
-        self._lane = make_lane(self.settings.lane, device)
-        self.lane_name = self._lane.name
+        self.lane = make_lane(self.settings.lane, device)
         self._comm = Communicator(self.dp_process_group, device, timeout_s, self.settings.sm_share)
         self.levels = agree_on_levels(self._comm, self.settings.ranks_per_host)
         self._comm.use_levels(self.levels)
@@ -103,12 +102,12 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         self._shards = [AdamWShard.fresh(master, self.optimizer.state[master]) for master in masters]
         self._bound = BoundParameters(self.bit16_groups, live)
         fingerprint = Fingerprint(live, self._bound.sampled_places())
-        self.driver = RoundDriver(self._buffers, self._shards, self._comm, self._lane, fingerprint)
+        self.driver = RoundDriver(self._buffers, self._shards, self._comm, self.lane, fingerprint)
         self.driver.take_state(hyper_of(self), is_loaded=False)
         self._skips = SkippedSteps(self.driver.outcomes)
-        self._fraction = AutoFraction(self.settings, self.driver, self._comm, self._lane)
+        self._fraction = AutoFraction(self.settings, self.driver, self._comm, self.lane)
         self.windows = (
-            AdaptiveWindows(self.settings, self.driver, self._comm, self._lane, self._fraction)
+            AdaptiveWindows(self.settings, self.driver, self._comm, self.lane, self._fraction)
             if self.settings.is_adaptive
             else FixedWindows(self._fraction)
         )
@@ -140,9 +139,9 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         require_own_batches(self.settings, sequence_parallel)
         data_parallel = self._comm.world_size / sequence_parallel
         self.divisor = data_parallel if getattr(self, "gradient_average", True) else 1.0
-        self._monitor = Monitor(engine.monitor, self.driver.outcomes, self._lane)
+        self._monitor = Monitor(engine.monitor, self.driver.outcomes, self.lane)
         self.driver.measures_estimate = engine.monitor.enabled
-        self.timers.get_timers().update(lane_timers(self._lane))  # of no effect without wall_clock_breakdown
+        self.timers.get_timers().update(lane_timers(self.lane))  # of no effect without wall_clock_breakdown
         self._forwards = Forwards(
             engine.module, self.looks, self.progress, self._prepare_training_forward, engine.global_rank == 0
         )
@@ -165,7 +164,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
 
     def lane_times(self) -> LaneTimes:
         """Returns how long the rounds took and how much of that training waited for, in seconds."""
-        return self._lane.times()
+        return self.lane.times()
 
     @property
     def wire_bytes(self) -> tuple[int, int]:
@@ -435,7 +434,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         self._at_exit.detach()
         self._forwards.release()
         try:
-            if self._comm.is_alive and not self._lane.has_failed and not self._lane.is_own_thread:
+            if self._comm.is_alive and not self.lane.has_failed and not self.lane.is_own_thread:
                 self.driver.finish()
                 self.driver.show_true()
                 engine = self._engine_ref()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import torch
 
 from deepspeed_acco.algorithm.reference import Reference, ReferenceHyper
 from deepspeed_acco.algorithm.schedules import SCHEDULES
+from deepspeed_acco.tools.doctor.training import one_thread
 from tests.support.training import DTYPES, HYPER, batch, make_network, param_groups
 
 
@@ -33,18 +32,7 @@ def _split(flat, like):
     return pieces
 
 
-@contextmanager
-def _one_thread():
-    """Takes one thread: at these sizes a second only waits, and steps in 16 bit take up to thirty times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread()
+@one_thread()
 def run_reference(
     *,
     schedule,

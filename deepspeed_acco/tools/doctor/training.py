@@ -66,7 +66,7 @@ def _windows(subject: Subject) -> int:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Takes one thread: at these sizes others only wait, and steps in 16 bit take up to thirty times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -118,7 +118,7 @@ def _train(subject: Subject, lane: str, pause: Callable[[], None] | None = None)
     engine, *_ = deepspeed.initialize(model=network, model_parameters=parameters, config=_config(subject, lane))
     if pause is not None:
         network.register_forward_hook(lambda *_: pause())
-        _pause_in_rounds(engine.optimizer._lane, pause)
+        _pause_in_rounds(engine.optimizer.lane, pause)
     try:
         for window in range(_windows(subject)):
             for micro_batch in range(subject.training.n):
@@ -207,7 +207,7 @@ def _tolerance(subject: Subject) -> float:
 # ---- the checks
 
 
-@_one_thread()
+@one_thread()
 def check_equality(subject: Subject) -> Finding:
     """Trains a small network, and compares its weights with those of the reference."""
     run = _train(subject, "auto")
@@ -224,7 +224,7 @@ def check_equality(subject: Subject) -> Finding:
     return Finding(OK, told, figures=figures) if distance < tolerance else Finding(FAIL, told, _REPORT, figures)
 
 
-@_one_thread()
+@one_thread()
 def check_lanes(subject: Subject) -> Finding:
     """Trains on both lanes, the overlapping one with random delays, and compares bits."""
     choose = random.Random(subject.control.rank)
