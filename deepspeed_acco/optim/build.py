@@ -102,6 +102,8 @@ def cuda_is_buildable() -> tuple[bool, str]:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
+    if torch.version.hip is not None:
+        return False, "this PyTorch is for ROCm, for which there are no kernels"
     if torch.version.cuda is None:
         return False, "this PyTorch was built without CUDA"
     if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):

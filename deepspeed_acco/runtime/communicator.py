@@ -82,6 +82,7 @@ class Communicator:
 
     def _nccl_options(self):
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options._timeout = timedelta(seconds=self.timeout_s)  # or torch warns that new_group's differs
         if self.sm_share < 1.0:
             count = torch.cuda.get_device_properties(self.device).multi_processor_count
             options.config.max_ctas = max(1, int(self.sm_share * count))
