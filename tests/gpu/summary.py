@@ -47,7 +47,7 @@ def main(name: str, logs: Path, out: Path, words: list[str]) -> None:
             told |= _tests(logs / f"{part}.xml")
         if part == "sanitizer":
             text = (logs / "sanitizer.log").read_text()
-            told["errors"] = [int(count) for count in re.findall(r"ERROR SUMMARY: (\d+) error", text)]
+            told["errors"] = [int(count) for count in re.findall(r"SUMMARY: (\d+) (?:error|hazard)", text)]
             told["launches"] = re.findall(r"launches: .*", text)
         if part == "kernels" and (logs / "kernels.json").is_file():
             told |= json.loads((logs / "kernels.json").read_text())
