@@ -133,7 +133,7 @@ def _table(shards: Shards | None) -> Tensor | None:
     return None if shards is None else shards.table
 
 
-# ---- the quantized estimate; arguments as in quantization.py
+# ---- the quantized rounds; arguments as in quantization.py
 
 
 @torch.no_grad()
@@ -164,13 +164,29 @@ def adamw_estimate_change(
     live_dtype: torch.dtype,
     records: Tensor,
     bits: int,
+    base: Tensor | None = None,
 ) -> None:
     """Does what :func:`quantization.adamw_estimate_change` does, in one pass that writes ``records`` alone."""
-    if reason_against(grad.device):
-        quantization.adamw_estimate_change(shard, grad, hyper, grad_scale, is_finite, live_dtype, records, bits)
+    if base is not None or reason_against(grad.device):
+        quantization.adamw_estimate_change(shard, grad, hyper, grad_scale, is_finite, live_dtype, records, bits, base)
     else:
         arguments = _arguments(shard, grad, hyper, grad_scale, is_finite, live_dtype)
         torch.ops.deepspeed_acco.adamw_estimate_change(*arguments, records, bits, max_blocks=_most_blocks)
+
+
+@torch.no_grad()
+def adamw_commit_change(
+    shard: AdamWShard,
+    grad: Tensor,
+    hyper: AdamWHyper,
+    grad_scale: Tensor,
+    is_finite: Tensor,
+    base: Tensor,
+    records: Tensor,
+    bits: int,
+) -> None:
+    """Does what :func:`quantization.adamw_commit_change` does."""
+    quantization.adamw_commit_change(shard, grad, hyper, grad_scale, is_finite, base, records, bits)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
 """Quantizes block by block and symmetrically to 8 or 4 bits, in plain PyTorch: what an ESTIMATE sends with
-``estimate_comm`` (docs/how-to/slow-links.md).
+``estimate_comm`` and a COMMIT with ``commit_comm`` (docs/how-to/slow-links.md).
 
 The values of one shard are cut into blocks of 256, which restart at every shard; the last block may be shorter. A block
 becomes one *record*: its scale (bf16, 2 bytes, little endian), then its levels. With 8 bits a level is a byte; with 4
@@ -87,16 +87,47 @@ def adamw_estimate_change(
     live_dtype: torch.dtype,
     records: Tensor,
     bits: int,
+    base: Tensor | None = None,
 ) -> None:
-    """Writes to ``records`` how far the weights of :func:`adamw.adamw_estimate`, in fp32, are from the live ones: the
-    master weights rounded to ``live_dtype``, any floating one. What the rounding lost is part of the change. Where
-    ``is_finite`` is False the change is 0: the step is skipped, and the weights stay as they are."""
+    """Writes to ``records`` how far the weights of :func:`adamw.adamw_estimate`, in fp32, are from the live ones: from
+    ``base``, or without it from the master weights rounded to ``live_dtype``. What the live ones lack of the master is
+    part of the change. Where ``is_finite`` is False the change is 0: the step is skipped, and the weights stay as they
+    are.
+
+    Args:
+        live_dtype: any floating one; with ``base`` it says nothing.
+        base: 1-D, as many elements as the shard, any floating dtype.
+    """
     for at, at_records in _pieces(shard.master, bits):
         part = AdamWShard(shard.master[at], shard.exp_avg[at], shard.exp_avg_sq[at], shard.step)
         weights = torch.empty_like(part.master)
         adamw.adamw_estimate(part, grad[at], hyper, grad_scale, is_finite, weights)
-        change = torch.where(is_finite, weights.sub_(part.master.to(live_dtype).float()), 0.0)
+        live = part.master.to(live_dtype) if base is None else base[at]
+        change = torch.where(is_finite, weights.sub_(live.float()), 0.0)
         _encode(change, records[at_records], bits)
+
+
+@torch.no_grad()
+def adamw_commit_change(
+    shard: AdamWShard,
+    grad: Tensor,
+    hyper: AdamWHyper,
+    grad_scale: Tensor,
+    is_finite: Tensor,
+    base: Tensor,
+    records: Tensor,
+    bits: int,
+) -> None:
+    """Takes the step of :func:`adamw.adamw_commit` in place, then writes to ``records`` how far the master weights, in
+    fp32, are from ``base``. What rounding leaves of a change is in the next one, since the master has it. Where
+    ``is_finite`` is False the step is skipped, and the change is that of the master as it was.
+
+    Args:
+        base: the weights of this shard that every rank has, 1-D, as many elements as the shard, any floating dtype.
+    """
+    adamw.adamw_commit(shard, grad, hyper, grad_scale, is_finite, out=shard.master)
+    for at, at_records in _pieces(shard.master, bits):
+        _encode(shard.master[at] - base[at].float(), records[at_records], bits)
 
 
 @torch.no_grad()

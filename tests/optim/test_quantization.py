@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deepspeed_acco.optim import quantization as q
-from deepspeed_acco.optim.adamw import AdamWHyper, AdamWShard, adamw_estimate
+from deepspeed_acco.optim.adamw import AdamWHyper, AdamWShard, adamw_commit, adamw_estimate
 
 # Every bf16 number from 0 up to the largest, in order.
 BF16 = (np.arange(0x7F80, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
@@ -200,6 +200,73 @@ def test_change_of_the_estimate(dtype, bits):
         assert not message.any()
         after = (shard.master, shard.exp_avg, shard.exp_avg_sq, shard.step)
         assert all(torch.equal(old, now) for old, now in zip(before, after))
+
+
+def _state(shard):
+    return [shard.master, shard.exp_avg, shard.exp_avg_sq, shard.step]
+
+
+def _base_of(shard, dtype):
+    """Weights near the master that no rounding of it gives."""
+    noise = torch.randn(shard.master.numel(), generator=torch.Generator().manual_seed(7))
+    return (shard.master + 0.05 * noise).to(dtype)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_change_of_the_estimate_from_given_weights(dtype, bits):
+    for numel in SIZES:
+        shard = _shard(numel)
+        before = [tensor.clone() for tensor in _state(shard)]
+        grad = torch.randn(numel, generator=torch.Generator().manual_seed(6))
+        base = _base_of(shard, dtype)
+        kept = base.clone()
+        weights, message = torch.empty(numel), _message(numel, bits)
+        operands = (shard, grad, HYPER, torch.tensor(0.37), torch.tensor(True))
+        adamw_estimate(*operands, weights)
+        q.adamw_estimate_change(*operands, torch.float16, message, bits, base)
+        assert _as_bytes(message) == _true_records(weights.numpy() - base.float().numpy(), bits)
+        skipped = (shard, grad, HYPER, torch.tensor(math.nan), torch.tensor(False))
+        q.adamw_estimate_change(*skipped, torch.float16, message, bits, base)
+        assert not message.any() and torch.equal(base, kept)
+        assert all(torch.equal(old, now) for old, now in zip(before, _state(shard)))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_change_of_the_commit(dtype, bits):
+    for numel in SIZES:
+        shard, twin = _shard(numel), _shard(numel)
+        grad = torch.randn(numel, generator=torch.Generator().manual_seed(6))
+        base = _base_of(shard, dtype)
+        kept = base.clone()
+        message = _message(numel, bits)
+        for is_finite, scale in ((True, 0.37), (False, math.nan), (True, 1.0)):
+            step = (grad, HYPER, torch.tensor(scale), torch.tensor(is_finite))
+            adamw_commit(twin, *step, torch.empty(numel))
+            q.adamw_commit_change(shard, *step, base, message, bits)
+            assert all(torch.equal(mine, its) for mine, its in zip(_state(shard), _state(twin)))
+            assert _as_bytes(message) == _true_records(twin.master.numpy() - base.float().numpy(), bits)
+            assert torch.equal(base, kept)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_change_leaves_comes_with_the_next(dtype, bits):
+    """The live weights stay within half a level of the master, however many changes they have added up."""
+    numel = 1000
+    shard = _shard(numel)
+    live, message = shard.master.to(dtype), _message(numel, bits)
+    generator = torch.Generator().manual_seed(8)
+    for _ in range(40):
+        before = live.clone()
+        grad = torch.randn(numel, generator=generator)
+        q.adamw_commit_change(shard, grad, HYPER, torch.tensor(0.37), torch.tensor(True), live, message, bits)
+        q.add_change(message, torch.tensor(True), live, bits)
+        changes = torch.nn.functional.pad(shard.master - before.float(), (0, -numel % q.BLOCK)).view(-1, q.BLOCK)
+        step = (changes.abs().amax(1) / q.LARGEST_LEVEL[bits]).repeat_interleave(q.BLOCK)[:numel] * (1 + 2**-7)
+        rounding = torch.finfo(dtype).eps / 2 * live.float().abs()
+        assert ((live.float() - shard.master).abs() <= 0.5 * step + 1.01 * rounding + 1e-6).all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
