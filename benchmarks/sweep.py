@@ -121,7 +121,7 @@ def draw(results: dict):
         axes.plot(ratios, over_compute["step_s"], marker, color=color, label=name, zorder=3 + place, **look)
     for name, crossing in results["measured_crossings"].items():
         if crossing is not None:
-            label = f"{name} stops paying: R/C = {crossing:.2f}"
+            label = f"{name} stops paying: R/C = {crossing:.3g}"
             axes.axvline(crossing, color=colors[name], linestyle=":", label=label)
     axes.set_xlabel("R / C: a round with nothing beside it, over the computation of a step")
     axes.set_ylabel("seconds of a step / C")
