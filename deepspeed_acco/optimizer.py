@@ -12,6 +12,7 @@ from .settings import (
     Accumulation,
     AdamWKeys,
     Auto,
+    CommitComm,
     EstimateComm,
     Lane,
     LrFollows,
@@ -34,7 +35,7 @@ class ACCO(Optimizer):
         params: parameters or parameter groups; a group may set lr, betas, eps and weight_decay of its own.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW, with its defaults.
         schedule, estimate_fraction, overlap_warmup_steps, accumulation, lane, comm_timeout_s, max_window, lr_follows,
-            estimate_comm, ranks_per_host, sm_share: see :class:`deepspeed_acco.settings.Settings`.
+            estimate_comm, commit_comm, ranks_per_host, sm_share: see :class:`deepspeed_acco.settings.Settings`.
 
     Raises:
         ValueError: for an unknown key or a value out of range, naming the key, the value and what is allowed.
@@ -56,6 +57,7 @@ class ACCO(Optimizer):
         max_window: int | None = Settings.max_window,
         lr_follows: LrFollows = Settings.lr_follows,
         estimate_comm: EstimateComm = Settings.estimate_comm,
+        commit_comm: CommitComm = Settings.commit_comm,
         ranks_per_host: int | RanksPerHost = Settings.ranks_per_host,
         sm_share: float = Settings.sm_share,
         **unknown,
@@ -71,6 +73,7 @@ class ACCO(Optimizer):
             max_window=max_window,
             lr_follows=lr_follows,
             estimate_comm=estimate_comm,
+            commit_comm=commit_comm,
             ranks_per_host=ranks_per_host,
             sm_share=sm_share,
         )

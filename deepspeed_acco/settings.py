@@ -11,17 +11,18 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from .algorithm.schedules import AUTO, DEFAULT, DEFAULT_OF_ONE, SCHEDULES, chosen, names_of
+from .algorithm.wire import COMMIT_COMMS, ESTIMATE_COMMS, Wire
 
 Lane = Literal["auto", "inline"]
 Accumulation = Literal["fixed", "adaptive"]
 LrFollows = Literal["samples", "steps"]
 EstimateComm = Literal["full", "int8", "int4"]
+CommitComm = Literal["full", "int8"]
 RanksPerHost = Literal["auto"]
 Auto = Literal["auto", "measured"]  # the same; HF Trainer and Accelerate take every "auto" for their own
 
 FIRST_OF_AUTO = 0.5
 MAX_WINDOW_GROWTH = 8  # default of max_window, in nominal windows
-ESTIMATE_COMMS = {"full": 0, "int8": 8, "int4": 4}  # bits of a value; 0: in its dtype
 LARGEST_FLOAT = 3e38  # of fp32, in which updates are computed and norms are clipped
 LARGEST_COUNT = 2**31 - 1
 
@@ -219,8 +220,13 @@ class Settings:
     estimate_comm: EstimateComm = _key(
         "full",
         _Choice(get_args(EstimateComm)),
-        "what an ESTIMATE sends: values in full, or gradients and changes of weights in 8 or 4 bits; a COMMIT is "
-        "always sent in full",
+        "what an ESTIMATE sends: values in full, or gradients and changes of weights in 8 or 4 bits",
+    )
+    commit_comm: CommitComm = _key(
+        "full",
+        _Choice(get_args(CommitComm)),
+        f"what a COMMIT sends: values in full, or gradients in {COMMIT_COMMS['int8'].gradient} bits and changes of "
+        f"weights in {COMMIT_COMMS['int8'].change}, of which the master weights keep what is lost",
     )
     ranks_per_host: int | RanksPerHost = _key(
         "auto",
@@ -250,8 +256,8 @@ class Settings:
                 allowed = f'a number with schedule = "{self.schedule}"'
                 fix = f"{remove}: the others have one phase."
                 raise _refuse("estimate_fraction", self.estimate_fraction, allowed, fix)
-            if self.estimate_bits:
-                fix = f"{remove}: the others make no estimate, and a COMMIT is sent in full."
+            if self.estimate_comm != "full":
+                fix = f"{remove}: the others make no estimate; commit_comm is for their COMMITs."
                 raise _refuse("estimate_comm", self.estimate_comm, f'"full" with schedule = "{self.schedule}"', fix)
         if self.is_adaptive and not schedule.overlaps:
             overlapping = names_of(lambda row: row.overlaps)
@@ -276,9 +282,10 @@ class Settings:
         return is_adaptive(self.accumulation)
 
     @property
-    def estimate_bits(self) -> int:
-        """Returns the bits of a value that an ESTIMATE sends; 0: in full."""
-        return ESTIMATE_COMMS[self.estimate_comm]
+    def wire(self) -> Wire:
+        """Returns in how many bits the rounds of the schedule send; it is no more "auto"."""
+        estimates = SCHEDULES[self.schedule].has_two_phases
+        return Wire(ESTIMATE_COMMS[self.estimate_comm] if estimates else None, COMMIT_COMMS[self.commit_comm])
 
     def without_effect(self, device_type: str) -> dict[str, str]:
         """Returns the keys that were set and change nothing there and beside the others, each with the reason."""

@@ -217,7 +217,7 @@ def test_every_key_is_documented():
     keys = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "reference" / "keys.md").read_text(), re.MULTILINE)
     assert [key for key in keys if key in ADAMW_KEYS + ACCO_KEYS] == [
         *ADAMW_KEYS,
-        *("schedule", "estimate_fraction", "estimate_comm", "ranks_per_host", "overlap_warmup_steps"),
+        *("schedule", "estimate_fraction", "estimate_comm", "commit_comm", "ranks_per_host", "overlap_warmup_steps"),
         *("accumulation", "max_window", "lr_follows", "lane", "sm_share", "comm_timeout_s"),
     ]
     assert set(keys) >= set(ACCO_KEYS)

@@ -13,6 +13,7 @@ from deepspeed_acco import ACCO
 from deepspeed_acco.algorithm import schedules
 from deepspeed_acco.algorithm.schedules import SCHEDULES
 from deepspeed_acco.algorithm.window import phase_a_micro_batches, require_room
+from deepspeed_acco.algorithm.wire import Bits
 from deepspeed_acco.optim.flat import pieces
 from deepspeed_acco.runtime.layout import GroupLayout
 from deepspeed_acco.runtime.levels import Levels
@@ -154,7 +155,7 @@ def test_a_schedule_is_a_row_of_the_table(monkeypatch):
     acco, sync = schedules.SCHEDULES["acco"], schedules.SCHEDULES["sync"]
     monkeypatch.setitem(schedules.SCHEDULES, "twin", acco)
     monkeypatch.setitem(schedules.SCHEDULES, "waits", sync)
-    assert Settings(schedule="twin", estimate_comm="int4", estimate_fraction="auto").estimate_bits == 4
+    assert Settings(schedule="twin", estimate_comm="int4", estimate_fraction="auto").wire.estimate == Bits(4, 4)
     with pytest.raises(ValueError, match='accumulation = .adaptive. .* "fixed" with schedule = "waits"'):
         Settings(schedule="waits", accumulation="adaptive")
     with pytest.raises(ValueError, match='set the schedule to "acco" or "twin"'):

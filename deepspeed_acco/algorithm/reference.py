@@ -68,9 +68,14 @@ class Reference:
         stands_on_true_after_skip: fp16, where a skipped COMMIT is known before it is launched.
         estimate_bits: an ESTIMATE's gradients, of a host, and its change of the weights are quantized to so many bits;
             None: not.
+        commit_bits: likewise the gradients of all other rounds, and the change of their weights; a rank's gradients are
+            then quantized inside its host, too, with as many bits as a COMMIT's.
         loss_scale: what multiplies the delivered gradients (``send`` takes it away itself).
-        shard_numels: with ``estimate_bits`` and ``local``, elements of one rank's shard of each group: blocks restart
-            there.
+        shard_numels: where anything is quantized and with ``local``, elements of one rank's shard of each group:
+            blocks restart there.
+
+    Attributes (of those that are no arguments):
+        shown: the true weights as all ranks have them; ``theta`` itself, unless changes of it are quantized.
     """
 
     theta: list[Tensor]
@@ -85,6 +90,7 @@ class Reference:
     pass_on: Callable[[Tensor], Tensor] = lambda gradient: gradient
     stands_on_true_after_skip: bool = False
     estimate_bits: int | None = None
+    commit_bits: tuple[int, int] | None = None
     shard_numels: Sequence[int] = ()
     loss_scale: float = 1.0
     step: int = 0
@@ -96,6 +102,7 @@ class Reference:
         self.theta = [tensor.detach().double().clone() for tensor in self.theta]
         self.exp_avg = [torch.zeros_like(tensor) for tensor in self.theta]
         self.exp_avg_sq = [torch.zeros_like(tensor) for tensor in self.theta]
+        self.shown = self.theta
         self.estimate = self.theta  # acco: where the next phase A stands
         self.previous = self.theta  # dpu: the true weights one window ago
         self.prediction = self.theta  # wp: where this window stands
@@ -140,14 +147,14 @@ class Reference:
             in_a.append(sum_of_a)
             totals.append(total)
         over = sum(counts_of) / n if is_adaptive else self.world_size
-        mean = [part / over for part in self._sum(totals, None)]
+        mean = [part / over for part in self._sum(totals, self.commit_bits and self.commit_bits[0])]
         mean_a = [part * (n / sum(in_a_of)) for part in self._sum(in_a, self.estimate_bits)]
 
         shares = [n / count if is_adaptive and count else 1.0 for count in counts_of]
         own = [[part.double() * (share / self.loss_scale) for part in total] for total, share in zip(totals, shares)]
         moving = Moving(
-            self.theta,
-            self.theta if self.moving is None else self.moving.newest,
+            self.shown,
+            self.shown if self.moving is None else self.moving.newest,
             self.exp_avg_sq,
             self.step,
             [replace(hyper) for hyper in self.hyper],
@@ -157,23 +164,25 @@ class Reference:
         committed = self._adamw(mean, self.theta, self.exp_avg, self.exp_avg_sq, self.step)
         norm = _norm(mean)
         skipped = committed is None
-        before = self.theta
+        before = self.shown
         if not skipped:
             self.theta, self.exp_avg, self.exp_avg_sq = committed
             self.step += 1
 
-        stands_on_true = (
-            lines.blocks or (lines.phase_b is not None and is_short) or (skipped and self.stands_on_true_after_skip)
-        )
-        self.estimate = self.theta if stands_on_true else self._installed(estimated, before)
-        self.previous = self.theta if stands_on_true else before
-        self.moving = None if stands_on_true else moving
-        if stands_on_true:
-            self.prediction = self.next_prediction = self.theta
+        stands_on_true = lines.blocks or (lines.phase_b is not None and is_short)
+        if skipped and self.stands_on_true_after_skip:
+            self.shown, stands_on_true = before if self.commit_bits else self.theta, True
+        elif stands_on_true:
+            self.shown = self._changed(self.estimate if lines.phase_b is not None else before, self.theta)
         else:
+            self.estimate, self.previous = self._installed(estimated, before), before
             predicted = self._adamw(mean, self.theta, self.exp_avg, self.exp_avg_sq, self.step)
             self.prediction = self.next_prediction
-            self.next_prediction = self.theta if predicted is None else predicted[0]
+            self.next_prediction = self._changed(self.prediction, self.theta if predicted is None else predicted[0])
+            self.shown = self._changed(lines.held(self), self.theta)
+        self.moving = None if stands_on_true else moving
+        if stands_on_true:
+            self.estimate = self.previous = self.prediction = self.next_prediction = self.shown
         self.window += 1
         return WindowReport(first[0], second[0], norm, skipped)
 
@@ -184,7 +193,7 @@ class Reference:
         """Returns where ``rank`` computes a window of ``local``: the newest true weights that it knows, moved on."""
         at = self.moving
         if at is None:
-            return self.theta
+            return self.shown
         norm = _norm(at.own[rank])
         is_finite = bool(torch.isfinite(torch.tensor(norm)))
         clip = 1.0 / max(1.0, (norm + 1e-6) / self.clip_grad) if self.clip_grad > 0 and is_finite else 1.0
@@ -204,24 +213,23 @@ class Reference:
 
     def _sum(self, of_ranks: list[list[Tensor]], bits: int | None) -> list[Tensor]:
         """Returns the sum over the ranks of what they send: over each host, then over the hosts."""
-        if bits is not None and self.ranks_per_host == 1:  # quantized as they are
-            of_hosts = [[tensor / self.loss_scale for tensor in self._quantized(total)] for total in of_ranks]
-            return [sum(parts) for parts in zip(*of_hosts)]
-        sent = [[self.send(tensor).double() for tensor in total] for total in of_ranks]
+        inner = bits if self.ranks_per_host == 1 else (self.commit_bits[0] if bits and self.commit_bits else None)
+        if inner is not None:  # quantized as they are
+            sent = [[tensor / self.loss_scale for tensor in self._quantized(total, inner)] for total in of_ranks]
+        else:
+            sent = [[self.send(tensor).double() for tensor in total] for total in of_ranks]
+        if self.ranks_per_host == 1:
+            return [sum(parts) for parts in zip(*sent)]
         of_hosts = []
         for first in range(0, len(sent), self.ranks_per_host):
             host = [sum(parts) for parts in zip(*sent[first : first + self.ranks_per_host])]
-            if bits is not None:
-                host = self._quantized(host)
-            elif self.ranks_per_host > 1:
-                host = [self.pass_on(tensor).double() for tensor in host]
+            host = [self.pass_on(tensor).double() for tensor in host] if bits is None else self._quantized(host, bits)
             of_hosts.append(host)
         return [sum(parts) for parts in zip(*of_hosts)]
 
-    def _quantized(self, values: list[Tensor]) -> list[Tensor]:
-        assert self.estimate_bits is not None
+    def _quantized(self, values: list[Tensor], bits: int) -> list[Tensor]:
         return [
-            quantized(tensor.double(), self.estimate_bits, shard_numel)
+            quantized(tensor.double(), bits, shard_numel)
             for tensor, shard_numel in zip(values, self.shard_numels, strict=True)
         ]
 
@@ -231,11 +239,17 @@ class Reference:
             return before
         if self.estimate_bits is None:
             return estimated[0]
-        live = [self.see(tensor).double() for tensor in before]
-        change = self._quantized([to - stands_at for to, stands_at in zip(estimated[0], live)])
-        if not all(tensor.isfinite().all() for tensor in change):
-            return before
-        return [stands_at + moved for stands_at, moved in zip(live, change)]
+        moved = self._moved(before, estimated[0], self.estimate_bits)
+        return moved if all(tensor.isfinite().all() for tensor in moved) else before
+
+    def _changed(self, held: list[Tensor], to: list[Tensor]) -> list[Tensor]:
+        """Returns what ranks that hold ``held`` have after a COMMIT brought them ``to``."""
+        return to if self.commit_bits is None else self._moved(held, to, self.commit_bits[1])
+
+    def _moved(self, held: list[Tensor], to: list[Tensor], bits: int) -> list[Tensor]:
+        live = [self.see(tensor).double() for tensor in held]
+        change = self._quantized([target - stands_at for target, stands_at in zip(to, live)], bits)
+        return [self.see(stands_at + moved).double() for stands_at, moved in zip(live, change)]
 
     def _adamw(self, gradients: Sequence[Tensor], theta, exp_avg, exp_avg_sq, step):
         """Returns copies (theta, exp_avg, exp_avg_sq) after one AdamW step; None for a gradient that is not finite."""
@@ -264,19 +278,21 @@ Weights = Callable[[Reference, int], list[Tensor]]
 @dataclass(frozen=True)
 class Lines:
     """Says at which weights a schedule computes on a rank: those of phase A, and of phase B where there is one.
-    ``blocks``: the next window stands on the weights that this one's COMMIT makes."""
+    ``blocks``: the next window stands on the weights that this one's COMMIT makes. ``held``: to what its change is
+    added otherwise: the true weights before it, or where all ranks stand meanwhile."""
 
     phase_a: Weights
     phase_b: Weights | None = None
     blocks: bool = False
+    held: Callable[[Reference], list[Tensor]] = lambda at: at.previous
 
 
 LINES = {
-    "acco": Lines(lambda at, rank: at.estimate, lambda at, rank: at.theta),
+    "acco": Lines(lambda at, rank: at.estimate, lambda at, rank: at.shown, held=lambda at: at.estimate),
     "local": Lines(lambda at, rank: at.moved_on(rank)),
-    "wp": Lines(lambda at, rank: at.prediction),
+    "wp": Lines(lambda at, rank: at.prediction, held=lambda at: at.theta),
     "dpu": Lines(lambda at, rank: at.previous),
-    "sync": Lines(lambda at, rank: at.theta, blocks=True),
+    "sync": Lines(lambda at, rank: at.shown, blocks=True),
 }
 
 

@@ -189,6 +189,9 @@ ACCO = {
     "weights": list_of(TENSOR),
     "predictions": list_of(TENSOR),
     "before": list_of(TENSOR).or_missing(),  # of the schedule local
+    "commit_comm": TEXT.or_missing(),
+    "changes": list_of(TENSOR).or_missing(),  # with commit_comm
+    "forgets_step": Kind("true or false", lambda value: isinstance(value, bool)).or_missing(),
     "run": TEXT.or_missing(),
     "rank": WHOLE.or_missing(),
     "global_steps": WHOLE.or_missing(),

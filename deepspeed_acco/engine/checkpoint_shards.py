@@ -186,25 +186,27 @@ def _check_key(state, optimizer, path) -> str:
         "weights": True,
         "predictions": row is None or row.at_window_end.predicts,
         "before": row is None or row.predicts_locally,
+        "changes": state.get("commit_comm", "full") != "full",
     }
     for name, may in may_have.items():
         tensors = state.get(name, [])
         if len(tensors) not in ((0, len(live)) if may else (0,)):
             raise CheckpointRefused(f"{where} has {len(tensors)} {name}. The file was edited: load another checkpoint")
         for index, tensor in enumerate(tensors):
-            require_tensor(tensor, f"{where}: {name} of parameter group {index}", dtype=live[index].dtype, is_flat=True)
-    needed = [("predictions", "weights"), ("before", "weights")]
-    if row is not None and row.predicts_locally:
+            dtype = torch.uint8 if name == "changes" else live[index].dtype
+            require_tensor(tensor, f"{where}: {name} of parameter group {index}", dtype=dtype, is_flat=True)
+    needed = [("predictions", "weights"), ("before", "weights"), ("changes", "weights")]
+    if row is not None and row.predicts_locally and not may_have["changes"]:
         needed.append(("weights", "before"))
     for name, other in needed:
         if state.get(name) and not state.get(other):
             raise CheckpointRefused(f"{where} has {name} without {other}. The file was edited: load another checkpoint")
     ranks = ranks_of(optimizer.dp_process_group)
-    resume, reason = from_state(state, optimizer.settings.schedule, optimizer.shard_numels(), ranks)
+    resume, reason = from_state(state, optimizer.settings, optimizer.shard_numels(), ranks)
     saved_by = f"run {state.get('run', 'unknown')}, estimate_fraction {state.get('estimate_fraction')}"
     if resume is None:
         return f"{reason}, {saved_by}"
-    return f"{len(resume.live)} {len(resume.predictions)} {state['window']}, {saved_by}"
+    return f"{len(resume.live)} {len(resume.predictions)} {len(resume.changes)} {state['window']}, {saved_by}"
 
 
 def check_universal(engine, folder: str) -> None:

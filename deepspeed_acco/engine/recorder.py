@@ -219,6 +219,7 @@ def header_of(engine) -> RankHeader:
         schedule=settings.schedule if settings else None,
         accumulation=settings.accumulation if settings else None,
         estimate_comm=getattr(settings, "estimate_comm", None),
+        commit_comm=getattr(settings, "commit_comm", None),
         stage=engine.zero_optimization_stage(),
         numel=sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable),  # ZeRO-3: the whole
         weight_bytes=trainable[0].element_size(),

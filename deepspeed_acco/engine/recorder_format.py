@@ -19,7 +19,8 @@ class RankHeader:
     """Holds the first line of ``rank{R}.jsonl``: the run as this rank sees it.
 
     Attributes:
-        schedule: ACCO's, and likewise ``accumulation`` and ``estimate_comm``; None with another optimizer.
+        schedule: ACCO's, and likewise ``accumulation``, ``estimate_comm`` and ``commit_comm``; None with another
+            optimizer.
         stage: of ZeRO.
         numel: trainable parameters of the whole model.
         weight_bytes, comm_bytes, accumulation_bytes: of one value: a weight, what is communicated, a summed gradient.
@@ -36,6 +37,7 @@ class RankHeader:
     schedule: str | None = None
     accumulation: str | None = None
     estimate_comm: str | None = None
+    commit_comm: str | None = None
     stage: int | None = None
     numel: int | None = None
     weight_bytes: int | None = None

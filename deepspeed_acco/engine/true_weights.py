@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..algorithm.schedules import Place, names_of
-from ..runtime.buffers import FlatBuffers
 from ..runtime.driver import RoundDriver
 from .bound_parameters import BoundParameters
 
@@ -44,12 +43,10 @@ class TrueWeights:
     def __init__(
         self,
         driver: RoundDriver,
-        buffers: FlatBuffers,
         bound: BoundParameters,
         is_graph_outstanding: Callable[[], bool],
     ):
         self._driver = driver
-        self._buffers = buffers
         self._bound = bound
         self._is_graph_outstanding = is_graph_outstanding
         self._blocks = 0  # of true_weights() that are entered
@@ -130,7 +127,7 @@ class TrueWeights:
         for name, param in module.named_parameters(recurse=False):
             key = prefix + name
             if key in state_dict and self._bound.has(param):
-                state_dict[key] = self._buffers.true_copy(*self._bound.span_of(param)).view(param.shape)
+                state_dict[key] = driver.looks.true_copy(*self._bound.span_of(param)).view(param.shape)
 
     # ---- what the user calls
 

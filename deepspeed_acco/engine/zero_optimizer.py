@@ -95,13 +95,14 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             [GroupLayout(flat.numel(), self.levels, self._comm.rank) for flat in live],
             self.gradient_accumulation_dtype,
             self.communication_data_type,
-            self.settings.estimate_bits,
+            self.settings.wire,
             SCHEDULES[self.settings.schedule].predicts_locally,
         )
         masters = self.single_partition_of_fp32_groups
         self._shards = [AdamWShard.fresh(master, self.optimizer.state[master]) for master in masters]
         self._bound = BoundParameters(self.bit16_groups, live)
-        fingerprint = Fingerprint(live, self._bound.sampled_places())
+        is_added_to = bool(self.settings.wire.commit.change)
+        fingerprint = Fingerprint(live, self._bound.sampled_places(), sums=is_added_to)
         self.driver = RoundDriver(self._buffers, self._shards, self._comm, self.lane, fingerprint)
         self.driver.take_state(hyper_of(self), is_loaded=False)
         self._skips = SkippedSteps(self.driver.outcomes)
@@ -115,7 +116,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         self._at_exit = weakref.finalize(self, RoundDriver.close, self.driver)
         self.gradients = Gradients(self._bound.views_in(self._buffers.grads), self._buffers.grads)
         self.gradients.attach()
-        self.looks = TrueWeights(self.driver, self._buffers, self._bound, lambda: self.position.is_graph_outstanding)
+        self.looks = TrueWeights(self.driver, self._bound, lambda: self.position.is_graph_outstanding)
         self._is_built = True
         self._link_states()
 
@@ -359,10 +360,8 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             self._link_all_hp_params()  # DeepSpeed 0.16.9 leaves the masters' links pointing at a moment
             resume, reason = None, "a universal checkpoint holds no others"
         else:
-            state = state_dict_list[self._comm.rank].get(checkpoint_state.KEY)
-            resume, reason = checkpoint_state.from_state(
-                state, self.settings.schedule, self.shard_numels(), self._comm.world_size
-            )
+            state, ranks = state_dict_list[self._comm.rank].get(checkpoint_state.KEY), self._comm.world_size
+            resume, reason = checkpoint_state.from_state(state, self.settings, self.shard_numels(), ranks)
             if state is not None:
                 self.progress.restart(state["window"])
                 self._fraction.from_state(state.get("estimate_fraction"))
@@ -384,7 +383,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             )
         state = super().state_dict()
         state["base_optimizer_state"] = checkpoint_state.without_tensor_steps(state["base_optimizer_state"])
-        own = checkpoint_state.to_state(self.driver.resume_state(), self.settings.schedule, self.position.window)
+        own = checkpoint_state.to_state(self.driver.resume_state(), self.settings, self.position.window)
         own |= {"estimate_fraction": self._fraction.to_state(), "scheduler_ahead": self._skips.scheduler_ahead}
         own |= self.origin | {"global_steps": self._engine().global_steps}
         state[checkpoint_state.KEY] = own | self.windows.to_state()
@@ -409,6 +408,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         """Makes the live weights, after a universal checkpoint, from the loaded masters of all ranks."""
         self._adopt_loaded()
         super().update_lp_params()
+        self.driver.adopt_live()
 
     def _adopt_loaded(self):
         self.driver.adopt_weights()

@@ -3,6 +3,7 @@
 """Moves a round by few large collectives: what suits NCCL, for which every message costs the host time.
 
 What arrives lies in the part of the communication buffer that was sent already, so that nothing is cut into pieces.
+Where a COMMIT is quantized there is no such part: a few pieces then share a room for what arrives.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..optim.flat import pieces
 from .encoding import Encoding
 from .levels import Levels
+
+PIECES = 8  # of a shard, at most, where what arrives has no room in the communication buffer
+SMALLEST_PIECE = 2**20  # elements
 
 
 def _gather_in_place(whole: Tensor, own: Tensor, group) -> None:
@@ -52,9 +57,52 @@ class Collectives:
                 for arena, numel in zip(arenas, sizes)
             ]
         for arena, total in zip(arenas, totals):
+            if encoding.inner_bits:
+                self._sum_in_pieces(arena, total, encoding)
+                continue
             leaving, room = self._messages(arena, total.numel(), encoding)
             self._exchange(leaving, room, total, encoding)
         return totals
+
+    def _sum_in_pieces(self, arena: Tensor, total: Tensor, encoding: Encoding) -> None:
+        """Sums what leaves from an arena without room for what arrives: a piece of every message at a time, inside the
+        host and then between the hosts."""
+        world, hosts, numel = self._levels.world_size, self._levels.host_count, total.numel()
+        first = encoding if self._levels.is_flat else encoding.inner
+        whole = arena[: world * first.message_stride(numel)].view(world, -1)
+        most = -(-numel // PIECES // encoding.unit_numel) * encoding.unit_numel
+        for start, length in pieces(numel, max(most, SMALLEST_PIECE)):
+            messages = [first.piece_of(message, start, length) for message in whole]
+            if not self._levels.is_flat:
+                columns = [messages[at : at + hosts] for at in range(0, world, hosts)]
+                of_row = self._exchange_messages(columns, self._at_row, self._row_group)
+                messages = []
+                partial = torch.empty(length, dtype=torch.float32, device=total.device)
+                for terms in zip(*of_row):
+                    first.add_up(list(terms), partial)
+                    messages.append(arena.new_empty(encoding.message_bytes(length)))
+                    encoding.encode(partial, messages[-1])
+            of_column = self._exchange_messages(
+                [[message] for message in messages], self._at_column, self._column_group
+            )
+            encoding.add_up([message for (message,) in of_column], total.narrow(0, start, length))
+
+    def _exchange_messages(self, leaving: list[list[Tensor]], at: int, group) -> list[list[Tensor]]:
+        """Sends every other member of the group what is for it, in one operation; returns what all sent to this one, in
+        their order, its own included."""
+        arriving = [
+            own if member == at else [torch.empty_like(message) for message in leaving[at]]
+            for member, own in enumerate(leaving)
+        ]
+        operations = []
+        for member, peer in enumerate(dist.get_process_group_ranks(group)):
+            if member != at:
+                operations += [dist.P2POp(dist.isend, message, peer, group) for message in leaving[member]]
+                operations += [dist.P2POp(dist.irecv, message, peer, group) for message in arriving[member]]
+                self.sent_bytes += sum(message.nbytes for message in leaving[member])
+        for request in dist.batch_isend_irecv(operations) if operations else []:
+            request.wait()
+        return arriving
 
     def _reduce_scatter(self, whole: Tensor, at: int, group) -> Tensor:
         own = whole.chunk(dist.get_world_size(group))[at]

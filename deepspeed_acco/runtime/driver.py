@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from ..algorithm.schedules import COMMIT, COMMIT_FORESEEN, PREDICT, Place, Round
+from ..algorithm.schedules import COMMIT, Place, Round
 from ..optim.adamw import AdamWHyper, AdamWShard
 from ..optim.huge_pages import use_huge_pages
 from .buffers import FlatBuffers
@@ -22,6 +22,7 @@ from .clock import HostValue
 from .communicator import Communicator
 from .gathering import Gathering
 from .lanes import InlineLane
+from .looks import Stand, looks_of
 from .outcomes import OutcomeLog
 from .round import RoundOutcome, RoundWork
 from .round_inputs import RoundInputs
@@ -66,6 +67,7 @@ class RoundDriver:
         self._fingerprint = fingerprint
         self._work = RoundWork(buffers, shards, comm)
         self._gathering = Gathering(buffers, shards, comm, lane)
+        self.looks = looks_of(buffers, self._gathering, self._work.prediction)
         self._state = RoundState.IDLE
         self._round: Round | None = None  # None: idle
         self._look: Look | None = None  # None: nobody looks
@@ -92,6 +94,7 @@ class RoundDriver:
             blocks: the following round is finished and installed before this returns.
         """
         self.hide_true()
+        are_written = self._fingerprint.difference() if self._buffers.held else None
         measures = self.measures_estimate and following.writes_state and not blocks
         if self._is_overwritten and clears:
             blocks, self._is_overwritten = True, False
@@ -101,11 +104,13 @@ class RoundDriver:
             self.finish()
             has_newest = self._round is not None
             if not has_newest and self.are_written:
-                self._work.prediction.forget_step()
+                self._work.prediction.forgets_step = True
             self._work.prediction.install(inputs, has_newest)
             self._note_weights()
         else:
             self._install_arrived()
+        if are_written is not None:
+            self._work.are_written.copy_(are_written)
         self._work.pack(following, inputs.pre_scale, clears=clears)
         self._round, self._state = following, RoundState.IN_FLIGHT
         self._rounds_started += 1
@@ -136,12 +141,22 @@ class RoundDriver:
         outcome = self._lane.finish()
         self._state = RoundState.ARRIVED
         self.outcomes.enter(outcome)
-        if not self._in_step.take_whether_in_step():
+        are_in_step, are_untouched = self._in_step.take_whether_sound()
+        if not are_in_step:
             raise self._lane.fail(
                 RuntimeError(
                     "the ranks are in different rounds, because they ended a phase or window after different numbers "
                     "of micro-batches, or their learning rates or other hyper-parameters differ. Give every rank the "
                     "same number of micro-batches in every step, and the same scheduler"
+                )
+            )
+        if not are_untouched:
+            raise self._lane.fail(
+                RuntimeError(
+                    "the model's weights were written between two rounds on some rank and not restored. Where "
+                    'commit_comm is not "full" a round adds changes to them, so that what was written would stay. '
+                    "Restore an average that was swapped in before training goes on, load weights by "
+                    'engine.load_checkpoint(), or set commit_comm to "full"'
                 )
             )
 
@@ -152,13 +167,14 @@ class RoundDriver:
             forgets_step: somebody else writes the masters next.
         """
         if forgets_step:
-            self._work.prediction.forget_step()
+            self._work.prediction.forgets_step = True
         self.hide_true()
         self.finish()
         place = self.true_weights_place
         if place is Place.SHARDS:
-            self._gathering.for_look(self._gathering.own_masters())
-        if place is Place.LIVE:
+            self._gathering.for_look(self._gathering.into_live, self._gathering.own_masters())
+            self.adopt_live()
+        if place is not Place.COMM:
             self._round = None
         self._install_arrived()
 
@@ -199,12 +215,7 @@ class RoundDriver:
         if self._look is not None or place is Place.LIVE or self.are_written:
             return
         self.finish()
-        predictions = None
-        if place is Place.SHARDS:
-            predictions = [shard.clone() for shard in self._buffers.comm_shards]
-            self._gathering.for_look(self._gathering.own_masters())
-        self._buffers.exchange()
-        self._look = Look(self.weights_version, predictions)
+        self._look = self.looks.show(place, self.weights_version)
         self._note_weights()
 
     @property
@@ -218,21 +229,22 @@ class RoundDriver:
         look, self._look = self._look, None
         if look is None:
             return
-        if not self.are_written:
-            self._buffers.exchange()
+        if self.looks.hide(look, self.are_written):
             self._note_weights(look.version)
         elif look.predictions is None:
             # What lies in the communication buffer is older: nothing is installed before the next COMMIT.
             self._round, self._state, self._is_overwritten = None, RoundState.IDLE, True
-        if look.predictions is not None:
-            self._gathering.for_look(look.predictions)
 
     def spread_masters(self) -> None:
         """Makes the live weights those of all ranks' masters, where each rank had its own; every rank must call it."""
         if self._buffers.before:
-            self._gathering.shards(self._gathering.own_masters())
-            self._buffers.install()
-            self._note_weights()
+            self._gathering.into_live(self._gathering.own_masters())
+            self.adopt_live()
+
+    def adopt_live(self) -> None:
+        """Takes the live weights for what all ranks hold, and for this package's own."""
+        self._buffers.hold(self._buffers.live)
+        self._note_weights()
 
     def bounded(self, work: str, *groups) -> AbstractContextManager[None]:
         """Bounds what ``work`` may wait for, as :meth:`Communicator.bounded`; raises where a round has failed."""
@@ -246,42 +258,24 @@ class RoundDriver:
         self.finish()
         self._round, self._state, self._look, self._is_overwritten = None, RoundState.IDLE, None, False
         self.outcomes.forget()
-        self._note_weights()
+        self.adopt_live()
 
     def resume_state(self) -> ResumeState:
         """Returns what must be kept, besides master weights and AdamW state, so that training goes on bit for bit. An
         ESTIMATE is not: the window that it belongs to is not over."""
         self.finish()
-        norm, place = float(self.grad_norm), self.true_weights_place
-        if place is Place.LIVE or self.are_written:  # what training stood on is nowhere
-            return ResumeState([], [], norm)
-        if self._round is not None and self._round.predicts_locally:
-            return self._work.prediction.resume_state(norm, is_shown=self._look is not None)
-        live, pending = self._buffers.live_shards, self._buffers.comm_shards
-        if self._look is not None:  # exchanged
-            live, pending = pending, self._look.predictions or []
-        predictions = pending if place is Place.SHARDS else []
-        return ResumeState([shard.clone() for shard in live], [shard.clone() for shard in predictions], norm)
+        pending = None if self.true_weights_place is Place.LIVE else self._round
+        return self.looks.resume_state(Stand(float(self.grad_norm), pending, self._look, self.are_written))
 
     def restore(self, state: ResumeState) -> None:
         """Does the inverse of :meth:`resume_state`, right after :meth:`adopt_weights`; every rank must call it."""
         assert self._state is RoundState.IDLE and self._look is None, "the live weights are the true ones"
         norm = HostValue(torch.tensor(state.grad_norm, device=self._comm.device))
         true = HostValue(torch.tensor(True, device=self._comm.device))
-        self.outcomes.last_commit = RoundOutcome(COMMIT, norm, true, true)
-        if not state.live:
-            return
-        self._gathering.shards(state.before or state.live)
-        self._round, self._state = COMMIT, RoundState.ARRIVED
-        if state.before:
-            self._work.prediction.restore(state)
-            self._round = COMMIT_FORESEEN
-        else:
-            self._buffers.exchange()
+        self.outcomes.last_commit = RoundOutcome(COMMIT, norm, true, true, true)
+        self._round = self.looks.restore(state)
+        self._state = RoundState.IDLE if self._round is None else RoundState.ARRIVED
         self._note_weights()
-        if state.predictions:
-            self._gathering.shards(state.predictions)
-            self._round = PREDICT
 
     @property
     def grad_norm(self) -> Tensor:

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Says how a round's gradients travel between hosts: as values in their dtype, or as records of few bits."""
+"""Says how a round's gradients travel: as values in their dtype, or as records of few bits."""
 
 from __future__ import annotations
 
@@ -18,12 +18,20 @@ class Encoding:
     """Makes messages of gradients, and adds up those that arrive.
 
     Attributes:
-        dtype: of the values that are sent inside a host, and between hosts with ``bits`` = 0.
+        dtype: of the values that are sent with no bits.
         bits: of a value between hosts, 8 or 4, in records (optim/quantization.py); 0: values in ``dtype``.
+        inner_bits: likewise of a value inside a host, where there are two levels. Not 0 only with ``bits``, and then
+            the buffers that values leave from are no larger than such records.
     """
 
     dtype: torch.dtype
     bits: int = 0
+    inner_bits: int = 0
+
+    @property
+    def inner(self) -> Encoding:
+        """Returns how values travel inside a host."""
+        return Encoding(self.dtype, self.inner_bits)
 
     @property
     def unit_numel(self) -> int:
@@ -40,14 +48,15 @@ class Encoding:
 
     def message_in(self, buffer: Tensor, numel: int) -> Tensor:
         """Returns the first bytes of ``buffer`` (uint8) as a message of so many elements."""
-        message = buffer[: self.message_bytes(numel)]
-        return message if self.bits else message.view(self.dtype)
+        return self.piece_of(buffer, 0, numel)
 
-    def piece_of(self, message: Tensor, start: int, numel: int) -> Tensor:
-        """Returns the message of ``numel`` elements from ``start`` on, a multiple of the unit, as a view."""
+    def piece_of(self, buffer: Tensor, start: int, numel: int) -> Tensor:
+        """Returns the message of ``numel`` elements from ``start`` on, a multiple of the unit, as a view of a message's
+        bytes (uint8, 1-D)."""
         if not self.bits:
-            return message.narrow(0, start, numel)
-        return message.narrow(0, start // BLOCK * record_bytes(self.bits), message_bytes(numel, self.bits))
+            at = slice(start * self.dtype.itemsize, (start + numel) * self.dtype.itemsize)
+            return buffer[at].view(self.dtype)
+        return buffer.narrow(0, start // BLOCK * record_bytes(self.bits), message_bytes(numel, self.bits))
 
     def encode(self, values: Tensor, message: Tensor) -> None:
         """Writes ``values`` (1-D, floating) to ``message``."""

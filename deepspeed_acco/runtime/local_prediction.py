@@ -22,13 +22,16 @@ class LocalPrediction:
 
     Args:
         buffers: with room for the weights before the newest and for roots.
+
+    Attributes:
+        forgets_step: the next commit also brings what somebody else wrote, which is no step to repeat.
     """
 
     def __init__(self, buffers: FlatBuffers, shards: list[AdamWShard], comm: Communicator):
         self._buffers = buffers
         self._shards = shards
         self._comm = comm
-        self._forgets_step = False
+        self.forgets_step = False
 
     def own_roots(self) -> list[Tensor]:
         """Returns this rank's part of the roots, fp32, one 1-D view per group."""
@@ -54,39 +57,43 @@ class LocalPrediction:
         if self._buffers.roots:
             self._comm.all_gather(self._buffers.roots, is_look=True)
 
-    def forget_step(self) -> None:
-        """Notes that the next commit also brings what somebody else wrote, which is no step to repeat."""
-        self._forgets_step = True
-
     @torch.no_grad()
     def install(self, inputs: RoundInputs, has_newest: bool) -> None:
         """Writes the prediction into the live weights, of the gradients in A, which stay.
 
         Args:
             inputs: of the COMMIT of these gradients, which is about to start.
-            has_newest: X has the newest true weights. Else the live ones are that, and the last step is not known.
+            has_newest: X has the newest true weights, or their change. Else the live ones are that, and the last step
+                is not known.
         """
         buffers = self._buffers
-        if not has_newest:
-            buffers.take_out()
-        if not has_newest or self._forgets_step:
-            for before, newest in zip(buffers.before, buffers.comm_weights):
-                before.copy_(newest)
-            self._forgets_step &= not has_newest
+        newest, is_in_comm_order = self._newest(has_newest)
+        if not has_newest or self.forgets_step:
+            for before, weights in zip(buffers.before, newest):
+                before.copy_(weights)
+            self.forgets_step &= not has_newest
         scale, is_finite = self._own_scale(inputs)
-        for (layout, roots), live, newest, before, grads, shard, hyper in zip(
-            self._with_layouts(),
-            buffers.live,
-            buffers.comm_weights,
-            buffers.before,
-            buffers.grads,
-            self._shards,
-            inputs.hyper,
+        for (layout, roots), live, weights, before, grads, shard, hyper in zip(
+            self._with_layouts(), buffers.live, newest, buffers.before, buffers.grads, self._shards, inputs.hyper
         ):
             for in_flat, in_comm in layout.runs():
-                weights = (newest[in_comm], before[in_comm], live[in_flat])
+                at = in_comm if is_in_comm_order else in_flat
                 own = (grads[in_flat], roots[_roots_of(in_comm, layout)], shard.step)
-                ops.predict_locally(Operands(*weights, *own, layout.shard_numel), hyper, scale, is_finite)
+                on = Operands(weights[at], before[at], live[in_flat], *own, layout.shard_numel)
+                ops.predict_locally(on, hyper, scale, is_finite)
+
+    def _newest(self, has_newest: bool) -> tuple[list[Tensor], bool]:
+        """Returns the newest true weights, one flat tensor per group, and whether they lie in the order of X."""
+        buffers = self._buffers
+        if not buffers.held:
+            if not has_newest:
+                buffers.take_out()
+            return buffers.comm_weights, True
+        if has_newest:
+            buffers.take_true()
+            buffers.add_commit(buffers.live)
+        buffers.hold(buffers.live)
+        return buffers.live, False
 
     def _own_scale(self, inputs: RoundInputs) -> tuple[Tensor, Tensor]:
         """Returns what makes this rank's sum in A the mean of its own gradients, clipped by their own norm (fp32,
@@ -112,7 +119,7 @@ class LocalPrediction:
         """
         buffers = self._buffers
         before = [flat[layout.comm_shard_of(layout.rank)] for flat, layout in zip(buffers.before, buffers.layouts)]
-        if self._forgets_step:
+        if self.forgets_step:
             before = buffers.live_shards if is_shown else buffers.comm_shards
         return ResumeState(
             buffers.host_copies(of_shown=is_shown),
@@ -127,7 +134,7 @@ class LocalPrediction:
         buffers = self._buffers
         for before, gathered in zip(buffers.before, buffers.comm_weights):
             before.copy_(gathered)
-        self._forgets_step = False
+        self.forgets_step = False
         buffers.take_out()
         for target, kept in zip(buffers.live, state.live):
             target.copy_(kept)

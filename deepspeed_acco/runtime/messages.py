@@ -37,9 +37,12 @@ class _Room:
 
     def take(self, encoding: Encoding, numel: int) -> Tensor:
         """Returns room for a message of so many elements."""
-        message = encoding.message_in(self._left, numel)
-        self._left = self._left[_aligned(message.nbytes) :]
-        return message
+        return encoding.message_in(self.bytes(encoding.message_bytes(numel)), numel)
+
+    def bytes(self, size: int) -> Tensor:
+        """Returns room for so many bytes: uint8, 1-D."""
+        room, self._left = self._left[:size], self._left[_aligned(size) :]
+        return room
 
 
 @dataclass
@@ -51,7 +54,7 @@ class _Piece:
     numel: int
     room: _Room
     messages: list[Tensor] = field(default_factory=list)  # of this host to every host; then of every host to this one
-    values: list[list[Tensor]] = field(default_factory=list)  # for every host, of every rank of this one
+    values: list[list[Tensor]] = field(default_factory=list)  # messages for every host, of every rank of this one
     requests: list = field(default_factory=list)
 
 
@@ -118,34 +121,34 @@ class Messages:
                 yield _Piece(group, start, numel, _Room(next(rooms)))
 
     def _room_bytes(self, numel: int, encoding: Encoding) -> int:
-        """Returns the bytes of the neighbors' values, of this host's messages where the sums' own place is not one, and
-        of the other hosts' messages."""
+        """Returns the bytes of the neighbors' messages, of this host's messages where the sums' own place is not one,
+        and of the other hosts' messages."""
         hosts, neighbors = len(self._column), len(self._row) - 1
         messages = hosts - 1 + hosts * bool(neighbors and encoding.bits)
-        return neighbors * hosts * numel * encoding.dtype.itemsize + messages * encoding.message_bytes(numel)
+        return neighbors * hosts * encoding.inner.message_bytes(numel) + messages * encoding.message_bytes(numel)
 
     def _start_inner(self, piece: _Piece, arena: Tensor, shard_numel: int, encoding: Encoding) -> None:
-        """Starts to exchange values inside the host: those of the others' columns for those of this rank's."""
+        """Starts to exchange inside the host: messages of the others' columns for those of this rank's."""
+        hosts = len(self._column)
+        inner = encoding if len(self._row) == 1 else encoding.inner
+        whole = arena[: self._levels.world_size * inner.message_stride(shard_numel)].view(self._levels.world_size, -1)
         if len(self._row) == 1:
-            stride = encoding.message_stride(shard_numel)
-            shards = (encoding.message_in(part, shard_numel) for part in arena.split(stride)[: len(self._column)])
-            piece.messages = [encoding.piece_of(shard, piece.start, piece.numel) for shard in shards]
+            piece.messages = [inner.piece_of(message, piece.start, piece.numel) for message in whole]
             return
-        hosts, values = len(self._column), Encoding(encoding.dtype)
-        whole = values.message_in(arena, self._levels.world_size * shard_numel)
-        columns = whole.view(len(self._row), hosts, shard_numel)[:, :, piece.start : piece.start + piece.numel]
         terms: list[list[Tensor]] = []
         with self._guard("reduce_scatter"):
-            for peer, column in zip(self._row, columns):
+            for peer, column in zip(self._row, whole.split(hosts)):
+                own = [inner.piece_of(message, piece.start, piece.numel) for message in column]
                 if peer == self._rank:
-                    terms.append(list(column))
+                    terms.append(own)
                     continue
-                # The shards of a column lie one after the other: where they are not cut, one message takes them all.
-                leaving = [column.view(-1)] if column.is_contiguous() else list(column)
-                room = piece.room.take(values, hosts * piece.numel)
-                for arriving, part in zip(room.split(leaving[0].numel()), leaving):
-                    piece.requests += [self._receive(arriving, peer), self._send(part, peer)]
-                terms.append(list(room.view(hosts, piece.numel)))
+                # The messages of a column lie one after the other: where they are not cut, one takes them all.
+                leaving = [column.view(-1)] if own[0].nbytes == column.shape[1] else own
+                rooms = [piece.room.bytes(part.nbytes) for part in leaving]
+                for arriving, part in zip(rooms, leaving):
+                    piece.requests += [self._receive(arriving, peer), self._send(part.view(torch.uint8), peer)]
+                messages = itertools.chain(*(room.split(own[0].nbytes) for room in rooms))
+                terms.append([inner.message_in(message, piece.numel) for message in messages])
         piece.values = [list(of_host) for of_host in zip(*terms)]
 
     def _end_inner(self, piece: _Piece, encoding: Encoding) -> None:
@@ -153,8 +156,8 @@ class Messages:
         self._wait(piece)
         own = self._row.index(self._rank)
         for terms in piece.values:
-            partial, message = self._partial[: piece.numel], terms[own]  # whose values nobody needs any more
-            Encoding(encoding.dtype).add_up(terms, partial)
+            partial, message = self._partial[: piece.numel], terms[own]  # which nobody needs any more
+            encoding.inner.add_up(terms, partial)
             if encoding.bits:
                 message = piece.room.take(encoding, piece.numel)
             encoding.encode(partial, message)

@@ -108,7 +108,9 @@ class OutcomeReader:
         """Returns what the adaptive windows' rounds reported."""
         return [outcome.counts for outcome in self.take() if outcome.counts is not None]
 
-    def take_whether_in_step(self) -> bool:
-        """Tells whether all ranks were in the same rounds, as far as it is newly known."""
-        known = self.take(lambda outcome: outcome.is_same_round.is_known())
-        return all(outcome.is_same_round.value() for outcome in known)
+    def take_whether_sound(self) -> tuple[bool, bool]:
+        """Tells, as far as it is newly known, whether all ranks were in the same rounds, and whether nobody had written
+        their live weights."""
+        known = self.take(lambda outcome: outcome.is_same_round.is_known() and outcome.is_untouched.is_known())
+        values = [(outcome.is_same_round.value(), outcome.is_untouched.value()) for outcome in known]
+        return all(in_step for in_step, _ in values), all(untouched for _, untouched in values)

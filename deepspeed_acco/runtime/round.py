@@ -14,6 +14,7 @@ from ..algorithm.schedules import Round
 from ..optim.adamw import AdamWShard
 from ..optim.ops import (
     adamw_commit,
+    adamw_commit_change,
     adamw_estimate,
     adamw_estimate_change,
     at_most_blocks,
@@ -55,13 +56,18 @@ class RoundOutcome:
     grad_norm: HostValue  # global norm of the mean gradient before clipping, fp32, 0-dim
     is_finite: HostValue  # where False the step was skipped
     is_same_round: HostValue  # where False the ranks were in different rounds
+    is_untouched: HostValue  # where False somebody else had written the live weights of a rank
     estimate_error: HostValue | None = None  # float64, NaN where there was no step; None: not measured
     counts: ReportedCounts | None = None  # None: not an adaptive window
     wire_bytes: int = 0  # payload that this rank sent, and as much received
 
 
 class RoundWork:
-    """Does the three parts of a round: packing before it, the round itself on a lane, installing after it."""
+    """Does the three parts of a round: packing before it, the round itself on a lane, installing after it.
+
+    Attributes:
+        are_written: float64, 0-dim; not 0 where somebody else has written the live weights, to which changes are added.
+    """
 
     def __init__(self, buffers: FlatBuffers, shards: list[AdamWShard], comm: Communicator):
         self._buffers = buffers
@@ -69,22 +75,25 @@ class RoundWork:
         self._comm = comm
         self.prediction = LocalPrediction(buffers, shards, comm)
         self._most_blocks = blocks_of_share(comm.sm_share, comm.device)
-
-    def _bits(self, this: Round) -> int:
-        """Returns in how many bits a value goes to other hosts; 0: in full. Only what is thrown away after half a step
-        may lose some, since its errors do not add up."""
-        return 0 if this.writes_state else self._buffers.estimate_bits
+        # Allocated once, since it is written on training's stream and read on the lane's.
+        self.are_written = torch.zeros((), dtype=torch.float64, device=comm.device)
 
     def pack(self, this: Round, pre_scale: float, *, clears: bool) -> None:
         """Copies the gradients out of A into X, times ``pre_scale``, and zeroes them if ``clears``."""
-        self._buffers.pack(pre_scale, self._bits(this), clears=clears)
+        self._buffers.pack(pre_scale, self._buffers.wire.of(this), clears=clears)
 
     def install(self, this: Round) -> None:
-        """Copies the weights that the finished round gathered into the live ones."""
-        if self._bits(this):
-            self._buffers.install_change()
+        """Writes to the live weights what the finished round brought: weights, or changes of those that are there."""
+        buffers = self._buffers
+        if not buffers.wire.of(this).change:
+            buffers.install()
+        elif not this.writes_state:
+            buffers.add_estimate()
         else:
-            self._buffers.install()
+            if this.predicts_locally:
+                buffers.take_true()
+            buffers.add_commit(buffers.live)
+        buffers.hold(buffers.live)
 
     @torch.no_grad()
     def run(self, this: Round, inputs: RoundInputs, number: int, measures: bool) -> RoundOutcome:
@@ -98,43 +107,47 @@ class RoundWork:
             return self._run(this, inputs, number, measures)
 
     def _run(self, this: Round, inputs: RoundInputs, number: int, measures: bool) -> RoundOutcome:
-        buffers, comm = self._buffers, self._comm
-        sent_before, bits = comm.sent_bytes, self._bits(this)
+        buffers, comm, bits = self._buffers, self._comm, self._buffers.wire.of(this)
+        sent_before = comm.sent_bytes
         grads = comm.reduce_scatter_sum(buffers.arenas, buffers.reduced, buffers.encoding(bits))
         squares = sum_of_squares(grads)
-        totals = torch.stack([squares, torch.full_like(squares, number)])
+        totals = torch.stack([squares, torch.full_like(squares, number), self.are_written])
         if inputs.contribution is not None:
             totals = torch.cat([totals, self._own_report(totals, inputs.contribution)])
         comm.all_reduce_sum(totals)
         scale = torch.full_like(squares, inputs.grad_scale)
         counts = None
         if inputs.contribution is not None:
-            counts = ReportedCounts(this, inputs.window, HostValue(totals[2:]))
-            scale *= inputs.contribution.nominal / totals[3:].sum()  # not finite, so skipped, where no rank computed
+            counts = ReportedCounts(this, inputs.window, HostValue(totals[3:]))
+            scale *= inputs.contribution.nominal / totals[4:].sum()  # not finite, so skipped, where no rank computed
         norm = totals[0].sqrt() * scale
         is_same_round = totals[1] == number * comm.world_size
         is_finite = norm.isfinite() & is_same_round
         if inputs.clip_grad > 0:
             scale /= ((norm + 1e-6) / inputs.clip_grad).clamp(min=1.0)  # as DeepSpeed's unscale_and_clip_grads
         scale = scale.float()
-        if bits:
-            self._estimate_records(inputs, grads, scale, is_finite)
+        if bits.change:
+            self._write_changes(this, inputs, grads, scale, is_finite)
         else:
-            grads = self._kept(this, grads)
-        for shard, grad, hyper, out in zip(self._shards, grads, inputs.hyper, buffers.comm_shards):
-            arguments = (shard, grad, hyper, scale, is_finite, out)
-            if this.writes_state:
-                adamw_commit(*arguments)
-            if this.predicts or not (this.writes_state or bits):
-                adamw_estimate(*arguments)
+            self._write_weights(this, inputs, self._kept(this, grads), scale, is_finite)
         roots = buffers.roots if this.writes_state else []
         if roots:
             self.prediction.write_own_roots(inputs.hyper)
-        comm.all_gather([*(buffers.comm_records if bits else buffers.comm_weights), *roots])
+        comm.all_gather([*buffers.gathered(bits), *roots])
         error = HostValue(self._measure_estimate(inputs, is_finite)) if measures else None
         sent = comm.sent_bytes - sent_before
         norm_later, is_finite_later = HostValue(norm.float()), HostValue(is_finite)
-        return RoundOutcome(this, norm_later, is_finite_later, HostValue(is_same_round), error, counts, sent)
+        is_same_later, is_untouched_later = HostValue(is_same_round), HostValue(totals[2] == 0)
+        return RoundOutcome(this, norm_later, is_finite_later, is_same_later, is_untouched_later, error, counts, sent)
+
+    def _write_weights(self, this: Round, inputs: RoundInputs, grads: list[Tensor], scale: Tensor, is_finite: Tensor):
+        """Updates this rank's shards, and writes their new weights to their place in X."""
+        for shard, grad, hyper, out in zip(self._shards, grads, inputs.hyper, self._buffers.comm_shards):
+            arguments = (shard, grad, hyper, scale, is_finite, out)
+            if this.writes_state:
+                adamw_commit(*arguments)
+            if this.predicts or not this.writes_state:
+                adamw_estimate(*arguments)
 
     def _kept(self, this: Round, grads: list[Tensor]) -> list[Tensor]:
         """Returns the sums where no weights are written over them before each was read for the last time. Sums in X lie
@@ -146,14 +159,24 @@ class RoundWork:
             kept.append(reduced.copy_(grad) if is_in_x and (reads_twice or grad.itemsize != out.itemsize) else grad)
         return kept
 
-    def _estimate_records(self, inputs: RoundInputs, grads: list[Tensor], scale: Tensor, is_finite: Tensor):
-        """Writes the change of this rank's weights to its place in X. The live weights, to which it will be added, are
-        the rounded true ones now. They are not read here: whoever evaluates an average may have it there meanwhile."""
-        buffers, bits = self._buffers, self._buffers.estimate_bits
-        for shard, grad, hyper, live, records in zip(
-            self._shards, grads, inputs.hyper, buffers.live_shards, buffers.own_records()
+    def _write_changes(self, this: Round, inputs: RoundInputs, grads: list[Tensor], scale: Tensor, is_finite: Tensor):
+        """Updates this rank's shards, and writes the change of their weights to its place in X: against what every rank
+        holds; where COMMITs bring whole weights those are the rounded masters. The live weights are not read here:
+        whoever evaluates an average may have it there meanwhile."""
+        buffers, bits = self._buffers, self._buffers.wire.of(this).change
+        for index, (shard, grad, hyper, records) in enumerate(
+            zip(self._shards, grads, inputs.hyper, buffers.own_records(bits))
         ):
-            adamw_estimate_change(shard, grad, hyper, scale, is_finite, live.dtype, records, bits)
+            held = buffers.held[index] if buffers.held else None
+            arguments = (shard, grad, hyper, scale, is_finite)
+            if this.writes_state:
+                assert held is not None, "a COMMIT brings changes of something"
+                adamw_commit_change(*arguments, held, records, bits)
+            to_true = records.clone() if this.predicts else None
+            if this.predicts or not this.writes_state:
+                adamw_estimate_change(*arguments, buffers.live[index].dtype, records, bits, base=held)
+            if to_true is not None:  # where training stands on if there is no step to predict
+                records.copy_(torch.where(is_finite, records, to_true))
 
     def _own_report(self, like: Tensor, contribution: Contribution) -> Tensor:
         """Returns what this rank adds to the round's small all-reduce (:class:`ReportedCounts` before the sum). It is

@@ -9,6 +9,8 @@ from enum import Enum
 
 from torch import Tensor
 
+from ..algorithm.schedules import Round
+
 
 class RoundState(Enum):
     """Says what there is of a round."""
@@ -23,7 +25,10 @@ class Look:
     """Holds what hiding the true weights again takes."""
 
     version: int  # of the weights that training had
-    predictions: list[Tensor] | None  # this rank's shards of them, where X had to hold the true weights meanwhile
+    predictions: list[Tensor] | None = (
+        None  # this rank's shards of them, where X had to hold the true weights meanwhile
+    )
+    kept: list[Tensor] = field(default_factory=list)  # copies in host memory of P, then of X if it was overwritten
 
 
 @dataclass(frozen=True)
@@ -36,3 +41,7 @@ class ResumeState:
     grad_norm: float  # of the newest COMMIT
     # local: of the true weights one commit before, and ``live`` is the whole, not a shard; else empty
     before: list[Tensor] = field(default_factory=list)
+    # where a COMMIT brings changes: this rank's records of one that is not installed yet, uint8
+    changes: list[Tensor] = field(default_factory=list)
+    pending: Round | None = None  # which round they are of; None: there are none
+    forgets_step: bool = False  # local: they also bring what somebody else wrote

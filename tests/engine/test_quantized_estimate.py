@@ -187,8 +187,8 @@ def _train_with_bad_change(config, windows, bad_window, precision):
 
     original, window = round_module.adamw_estimate_change, [0]
 
-    def spoiled(*arguments):
-        original(*arguments)
+    def spoiled(*arguments, **base):
+        original(*arguments, **base)
         records = arguments[6]
         if dist.get_rank() == 1 and window[0] == bad_window:
             records[:2] = records.new_tensor([0xC0, 0x7F])  # NaN in bf16

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deepspeed_acco.algorithm.wire import IN_FULL, Bits, Wire
 from deepspeed_acco.optim import quantization
 from deepspeed_acco.runtime.buffers import FlatBuffers
 from deepspeed_acco.runtime.layout import GroupLayout
@@ -30,7 +31,7 @@ def _buffers(levels, bits=0, shard_numel=262):
     """Returns the buffers of rank 0, with a first group in which all values differ and a small second one."""
     layouts = [GroupLayout(numel * levels.world_size, levels, 0) for numel in (shard_numel, 2)]
     live = [torch.arange(layout.padded_numel, dtype=torch.float32) for layout in layouts]
-    return FlatBuffers(live, layouts, torch.float32, torch.float32, bits)
+    return FlatBuffers(live, layouts, torch.float32, torch.float32, Wire(Bits(bits, bits)))
 
 
 LEVELS = (Levels.consecutive(6, 3), Levels(((5, 1, 2), (0, 4, 3))), Levels.flat(4), Levels.flat(1))
@@ -51,7 +52,7 @@ def test_shards_lie_by_their_places(native, levels):
     buffers.install()
     assert torch.equal(buffers.live[0], shown)
     buffers.grads[0].copy_(shown)
-    buffers.pack(0.5, 0, clears=True)
+    buffers.pack(0.5, IN_FULL, clears=True)
     buffers.install()  # of gradients, which have the places of weights
     assert torch.equal(buffers.live[0], shown / 2) and not buffers.grads[0].any()
 
@@ -60,13 +61,13 @@ def test_shards_lie_by_their_places(native, levels):
 @pytest.mark.parametrize("levels", LEVELS, ids=str)
 def test_changes_are_added_to_the_shards_they_are_of(native, levels, bits):
     buffers, numel = _buffers(levels, bits), 262
-    stride = buffers.comm_records[0].numel() // levels.world_size
+    stride = buffers.comm_records(bits)[0].numel() // levels.world_size
     for rank in range(levels.world_size):
         place = levels.place(rank)
-        message = buffers.comm_records[0][place * stride :][: quantization.message_bytes(numel, bits)]
+        message = buffers.comm_records(bits)[0][place * stride :][: quantization.message_bytes(numel, bits)]
         quantization.quantize(torch.full((numel,), 1.0 + rank), message, bits)
     before = buffers.live[0].clone()
-    buffers.install_change()
+    buffers.add_estimate()
     added = (buffers.live[0] - before).view(-1, numel)
     # A scale is rounded up to bf16: by 1 / 128 at most.
     expected = torch.arange(1.0, 1.0 + levels.world_size)[:, None].expand_as(added)
@@ -81,13 +82,13 @@ def test_operators_do_not_grow_with_the_ranks(native, bits, ranks_per_host):
     for ranks in (4, 16):
         buffers = _buffers(Levels.consecutive(ranks, ranks_per_host), bits)
         with Count() as count:
-            buffers.pack(0.5, bits, clears=False)
-            buffers.pack(1.0, 0, clears=True)
+            buffers.pack(0.5, Bits(bits, bits), clears=False)
+            buffers.pack(1.0, IN_FULL, clears=True)
             buffers.install()
             buffers.take_out()
             buffers.exchange()
             if bits:
-                buffers.install_change()
+                buffers.add_estimate()
         counted.append(count.calls)
     assert counted[0] == counted[1]
     assert counted[0]["deepspeed_acco.pack.default"] >= 2

@@ -55,6 +55,7 @@ def run_reference(
     keep=None,
     eps=None,
     estimate_bits=None,
+    commit_bits=None,
     shard_numels=(),
     ranks_per_host=1,
     seed=5,
@@ -72,7 +73,7 @@ def run_reference(
         send: replaces the rounding of what is communicated.
         spoil: ``spoil(rank, window, micro_batch)`` multiplies that micro-batch's targets.
         drop: ``drop(micro_batch)``: that micro-batch's gradient is thrown away.
-        estimate_bits, ranks_per_host: see Reference. shard_numels: likewise, where DeepSpeed has other ones.
+        estimate_bits, commit_bits, ranks_per_host: see Reference. shard_numels: likewise, where DeepSpeed has others.
         device: where forward and backward run, which round in an order of their own there.
         keep: called as ``keep(reference, report)`` after every window.
     Returns:
@@ -142,6 +143,7 @@ def run_reference(
         pass_on=pass_on,
         stands_on_true_after_skip=dtype is torch.float16,
         estimate_bits=estimate_bits,
+        commit_bits=commit_bits,
         shard_numels=shard_numels or [-(-numel // (2 * world_size)) * 2 for numel in numels],  # as DeepSpeed pads
     )
     norms, lowest_lr = [], [h.lr for h in hyper]
@@ -160,7 +162,7 @@ def run_reference(
             for h, lr in zip(hyper, lowest_lr):
                 h.lr = lr
     by_parameter = {}
-    for flat, group in zip(reference.theta, parameters):
+    for flat, group in zip(reference.shown, parameters):
         for param, value in zip(group, _split(flat, group)):
             by_parameter[id(param)] = value.cpu()
     return {
@@ -192,7 +194,7 @@ def trajectory(*, schedule, world_size, windows, n, a):
 
     def keep(reference, report):
         phases.append((_split(report.phase_a_weights[0], like), _split(report.phase_b_weights[0], like)))
-        true.append(_split(reference.theta[0].clone(), like))
+        true.append(_split(reference.shown[0].clone(), like))
 
     run_reference(schedule=schedule, world_size=world_size, windows=windows, n=n, a=a, keep=keep)
     return [(*both, true[window], true[window + 1]) for window, both in enumerate(phases)]

@@ -13,6 +13,7 @@ import deepspeed.comm
 import torch
 
 from ...algorithm.schedules import COMMIT, ESTIMATE, Round
+from ...algorithm.wire import COMMIT_COMMS, ESTIMATE_COMMS, Wire
 from ...engine.hosts import agree_on_levels
 from ...engine.log import describe_bytes
 from ...optim.adamw import AdamWHyper, AdamWShard
@@ -49,8 +50,9 @@ class _Rounds:
         comm.use_levels(levels)
         layout = GroupLayout(-(-numel // (2 * comm.world_size)) * 2 * comm.world_size, levels, comm.rank)
         live = torch.zeros(layout.padded_numel, dtype=subject.training.dtype, device=subject.device)
-        bits = subject.training.settings.estimate_bits
-        self._buffers = FlatBuffers([live], [layout], live.dtype, live.dtype, bits)
+        settings = subject.training.settings
+        wire = Wire(ESTIMATE_COMMS[settings.estimate_comm], COMMIT_COMMS[settings.commit_comm])
+        self._buffers = FlatBuffers([live], [layout], live.dtype, live.dtype, wire)
         self._buffers.grads[0].fill_(1e-3)
         shard = AdamWShard.fresh(self._buffers.live_shards[0].float().clone(), {})
         self.lane = make_lane("auto", subject.device)
@@ -75,14 +77,15 @@ class _Rounds:
         return self.lane.times().since(before).round_s
 
     def exchange_s(self) -> float:
-        """Returns how long a reduce-scatter and an all-gather of these parameters take on this rank."""
+        """Returns how long the reduce-scatter and the all-gather of a COMMIT take on this rank."""
         self._comm.barrier()
         return _seconds(self._device, self._exchange)
 
     def _exchange(self) -> None:
         buffers, sent = self._buffers, self._comm.sent_bytes
-        self._comm.reduce_scatter_sum(buffers.arenas, buffers.reduced, buffers.encoding(0))
-        self._comm.all_gather(buffers.comm_weights)
+        bits = buffers.wire.commit
+        self._comm.reduce_scatter_sum(buffers.arenas, buffers.reduced, buffers.encoding(bits))
+        self._comm.all_gather(buffers.gathered(bits))
         self.exchanged_bytes = self._comm.sent_bytes - sent
 
 

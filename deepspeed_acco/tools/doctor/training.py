@@ -172,7 +172,7 @@ def _reference(subject: Subject, run: _Trained) -> tuple[Tensor, Tensor]:
         return total if is_exact else (total * factor).to(dtype).double() / (share * scale)
 
     adamw = AdamWKeys(**{key: training.params[key] for key in ADAMW_KEYS if key in training.params})
-    settings = training.settings
+    settings, wire = training.settings, training.settings.wire
     reference = Reference(
         [start],
         [ReferenceHyper(LEARNING_RATE, *adamw.betas, adamw.eps, adamw.weight_decay)],
@@ -185,7 +185,8 @@ def _reference(subject: Subject, run: _Trained) -> tuple[Tensor, Tensor]:
         ranks_per_host=run.levels.ranks_per_host,
         pass_on=lambda total: rounded(total, share * scale),
         stands_on_true_after_skip=in_fp16,
-        estimate_bits=settings.estimate_bits or None,
+        estimate_bits=(wire.estimate and wire.estimate.gradient) or None,
+        commit_bits=(wire.commit.gradient, wire.commit.change) if wire.commit else None,
         loss_scale=scale,
         shard_numels=run.shard_numels,
     )
@@ -193,7 +194,7 @@ def _reference(subject: Subject, run: _Trained) -> tuple[Tensor, Tensor]:
     in_a = phase_a_micro_batches(n, settings.first_estimate_fraction) if training.schedule.has_two_phases else n
     for _ in range(_windows(subject)):
         reference.run_window(gradient, n, in_a)
-    return start, reference.theta[0]
+    return start, reference.shown[0]
 
 
 def _tolerance(subject: Subject) -> float:

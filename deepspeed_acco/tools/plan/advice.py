@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from ...algorithm.schedules import AUTO, DEFAULT, DEFAULT_OF_ONE, ESTIMATE, SCHEDULES, Schedule
 from ...algorithm.step_time import best_split
-from ...settings import ESTIMATE_COMMS
+from ...algorithm.wire import ESTIMATE_COMMS
 from .model import (
     STAGES,
     Cluster,
@@ -30,7 +30,7 @@ _WORTH_IT = 1.02  # a smaller speed-up is called none
 _LOCAL_SGD_FROM = 10  # R/C from which on whoever communicates in every step mostly waits
 _MOST_CUTS = 1000  # into more parts no micro-batch is cut: a split is then exact to 0.1 %
 # The default schedule with the fewest bits of an ESTIMATE.
-COARSEST = Mode(DEFAULT, min((bits, name) for name, bits in ESTIMATE_COMMS.items() if bits)[1])
+COARSEST = Mode(DEFAULT, min((bits.gradient, name) for name, bits in ESTIMATE_COMMS.items() if bits)[1])
 
 
 def delayed_schedules() -> list[Schedule]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from ...algorithm.schedules import COMMIT, ESTIMATE, SCHEDULES, Round, Schedule
 from ...algorithm.step_time import Figures, best_split
 from ...algorithm.window import phase_a_micro_batches, require_room
-from ...settings import ESTIMATE_COMMS
+from ...algorithm.wire import ESTIMATE_COMMS
 
 BACKENDS = ("nccl", "gloo")
 STAGES = ("zero0", "zero1", "zero1-reduce", "zero2", "zero2-reduce", "zero3")
@@ -52,7 +52,7 @@ class Mode:
     @property
     def is_quantized(self) -> bool:
         """Tells whether the ESTIMATE is sent in fewer bits than its dtype has."""
-        return ESTIMATE_COMMS[self.estimate_comm] > 0
+        return bool(ESTIMATE_COMMS[self.estimate_comm])
 
     @property
     def name(self) -> str:
@@ -401,7 +401,7 @@ def round_communication(model: Model, cluster: Cluster, estimate_comm: str = "fu
             levels gradients become codes between the hosts only, and the codes of the changes are passed on inside.
         this: one that is predicted locally gathers the roots of exp_avg_sq with the weights.
     """
-    bits = ESTIMATE_COMMS[estimate_comm]
+    bits = ESTIMATE_COMMS[estimate_comm].gradient
     gradients, weights = model.comm_bytes * model.numel, model.weight_bytes * model.numel
     coded = (bits / 8 + _SCALE_BYTES) * model.numel
     sent, gathered = (coded, coded) if bits else (gradients, weights)
