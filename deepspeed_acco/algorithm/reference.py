@@ -303,13 +303,11 @@ def quantized(values: Tensor, bits: int, shard_numel: int) -> Tensor:
     largest_level = 2 ** (bits - 1) - 1
     parts = []
     for shard in values.split(shard_numel):
-        for block in shard.split(256):
-            fraction, exponent = torch.frexp(block.abs().max() / largest_level)
-            scale = torch.ldexp((fraction * 256).ceil() / 256, exponent)
-            if not scale.isfinite():
-                parts.append(torch.full_like(block, torch.nan))
-            else:
-                parts.append((block / scale).round() * scale if scale > 0 else torch.zeros_like(block))
+        blocks = torch.nn.functional.pad(shard, (0, -shard.numel() % 256)).view(-1, 256)
+        fraction, exponent = torch.frexp(blocks.abs().amax(1, keepdim=True) / largest_level)
+        scale = torch.ldexp((fraction * 256).ceil() / 256, exponent)
+        levels = torch.where(scale > 0, (blocks / scale).round(), 0.0)
+        parts.append(torch.where(scale.isfinite(), levels * scale, torch.nan).flatten()[: shard.numel()])
     return torch.cat(parts)
 
 

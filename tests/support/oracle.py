@@ -78,7 +78,7 @@ def run_reference(
         keep: called as ``keep(reference, report)`` after every window.
     Returns:
         dict with losses (rank 0, every micro-batch) and those of all ranks, norms, weights (trainable parameters in the
-        module's order), and whether all ranks train at the same weights.
+        module's order), what looks show of them, and whether all ranks train at the same weights.
     """
     kind, _, accumulation = precision.partition("+")
     dtype = DTYPES[kind] if kind != "fp32" else torch.float64
@@ -161,16 +161,19 @@ def run_reference(
             lowest_lr = [lr * lr_decay for lr in lowest_lr]
             for h, lr in zip(hyper, lowest_lr):
                 h.lr = lr
-    by_parameter = {}
-    for flat, group in zip(reference.shown, parameters):
-        for param, value in zip(group, _split(flat, group)):
-            by_parameter[id(param)] = value.cpu()
+    by_parameter, shown = {}, {}
+    for of_flat, flats in ((by_parameter, reference.theta), (shown, reference.shown)):
+        for flat, group in zip(flats, parameters):
+            for param, value in zip(group, _split(flat, group)):
+                of_flat[id(param)] = value.cpu()
+    trainable = [p for p in module.parameters() if p.requires_grad]
     return {
         "losses": losses[0],
         "losses_of_ranks": losses,
         "norms": norms,
         "is_alike": not SCHEDULES[schedule].predicts_locally,
-        "weights": [by_parameter[id(p)] for p in module.parameters() if p.requires_grad],
+        "weights": [by_parameter[id(p)] for p in trainable],
+        "shown": [shown[id(p)] for p in trainable],
     }
 
 
