@@ -193,6 +193,69 @@ def test_quantized_sums(ranks, hosts, numels, bits, staging_bytes):
     _run_both_ways(ranks, _quantized_sum, HOSTS[hosts], **arguments)
 
 
+def _compact_sum(moves_by, hosts, numels, bits, inner_bits, staging_bytes, pieces):
+    """Sums where records leave from a buffer that has room for nothing else, also inside a host."""
+    import torch
+    import torch.distributed as dist
+
+    from deepspeed_acco.optim.quantization import dequantize_sum, message_bytes, quantize
+    from deepspeed_acco.runtime import collectives
+    from deepspeed_acco.runtime.encoding import Encoding
+
+    comm = _communicator(hosts=hosts)
+    rank, world, levels = dist.get_rank(), dist.get_world_size(), comm.levels
+    encoding = Encoding(torch.bfloat16, bits, inner_bits)
+    first = encoding if levels.is_flat else encoding.inner
+    arenas, expected, totals = [], [], []
+
+    def message_of(values, bits):
+        message = torch.empty(message_bytes(values.numel(), bits), dtype=torch.uint8)
+        quantize(values, message, bits)
+        return message
+
+    def value_of(messages, numel, bits):
+        value = torch.empty(numel)
+        dequantize_sum(messages, value, bits)
+        return value
+
+    for group, numel in enumerate(numels):
+        generator = torch.Generator().manual_seed(group)
+        gradients = torch.randn(world, world, numel, generator=generator)  # of rank, for rank
+        stride = first.message_stride(numel)
+        arena = torch.zeros(world * stride, dtype=torch.uint8)
+        for receiver in range(world):
+            message = message_of(gradients[rank, receiver], first.bits)
+            arena[levels.place(receiver) * stride :][: message.numel()] = message
+        arenas.append(arena)
+        of_hosts = []
+        for ranks in levels.hosts:
+            messages = [message_of(gradients[of, rank], first.bits) for of in ranks]
+            if not levels.is_flat:
+                messages = [message_of(value_of(messages, numel, first.bits), bits)]
+            of_hosts += messages
+        expected.append(value_of(of_hosts, numel, bits))
+        totals.append(torch.full((numel,), -1.0))
+    with small_staging(staging_bytes), _mover(moves_by, comm) as moves:
+        with mock.patch.multiple(collectives, PIECES=pieces, SMALLEST_PIECE=2048):
+            moves.reduce_scatter_sum(arenas, totals, encoding)
+    assert all(got.equal(want) for got, want in zip(totals, expected))
+    needed = 0
+    for numel in numels:
+        inside = (levels.ranks_per_host - 1) * levels.host_count * message_bytes(numel, first.bits)
+        needed += inside + (levels.host_count - 1) * message_bytes(numel, bits)
+    assert needed <= moves.sent_bytes <= needed + 16 * world * len(numels)
+    comm.destroy()
+
+
+@pytest.mark.parametrize("hosts", ["1", "1+1+1", "2+2", "interleaved", "2+2+2"])
+@pytest.mark.parametrize(
+    ("numels", "bits", "staging_bytes"), [([3], 8, 2**20), ([5001, 256, 4097], 4, 2500), ([9000], 8, 2500)]
+)
+def test_quantized_sums_that_leave_no_room(ranks, hosts, numels, bits, staging_bytes):
+    arguments = dict(numels=numels, bits=bits, inner_bits=8, staging_bytes=staging_bytes, pieces=3)
+    _run_both_ways(ranks, _compact_sum, HOSTS[hosts], **arguments)
+
+
 def _sums_of_two_groups(members):
     """Tensor parallelism: every second rank is of one data-parallel group, and each group has its own two levels."""
     import torch
