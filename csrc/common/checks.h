@@ -105,6 +105,15 @@ inline int64_t check_records(const at::Tensor& records, const at::Tensor& like, 
   return stride;
 }
 
+// What an estimate's changes are counted from: given weights, or the master ones as `live_dtype` has them.
+inline void check_base(const std::optional<at::Tensor>& base, at::ScalarType live_dtype, const at::Tensor& master) {
+  if (base) {
+    check_flat(*base, master, "base");
+  } else {
+    check_dtype(live_dtype, "live");
+  }
+}
+
 inline void check_same_dtype(const at::Tensor& one, const at::Tensor& other) {
   TORCH_CHECK_VALUE(one.scalar_type() == other.scalar_type(), "deepspeed_acco: both must have one dtype, got ",
                     one.scalar_type(), " and ", other.scalar_type());

@@ -38,10 +38,15 @@ TORCH_LIBRARY(deepspeed_acco, m) {
       "quantize(Tensor values, Tensor(a!) records, int bits, float scale, Tensor? places=None, int max_blocks=0) "
       "-> ()");
   m.def("dequantize_sum(Tensor[] messages, Tensor(a!) total, int bits, int max_blocks=0) -> ()");
+  // The change is counted from `base`; without it from the master weights as `live_dtype` has them.
   m.def(
       "adamw_estimate_change(Tensor master, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, Tensor grad, "
       "Tensor grad_scale, Tensor is_finite, float lr, float beta1, float beta2, float eps, float weight_decay, "
-      "ScalarType live_dtype, Tensor(a!) records, int bits, int max_blocks=0) -> ()");
+      "ScalarType live_dtype, Tensor(a!) records, int bits, Tensor? base=None, int max_blocks=0) -> ()");
+  m.def(
+      "adamw_commit_change(Tensor(a!) master, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, Tensor grad, "
+      "Tensor grad_scale, Tensor is_finite, float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "Tensor base, Tensor(e!) records, int bits, int max_blocks=0) -> ()");
   m.def(
       "add_change(Tensor records, Tensor is_added, Tensor(a!) live, int bits, Tensor? places=None, int max_blocks=0) "
       "-> ()");

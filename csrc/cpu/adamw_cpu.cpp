@@ -15,12 +15,6 @@
 namespace acco::cpu {
 namespace {
 
-template <bool kWritesState>
-float* state(const at::Tensor& tensor) {
-  // Without kWritesState the loops only read; the cast spares them a second set of signatures.
-  return kWritesState ? write<Float32>(tensor) : const_cast<float*>(read<Float32>(tensor));
-}
-
 template <bool kWritesState, class Arithmetic>
 void update(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& grad,
             const at::Tensor& out, const Arithmetic& arithmetic) {

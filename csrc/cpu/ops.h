@@ -63,4 +63,10 @@ typename Format::Storage* write(const at::Tensor& tensor) {
   return static_cast<typename Format::Storage*>(tensor.mutable_data_ptr());
 }
 
+template <bool kWritesState>
+float* state(const at::Tensor& tensor) {
+  // Without kWritesState the loops only read; the cast spares them a second set of signatures.
+  return kWritesState ? write<Float32>(tensor) : const_cast<float*>(read<Float32>(tensor));
+}
+
 }  // namespace acco::cpu

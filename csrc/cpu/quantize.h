@@ -1,7 +1,7 @@
 // Copyright (c) the deepspeed_acco authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// The CPU loops of the quantised estimate, without torch. Each works on the records [begin, end) of its operands, which
+// The CPU loops of the quantised rounds, without torch. Each works on the records [begin, end) of its operands, which
 // have `numel` elements; a record's bits depend on its elements alone, so that any division over threads gives the same
 // result.
 #pragma once
@@ -81,17 +81,29 @@ int32_t scale_block(const typename Source::Storage* __restrict values, float sca
   return largest;
 }
 
-// changes <- the weights after AdamW's step, in fp32, minus those before it as Live has them. Returns the largest
-// magnitude.
-template <class Grad, class Live>
-int32_t change_block(const Factors& factors, const float* __restrict master, const float* __restrict exp_avg,
-                     const float* __restrict exp_avg_sq, const typename Grad::Storage* __restrict grad,
-                     float* __restrict changes, int64_t count) {
+// What changes are counted from: the master weights as Live has them,
+template <class Live>
+struct RoundedMaster {
+  const float* master;
+  RoundedMaster from(int64_t at) const { return {master + at}; }
+  float operator[](int64_t i) const { return Live::load(Live::store(master[i])); }
+};
+
+// or weights that are given.
+template <class Base>
+struct GivenWeights {
+  const typename Base::Storage* weights;
+  GivenWeights from(int64_t at) const { return {weights + at}; }
+  float operator[](int64_t i) const { return Base::load(weights[i]); }
+};
+
+// changes <- weights - base. Returns the largest magnitude.
+template <class Base>
+int32_t subtract_block(const float* __restrict weights, const Base base, float* __restrict changes, int64_t count) {
   int32_t largest = 0;
 #pragma omp simd reduction(max : largest)
   for (int64_t i = 0; i < count; ++i) {
-    const Element now = adamw(factors, Element{master[i], exp_avg[i], exp_avg_sq[i]}, Grad::load(grad[i]));
-    const float change = now.master - Live::load(Live::store(master[i]));
+    const float change = weights[i] - base[i];
     const int32_t magnitude = magnitude_of(change);
     largest = magnitude > largest ? magnitude : largest;
     changes[i] = change;
@@ -129,17 +141,32 @@ void quantize_range(const typename Source::Storage* values, uint8_t* records, fl
   }
 }
 
-// records <- how far AdamW's step goes from the master weights as Live has them.
-template <class Grad, class Live>
-void estimate_change_range(const Factors& factors, const float* master, const float* exp_avg, const float* exp_avg_sq,
-                           const typename Grad::Storage* grad, uint8_t* records, int bits, int64_t numel, int64_t begin,
-                           int64_t end) {
+// records <- how far AdamW's step goes from the base. With kWritesState the base is weights that are given: the master is
+// overwritten.
+template <class Grad, bool kWritesState, class Base>
+void adamw_change_range(const AdamW& arithmetic, float* master, float* exp_avg, float* exp_avg_sq,
+                        const typename Grad::Storage* grad, const Base& base, uint8_t* records, int bits, int64_t numel,
+                        int64_t begin, int64_t end) {
+  alignas(64) float weights[kRecordNumel], changes[kRecordNumel];
+  for (int64_t record = begin; record < end; ++record) {
+    const int64_t at = record * kRecordNumel;
+    const int64_t count = record_numel(at, numel);
+    arithmetic.block<Grad, Float32, kWritesState>(master + at, exp_avg + at, exp_avg_sq + at, grad + at, weights,
+                                                  count);
+    const int32_t largest = subtract_block(weights, base.from(at), changes, count);
+    encode_record(changes, largest, records + record * record_bytes(bits), bits, count);
+  }
+}
+
+// records <- master - base.
+template <class Base>
+void change_range(const float* master, const Base& base, uint8_t* records, int bits, int64_t numel, int64_t begin,
+                  int64_t end) {
   alignas(64) float changes[kRecordNumel];
   for (int64_t record = begin; record < end; ++record) {
     const int64_t at = record * kRecordNumel;
     const int64_t count = record_numel(at, numel);
-    const int32_t largest = change_block<Grad, Live>(factors, master + at, exp_avg + at, exp_avg_sq + at, grad + at,
-                                                     changes, count);
+    const int32_t largest = subtract_block(master + at, base.from(at), changes, count);
     encode_record(changes, largest, records + record * record_bytes(bits), bits, count);
   }
 }

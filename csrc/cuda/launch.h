@@ -93,7 +93,7 @@ cudaError_t launch_copy_shards(const void* source, void* target, int64_t element
 cudaError_t launch_swap_shards(void* one, void* other, int64_t element_bytes, const Shards& shards, int64_t max_blocks,
                                cudaStream_t stream);
 
-// The quantised estimate; `bits` is 4 or 8. The messages of several shards are `stride` bytes apart, in the order of
+// The quantised rounds; `bits` is 4 or 8. The messages of several shards are `stride` bytes apart, in the order of
 // their places.
 cudaError_t launch_quantize(Array values, const Shards& shards, int64_t stride, float scale, uint8_t* records, int bits,
                             int64_t max_blocks, cudaStream_t stream);
@@ -102,10 +102,14 @@ cudaError_t launch_quantize(Array values, const Shards& shards, int64_t stride, 
 cudaError_t launch_dequantize_sum(const uint8_t* const* messages, int64_t message_count, float* total, int64_t numel,
                                   int bits, int64_t max_blocks, cudaStream_t stream);
 
-// The change is that from the master weights as `live` has them.
+// The change is counted from `base`; where that has no data, from the master weights as its format has them.
 cudaError_t launch_estimate_change(const float* master, const float* exp_avg, const float* exp_avg_sq,
-                                   const Scalars& scalars, const Inputs& inputs, Format live, uint8_t* records,
-                                   int bits, cudaStream_t stream);
+                                   const Scalars& scalars, const Inputs& inputs, Array base, uint8_t* records, int bits,
+                                   cudaStream_t stream);
+
+// The change of the master weights as the launch leaves them, counted from `base`; `step` as in launch_commit.
+cudaError_t launch_commit_change(float* master, float* exp_avg, float* exp_avg_sq, float* step, const Scalars& scalars,
+                                 const Inputs& inputs, Array base, uint8_t* records, int bits, cudaStream_t stream);
 
 cudaError_t launch_add_change(const uint8_t* records, const bool* is_added, MutableArray live, const Shards& shards,
                               int64_t stride, int bits, int64_t max_blocks, cudaStream_t stream);

@@ -1,7 +1,7 @@
 // Copyright (c) the deepspeed_acco authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// The CUDA kernels of the quantised estimate, without torch. A warp handles a record: twice, each lane four elements.
+// The CUDA kernels of the quantised rounds, without torch. A warp handles a record: twice, each lane four elements.
 // Compile with -fmad=false, exact division and subnormals, which are nvcc's defaults: records then have the CPU's bits.
 #include "common/quantize.h"
 
@@ -221,41 +221,102 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-template <class Grad, class Live>
+// What changes are counted from: the master weights before the step as Live has them,
+template <class Live>
+struct RoundedMaster {
+  bool is_aligned() const { return true; }
+
+  template <bool kIsWide>
+  __device__ Four<float> four(const Four<float>& master, int64_t, int, int) const {
+    Four<float> rounded;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      rounded.at[k] = Live::load(Live::store(master.at[k]));
+    }
+    return rounded;
+  }
+};
+
+// or weights that are given.
+template <class Base>
+struct GivenWeights {
+  const typename Base::Storage* weights;
+  int width;
+
+  bool is_aligned() const { return width == 4; }
+
+  template <bool kIsWide>
+  __device__ Four<float> four(const Four<float>&, int64_t at, int first, int count) const {
+    const auto stored = load_up_to_four(weights + at, first, count, width_of<kIsWide>(width));
+    Four<float> loaded;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      loaded.at[k] = Base::load(stored.at[k]);
+    }
+    return loaded;
+  }
+};
+
+// ESTIMATE's state comes through here without const; without kWritesState nothing is written to it.
+template <class Grad, class Base, bool kWritesState>
 struct ChangeOperands {
-  const float* master;
-  const float* exp_avg;
-  const float* exp_avg_sq;
+  float* master;
+  float* exp_avg;
+  float* exp_avg_sq;
   const typename Grad::Storage* grad;
+  Base base;
   int64_t numel;
   struct {
     int master, exp_avg, exp_avg_sq, grad;
   } width;
 
   bool are_aligned_alike() const {
-    return width.master == 4 && width.exp_avg == 4 && width.exp_avg_sq == 4 && width.grad == 4;
+    return width.master == 4 && width.exp_avg == 4 && width.exp_avg_sq == 4 && width.grad == 4 && base.is_aligned();
   }
 
+  // The changes of four elements by a step; where none is there it is 0, whatever the factors make of it.
   template <bool kIsWide>
   __device__ Four<float> four(const Factors& factors, int64_t at, int first, int count) const {
-    const auto p = load_up_to_four(master + at, first, count, width_of<kIsWide>(width.master));
-    const auto m = load_up_to_four(exp_avg + at, first, count, width_of<kIsWide>(width.exp_avg));
-    const auto v = load_up_to_four(exp_avg_sq + at, first, count, width_of<kIsWide>(width.exp_avg_sq));
+    auto p = load_up_to_four(master + at, first, count, width_of<kIsWide>(width.master));
+    auto m = load_up_to_four(exp_avg + at, first, count, width_of<kIsWide>(width.exp_avg));
+    auto v = load_up_to_four(exp_avg_sq + at, first, count, width_of<kIsWide>(width.exp_avg_sq));
     const auto g = load_up_to_four(grad + at, first, count, width_of<kIsWide>(width.grad));
+    const auto from = base.template four<kIsWide>(p, at, first, count);
     Four<float> change;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const Element now = adamw(factors, Element{p.at[k], m.at[k], v.at[k]}, Grad::load(g.at[k]));
-      // What is not there stays 0, whatever the factors make of it.
-      change.at[k] = first + k < count ? now.master - Live::load(Live::store(p.at[k])) : 0.0f;
+      change.at[k] = first + k < count ? now.master - from.at[k] : 0.0f;
+      if (kWritesState) {
+        p.at[k] = now.master;
+        m.at[k] = now.exp_avg;
+        v.at[k] = now.exp_avg_sq;
+      }
+    }
+    if (kWritesState) {
+      store_up_to_four(master + at, first, count, width_of<kIsWide>(width.master), p);
+      store_up_to_four(exp_avg + at, first, count, width_of<kIsWide>(width.exp_avg), m);
+      store_up_to_four(exp_avg_sq + at, first, count, width_of<kIsWide>(width.exp_avg_sq), v);
+    }
+    return change;
+  }
+
+  // The same without a step; what is not there is 0 on both sides.
+  template <bool kIsWide>
+  __device__ Four<float> four_without_step(int64_t at, int first, int count) const {
+    auto change = load_up_to_four(master + at, first, count, width_of<kIsWide>(width.master));
+    const auto from = base.template four<kIsWide>(change, at, first, count);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      change.at[k] -= from.at[k];
     }
     return change;
   }
 };
 
-template <bool kIsWide, class Grad, class Live, int kBits>
+template <bool kIsWide, class Grad, class Base, bool kWritesState, int kBits>
 __global__ void __launch_bounds__(kThreads)
-    estimate_change_kernel(ChangeOperands<Grad, Live> operands, const Prepared* prepared, uint8_t* records) {
+    adamw_change_kernel(ChangeOperands<Grad, Base, kWritesState> operands, const Prepared* prepared, uint8_t* records) {
   const Factors factors = prepared->factors;
   const bool is_taken = prepared->is_taken;
   for_records<kBits>(operands.numel, [&](int64_t at, auto count, int64_t byte) {
@@ -264,6 +325,11 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
         changes[turn] = operands.template four<kIsWide>(factors, at, first_of_four(turn), count);
+      }
+    } else if (kWritesState) {  // an estimate that is skipped leaves the weights as they are: 0
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) {
+        changes[turn] = operands.template four_without_step<kIsWide>(at, first_of_four(turn), count);
       }
     }
     encode_record<kBits>(changes, records + byte, count);
@@ -316,6 +382,52 @@ cudaError_t with_record_grid(int64_t shards, int64_t numel, int64_t max_blocks, 
   return f(grid_blocks(shards * pieces_of(numel, kRecordNumel), kThreads / kWarp, most));
 }
 
+template <bool kWritesState>
+cudaError_t launch_adamw_change(float* master, float* exp_avg, float* exp_avg_sq, float* next_step,
+                                const Scalars& scalars, const Inputs& inputs, Array base, uint8_t* records, int bits,
+                                cudaStream_t stream) {
+  const cudaError_t status = prepare(scalars, next_step, stream);
+  if (status != cudaSuccess) {
+    return status;
+  }
+  return with_record_grid(1, inputs.numel, inputs.max_blocks, [&](uint32_t blocks) {
+    return with_format(inputs.grad.format, [&](auto grad_format) {
+      return with_format(base.format, [&](auto base_format) {
+        return with_bits(bits, [&](auto of_level) {
+          using Grad = decltype(grad_format);
+          using Format = decltype(base_format);
+          constexpr int kBits = decltype(of_level)::value;
+          const auto launch = [&](auto counted_from) {
+            using Base = decltype(counted_from);
+            const auto* grad = static_cast<const typename Grad::Storage*>(inputs.grad.data);
+            const ChangeOperands<Grad, Base, kWritesState> operands{
+                master,
+                exp_avg,
+                exp_avg_sq,
+                grad,
+                counted_from,
+                inputs.numel,
+                {width_at(master), width_at(exp_avg), width_at(exp_avg_sq), width_at(grad)}};
+            return with_bool(operands.are_aligned_alike(), [&](auto is_wide) {
+              constexpr bool kIsWide = decltype(is_wide)::value;
+              adamw_change_kernel<kIsWide, Grad, Base, kWritesState, kBits><<<blocks, kThreads, 0, stream>>>(
+                  operands, scalars.prepared, records);
+              return cudaGetLastError();
+            });
+          };
+          const auto* weights = static_cast<const typename Format::Storage*>(base.data);
+          if constexpr (!kWritesState) {
+            if (weights == nullptr) {
+              return launch(RoundedMaster<Format>{});
+            }
+          }
+          return launch(GivenWeights<Format>{weights, width_at(weights)});
+        });
+      });
+    });
+  });
+}
+
 }  // namespace
 
 cudaError_t launch_quantize(Array values, const Shards& shards, int64_t stride, float scale, uint8_t* records, int bits,
@@ -360,36 +472,16 @@ cudaError_t launch_dequantize_sum(const uint8_t* const* messages, int64_t messag
 }
 
 cudaError_t launch_estimate_change(const float* master, const float* exp_avg, const float* exp_avg_sq,
-                                   const Scalars& scalars, const Inputs& inputs, Format live, uint8_t* records,
-                                   int bits, cudaStream_t stream) {
-  const cudaError_t status = prepare(scalars, nullptr, stream);
-  if (status != cudaSuccess) {
-    return status;
-  }
-  return with_record_grid(1, inputs.numel, inputs.max_blocks, [&](uint32_t blocks) {
-    return with_format(inputs.grad.format, [&](auto grad_format) {
-      return with_format(live, [&](auto live_format) {
-        return with_bits(bits, [&](auto of_level) {
-          using Grad = decltype(grad_format);
-          using Live = decltype(live_format);
-          constexpr int kBits = decltype(of_level)::value;
-          const auto* grad = static_cast<const typename Grad::Storage*>(inputs.grad.data);
-          const ChangeOperands<Grad, Live> operands{
-              master,
-              exp_avg,
-              exp_avg_sq,
-              grad,
-              inputs.numel,
-              {width_at(master), width_at(exp_avg), width_at(exp_avg_sq), width_at(grad)}};
-          return with_bool(operands.are_aligned_alike(), [&](auto is_wide) {
-            estimate_change_kernel<decltype(is_wide)::value, Grad, Live, kBits><<<blocks, kThreads, 0, stream>>>(
-                operands, scalars.prepared, records);
-            return cudaGetLastError();
-          });
-        });
-      });
-    });
-  });
+                                   const Scalars& scalars, const Inputs& inputs, Array base, uint8_t* records, int bits,
+                                   cudaStream_t stream) {
+  return launch_adamw_change<false>(const_cast<float*>(master), const_cast<float*>(exp_avg),
+                                    const_cast<float*>(exp_avg_sq), nullptr, scalars, inputs, base, records, bits,
+                                    stream);
+}
+
+cudaError_t launch_commit_change(float* master, float* exp_avg, float* exp_avg_sq, float* step, const Scalars& scalars,
+                                 const Inputs& inputs, Array base, uint8_t* records, int bits, cudaStream_t stream) {
+  return launch_adamw_change<true>(master, exp_avg, exp_avg_sq, step, scalars, inputs, base, records, bits, stream);
 }
 
 cudaError_t launch_add_change(const uint8_t* records, const bool* is_added, MutableArray live, const Shards& shards,

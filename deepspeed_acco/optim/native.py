@@ -18,7 +18,7 @@ from . import build
 CHOICE_VARIABLE = "DEEPSPEED_ACCO_KERNELS"
 CHOICES = ("auto", "native", "torch")
 _NAMESPACE = "deepspeed_acco"
-_PROBED = f"{_NAMESPACE}::error_and_step"  # the youngest: an older library lacks it
+_PROBED = f"{_NAMESPACE}::adamw_commit_change"  # the youngest: an older library lacks it
 
 _reasons: dict[str, str] = {}  # by device type; empty: native
 
@@ -97,7 +97,7 @@ def _is_registered() -> bool:
 
 _fakes: list[torch.library.Library] = []
 _UPDATES = ("adamw_estimate", "adamw_commit", "traffic_estimate", "traffic_commit")
-_QUANTIZED = ("quantize", "dequantize_sum", "adamw_estimate_change", "add_change")
+_QUANTIZED = ("quantize", "dequantize_sum", "adamw_estimate_change", "adamw_commit_change", "add_change")
 _LOCAL = ("block_roots", "predict_locally")
 _SHARDS = ("pack", "copy_shards", "swap_shards")
 

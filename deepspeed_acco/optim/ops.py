@@ -71,9 +71,9 @@ def adamw_commit(
         torch.ops.deepspeed_acco.adamw_commit(*arguments, max_blocks=_most_blocks)
 
 
-def _arguments(shard, grad, hyper, grad_scale, is_finite, out):
+def _arguments(shard, grad, hyper, grad_scale, is_finite, last):
     state = (shard.master, shard.exp_avg, shard.exp_avg_sq, shard.step)
-    return (*state, grad, grad_scale, is_finite, *_numbers(hyper), out)
+    return (*state, grad, grad_scale, is_finite, *_numbers(hyper), last)
 
 
 def _numbers(hyper):
@@ -167,11 +167,11 @@ def adamw_estimate_change(
     base: Tensor | None = None,
 ) -> None:
     """Does what :func:`quantization.adamw_estimate_change` does, in one pass that writes ``records`` alone."""
-    if base is not None or reason_against(grad.device):
+    if reason_against(grad.device):
         quantization.adamw_estimate_change(shard, grad, hyper, grad_scale, is_finite, live_dtype, records, bits, base)
     else:
         arguments = _arguments(shard, grad, hyper, grad_scale, is_finite, live_dtype)
-        torch.ops.deepspeed_acco.adamw_estimate_change(*arguments, records, bits, max_blocks=_most_blocks)
+        torch.ops.deepspeed_acco.adamw_estimate_change(*arguments, records, bits, base, max_blocks=_most_blocks)
 
 
 @torch.no_grad()
@@ -185,8 +185,12 @@ def adamw_commit_change(
     records: Tensor,
     bits: int,
 ) -> None:
-    """Does what :func:`quantization.adamw_commit_change` does."""
-    quantization.adamw_commit_change(shard, grad, hyper, grad_scale, is_finite, base, records, bits)
+    """Does what :func:`quantization.adamw_commit_change` does, in one pass."""
+    if reason_against(grad.device):
+        quantization.adamw_commit_change(shard, grad, hyper, grad_scale, is_finite, base, records, bits)
+    else:
+        arguments = _arguments(shard, grad, hyper, grad_scale, is_finite, base)
+        torch.ops.deepspeed_acco.adamw_commit_change(*arguments, records, bits, max_blocks=_most_blocks)
 
 
 @torch.no_grad()

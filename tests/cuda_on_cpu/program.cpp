@@ -315,6 +315,15 @@ struct Update : Case {
 
   using Case::Case;
   Element now(int64_t i) const { return adamw(factors(), {master[i], exp_avg[i], exp_avg_sq[i]}, grad[i]); }
+  // The element as a commit leaves it, which is what must be there.
+  Element expect_commit(int64_t i) {
+    const Element after = is_taken ? now(i) : Element{master[i], exp_avg[i], exp_avg_sq[i]};
+    master.expect(i, after.master);
+    exp_avg.expect(i, after.exp_avg);
+    exp_avg_sq.expect(i, after.exp_avg_sq);
+    return after;
+  }
+  void expect_counted_step() { step.expect(0, step[0] + (is_taken ? 1.0f : 0.0f)); }
   void check() const {
     Case::check();
     for (const Floats* operand : {&master, &exp_avg, &exp_avg_sq, &grad, &out}) {
@@ -344,13 +353,9 @@ void commit(int64_t numel) {
   begin("commit", numel);
   Update on(numel);
   for (int64_t i = 0; i < numel; ++i) {
-    const Element now = on.is_taken ? on.now(i) : Element{on.master[i], on.exp_avg[i], on.exp_avg_sq[i]};
-    on.master.expect(i, now.master);
-    on.exp_avg.expect(i, now.exp_avg);
-    on.exp_avg_sq.expect(i, now.exp_avg_sq);
-    on.out.expect(i, now.master);
+    on.out.expect(i, on.expect_commit(i).master);
   }
-  on.step.expect(0, on.step[0] + (on.is_taken ? 1.0f : 0.0f));
+  on.expect_counted_step();
   require(launch_commit(on.master.fp32(), on.exp_avg.fp32(), on.exp_avg_sq.fp32(), on.step.fp32(), on.scalars,
                         on.inputs, on.out.write(), nullptr));
   on.check();
@@ -573,17 +578,41 @@ void estimate_change(int64_t numel) {
   begin("estimate_change", numel);
   Update on(numel);
   const int bits = one_of<int>({4, 8});
-  Floats live("live", any_format(), numel, 0);
+  const bool has_base = below(2);
+  Floats live("live", any_format(), numel, has_base ? on.shifts.next() : 0);
+  live.fill(0.1f);
   std::vector<float> changes;
   for (int64_t i = 0; i < numel; ++i) {
-    live.set(i, on.master[i]);
+    if (!has_base) {
+      live.set(i, on.master[i]);
+    }
     changes.push_back(on.now(i).master - live[i]);
   }
   Records records("records", numel, bits, 2 * below(3));
   on.is_taken ? records.expect(changes, bits) : records.expect_zeros();
   require(launch_estimate_change(on.master.fp32(), on.exp_avg.fp32(), on.exp_avg_sq.fp32(), on.scalars, on.inputs,
-                                 live.format, records.data(), bits, nullptr));
+                                 has_base ? live.read() : Array{nullptr, live.format}, records.data(), bits, nullptr));
   on.check();
+  live.check();
+  records.check();
+}
+
+void commit_change(int64_t numel) {
+  begin("commit_change", numel);
+  Update on(numel);
+  const int bits = one_of<int>({4, 8});
+  const Floats base = on.floats("base", any_format(), 0.1f);
+  std::vector<float> changes;
+  for (int64_t i = 0; i < numel; ++i) {
+    changes.push_back(on.expect_commit(i).master - base[i]);
+  }
+  on.expect_counted_step();
+  Records records("records", numel, bits, 2 * below(3));
+  records.expect(changes, bits);
+  require(launch_commit_change(on.master.fp32(), on.exp_avg.fp32(), on.exp_avg_sq.fp32(), on.step.fp32(), on.scalars,
+                               on.inputs, base.read(), records.data(), bits, nullptr));
+  on.check();
+  base.check();
   records.check();
 }
 
@@ -670,7 +699,7 @@ void predict_locally(int64_t shard_numel) {
 using Check = void (*)(int64_t);
 const Check kChecks[] = {estimate,       commit,          traffic,    sum_of_squares, pack,           quantize,
                          dequantize_sum, estimate_change, add_change, block_roots,    predict_locally,
-                         copy_shards,    swap_shards,     error_and_step};
+                         copy_shards,    swap_shards,     error_and_step, commit_change};
 
 // Around vectors, blocks, warps and chunks of the sum, and more than a grid does in one go.
 const std::vector<int64_t> kSizes = {0,   1,   2,   3,   4,   5,   7,    31,   33,   127,  128,  129,   255,

@@ -19,15 +19,16 @@ def test_opcheck(native):
 @pytest.mark.parametrize(
     "name, written",
     [
-        ("adamw_estimate_change", "records"),
-        ("quantize", "records"),
-        ("dequantize_sum", "total"),
-        ("add_change", "live"),
+        ("adamw_estimate_change", ["records"]),
+        ("adamw_commit_change", ["master", "exp_avg", "exp_avg_sq", "step", "records"]),
+        ("quantize", ["records"]),
+        ("dequantize_sum", ["total"]),
+        ("add_change", ["live"]),
     ],
 )
 def test_schemas_say_what_is_written(native, name, written):
     schema = getattr(torch.ops.deepspeed_acco, name).default._schema
-    assert [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write] == [written]
+    assert [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write] == written
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -59,6 +60,13 @@ def test_estimate_change(native, grad_dtype, live_dtype, bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("grad_dtype, base_dtype", DTYPE_PAIRS)
+def test_commit_change(native, grad_dtype, base_dtype, bits):
+    for number, numel in enumerate(SIZES):
+        checks.check_commit_change(native, numel, grad_dtype, base_dtype, bits, shift=number % 2)
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_past_the_cache(native, bits):
     """A large sum takes another way to memory (streamed stores)."""
     for shift in (0, 1):
@@ -84,7 +92,8 @@ def test_refuses_what_it_cannot_do(native):
     case = Case(300, torch.float32, torch.float32)
     records = Bytes(300, 4).view
     flag, total = case.is_finite, torch.zeros(300)
-    change = lambda dtype, records: checks.run_change(native, case, dtype, records, 4)  # noqa: E731
+    change = lambda dtype, records, base=None: checks.run_change(native, case, dtype, records, 4, base)  # noqa: E731
+    commit = lambda base, records: checks.run_commit_change(native, case, base, records, 4)  # noqa: E731
     for call, message in (
         (lambda: native.quantize(total, records, 5, 1.0), "bits is 5; allowed: 4, 8"),
         (lambda: native.quantize(total, records, 8, 1.0), "154 bytes, expected 304: 300 elements in 8 bits"),
@@ -97,6 +106,11 @@ def test_refuses_what_it_cannot_do(native):
         (lambda: native.add_change(records, flag.float(), total, 4), "is_added must be 0-dim"),
         (lambda: native.add_change(records, flag, total[2:], 4), "records has 154 bytes, expected 153"),
         (lambda: change(torch.float64, records), "live has dtype Double; allowed: float32, bfloat16, float16"),
+        (lambda: change(torch.float32, records, total[1:]), "base has 299 elements, expected 300"),
+        (lambda: change(torch.float32, records, total.double()), "base has dtype Double; allowed: float32, bfloat16"),
+        (lambda: commit(total[1:], records), "base has 299 elements, expected 300"),
+        (lambda: commit(total.double(), records), "base has dtype Double; allowed: float32, bfloat16, float16"),
+        (lambda: commit(total, records[2:]), "records has 152 bytes, expected 154"),
         (lambda: change(torch.float32, records[1:]), "records has 153 bytes, expected 154"),
         (lambda: native.quantize(total, torch.zeros(155, dtype=torch.uint8)[1:], 4, 1.0), "begin at an even address"),
     ):

@@ -112,33 +112,83 @@ def check_add_change(ops, numel, dtype, bits, device="cpu", shift=0):
         assert (buffers[0][:shift] == CANARY).all() and (buffers[0][shift + numel :] == CANARY).all()
 
 
-def run_change(ops, case, live_dtype, records, bits):
+def run_change(ops, case, live_dtype, records, bits, base=None):
     """Calls ``adamw_estimate_change`` with the operands of ``case``."""
-    ops.adamw_estimate_change(case.shard, case.grad, HYPER, case.scale, case.is_finite, live_dtype, records, bits)
+    operands = (case.shard, case.grad, HYPER, case.scale, case.is_finite, live_dtype, records, bits)
+    ops.adamw_estimate_change(*operands, base)
 
 
-def check_estimate_change(ops, numel, grad_dtype, live_dtype, bits, device="cpu", shift=0):
-    """Checks that the records are those of the weights that the estimate writes, minus the rounded ones before it; no
-    state is written."""
+def run_commit_change(ops, case, base, records, bits):
+    """Calls ``adamw_commit_change`` with the operands of ``case``."""
+    ops.adamw_commit_change(case.shard, case.grad, HYPER, case.scale, case.is_finite, base, records, bits)
+
+
+def case_that_hurts(numel, grad_dtype, device="cpu", shift=0):
+    """Makes the operands of an update with gradients and state of which some are not finite."""
     case = Case(numel, grad_dtype, torch.float32, device=device, shift=shift)
     for place, bad in ((0, math.inf), (300, math.nan), (700, 1e30)):
         case.grad[place : place + 1] = bad
     case.shard.exp_avg_sq[1000:1001] = math.inf
-    before = case.snapshot()
-    records, expected = (Bytes(numel, bits, shift=shift, device=device) for _ in range(2))
-    run_change(ops, case, live_dtype, records.view, bits)
-    for name, tensor in case.state().items():
-        assert same_bits(tensor, before[name]), name
-    records.require_untouched_around()
-    case.run(ops.adamw_estimate)
-    plain.quantize(case.out - case.shard.master.to(live_dtype).float(), expected.view, bits)
-    assert torch.equal(records.view, expected.view)
+    return case
 
-    case.is_finite.fill_(False)
-    case.scale.fill_(math.nan)
-    run_change(ops, case, live_dtype, records.view, bits)
-    assert not records.view.any()
-    records.require_untouched_around()
+
+def base_of(case, dtype, shift=0):
+    """Makes weights near the master that no rounding of it gives, some of them not finite, 5 * ``shift`` elements
+    behind an aligned address."""
+    noise = torch.randn(case.numel, generator=torch.Generator().manual_seed(9)) * 0.01
+    base = case.operand(case.shard.master.cpu() + noise, dtype, 5 * shift)
+    for place, bad in ((1300, math.inf), (1600, math.nan), (1900, -6e4)):
+        base[place : place + 1] = bad
+    return base
+
+
+def check_estimate_change(ops, numel, grad_dtype, live_dtype, bits, device="cpu", shift=0):
+    """Checks that the records are those of the weights that the estimate writes, minus the rounded ones before it, or
+    minus given ones; no state is written."""
+    for has_base in (False, True):
+        case = case_that_hurts(numel, grad_dtype, device, shift)
+        base = base_of(case, live_dtype, shift) if has_base else None
+        live = case.shard.master.to(live_dtype) if base is None else base.clone()
+        rounded_to = torch.float16 if has_base else live_dtype  # which then says nothing
+        before = case.snapshot()
+        records, expected = (Bytes(numel, bits, shift=shift, device=device) for _ in range(2))
+        run_change(ops, case, rounded_to, records.view, bits, base)
+        for name, tensor in case.state().items():
+            assert same_bits(tensor, before[name]), name
+        assert base is None or same_bits(base, live)
+        records.require_untouched_around()
+        case.require_untouched_around()
+        case.run(ops.adamw_estimate)
+        plain.quantize(case.out - live.float(), expected.view, bits)
+        assert torch.equal(records.view, expected.view)
+
+        case.is_finite.fill_(False)
+        case.scale.fill_(math.nan)
+        run_change(ops, case, rounded_to, records.view, bits, base)
+        assert not records.view.any()
+        records.require_untouched_around()
+
+
+def check_commit_change(ops, numel, grad_dtype, base_dtype, bits, device="cpu", shift=0):
+    """Checks that the state is that of a commit, and that the records are those of its master minus the given weights;
+    of the master as it is where the step is skipped."""
+    case, twin = (case_that_hurts(numel, grad_dtype, device, shift) for _ in range(2))
+    base = base_of(case, base_dtype, shift)
+    kept = base.clone()
+    for is_finite, scale in ((True, 0.37), (False, math.nan), (True, 1e-3)):
+        for one in (case, twin):
+            one.is_finite.fill_(is_finite)
+            one.scale.fill_(scale)
+        records, expected = (Bytes(numel, bits, shift=shift, device=device) for _ in range(2))
+        run_commit_change(ops, case, base, records.view, bits)
+        twin.run(ops.adamw_commit)
+        for name, tensor in case.state().items():
+            assert same_bits(tensor, twin.state()[name]), name
+        plain.quantize(case.shard.master - kept.float(), expected.view, bits)
+        assert torch.equal(records.view, expected.view)
+        assert same_bits(base, kept)
+        records.require_untouched_around()
+        case.require_untouched_around()
 
 
 def check_change_of_plain_path(ops, grad_dtype, live_dtype, bits, device="cpu"):
@@ -173,6 +223,8 @@ def opcheck_arguments(device="cpu"):
         records = Bytes(300, bits, device=device).view
         change = (shard.master, shard.exp_avg, shard.exp_avg_sq, shard.step, case.grad, case.scale, case.is_finite)
         yield overloads.adamw_estimate_change.default, (*change, *numbers, dtype, records, bits)
+        yield overloads.adamw_estimate_change.default, (*change, *numbers, dtype, records, bits, case.out)
+        yield overloads.adamw_commit_change.default, (*change, *numbers, case.out, records, bits)
         yield overloads.quantize.default, (case.grad, records, bits, 0.5)
         yield overloads.dequantize_sum.default, ([records, records.clone()], torch.zeros(300, device=device), bits)
         yield overloads.add_change.default, (records, case.is_finite, case.out, bits)
@@ -183,10 +235,12 @@ def all_results(ops, numel, bits, device="cpu"):
     case = Case(numel, torch.bfloat16, torch.float32, device=device, shift=1)
     records = Bytes(numel, bits, shift=1, device=device).view
     run_change(ops, case, torch.bfloat16, records, bits)
+    committed = Bytes(numel, bits, shift=2, device=device).view
+    run_commit_change(ops, case, case.shard.master.to(torch.bfloat16), committed, bits)
     quantized = Bytes(numel, bits, device=device).view
     ops.quantize(hurting_values(numel, torch.float32).to(device), quantized, bits, 1 / 3)
     total = torch.empty(numel, device=device)
     ops.dequantize_sum([records, quantized, records], total, bits)
     live = case.shard.master.to(torch.bfloat16)
     ops.add_change(records, case.is_finite, live, bits)
-    return [records, quantized, total, live]
+    return [records, committed, *case.state().values(), quantized, total, live]
