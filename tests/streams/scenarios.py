@@ -304,7 +304,7 @@ def two_engines(training: Training) -> None:
         training.windows(other, 1, first=window)
 
 
-_DIFFERS = "runtime/written.py differs: aten::equal"  # a few values of each parameter, at a look
+_DIFFERS = "runtime/written.py differs: aten::_local_scalar_dense"  # a few values of each parameter, at a look
 _SKIPPED = "runtime/outcomes.py wait: Event.synchronize"  # a window's end that waits for its COMMIT
 _OVERFLOW = "engine/scaling.py has_overflow: aten::_local_scalar_dense"  # fp16's loss scale
 _PACE = "runtime/lanes.py pace: Event.synchronize"
@@ -352,6 +352,15 @@ SCENARIOS = {
     "acco, destroyed on another stream": Scenario(destroyed_on_another_stream),
     "acco, left in a round": Scenario(left_in_a_round),
     "two engines": Scenario(two_engines),
+    "acco int4, commits in int8": Scenario(plain, {"estimate_comm": "int4", "commit_comm": "int8"}),
+    "acco, commits in int8, looks": Scenario(
+        with_looks, {"commit_comm": "int8", "precision": "bf16"}, waits={_DIFFERS: 6}
+    ),
+    "local, commits in int8, looks": Scenario(
+        with_looks, {"commit_comm": "int8", "schedule": "local"}, waits={_DIFFERS: 13}
+    ),
+    "wp, commits in int8, looks": Scenario(with_looks, {"commit_comm": "int8", "schedule": "wp"}, waits={_DIFFERS: 12}),
+    "acco, commits in int8, saved and loaded": Scenario(saved_and_loaded, {"commit_comm": "int8"}, waits={_DIFFERS: 2}),
 }
 # Whose waits nobody has counted: every schedule in ways of which the ones above take some.
 MORE_SCENARIOS = {
