@@ -69,7 +69,7 @@ class LooksByExchange:
         self._prediction = prediction
 
     def show(self, place: Place, version: int) -> Look:
-        """See :meth:`Looks.show`."""
+        """Shows them, as :meth:`Looks.show`."""
         predictions = None
         if place is Place.SHARDS:
             predictions = [shard.clone() for shard in self._buffers.comm_shards]
@@ -78,7 +78,7 @@ class LooksByExchange:
         return Look(version, predictions)
 
     def hide(self, look: Look, are_written: bool) -> bool:
-        """See :meth:`Looks.hide`. What was predicted is gathered again, so every rank must call it then."""
+        """Hides them, as :meth:`Looks.hide`. What was predicted is gathered again, so every rank must call it then."""
         if not are_written:
             self._buffers.exchange()
         if look.predictions is not None:
@@ -86,11 +86,11 @@ class LooksByExchange:
         return not are_written
 
     def true_copy(self, group: int, start: int, numel: int) -> Tensor:
-        """See :meth:`Looks.true_copy`."""
+        """Returns a copy, as :meth:`Looks.true_copy`."""
         return self._buffers.true_copy(group, start, numel)
 
     def resume_state(self, at: Stand) -> ResumeState:
-        """See :meth:`Looks.resume_state`."""
+        """Returns what to keep, as :meth:`Looks.resume_state`."""
         if at.pending is None or at.are_written:
             return ResumeState([], [], at.grad_norm)
         if at.pending.predicts_locally:
@@ -102,7 +102,7 @@ class LooksByExchange:
         return ResumeState([shard.clone() for shard in live], [shard.clone() for shard in predictions], at.grad_norm)
 
     def restore(self, state: ResumeState) -> Round | None:
-        """See :meth:`Looks.restore`."""
+        """Takes over what was kept, as :meth:`Looks.restore`."""
         if not state.live:
             return None
         self._gathering.into_comm(state.before or state.live)
@@ -126,7 +126,7 @@ class LooksByCopy:
         self._prediction = prediction
 
     def show(self, place: Place, version: int) -> Look:
-        """See :meth:`Looks.show`."""
+        """Shows them, as :meth:`Looks.show`."""
         buffers = self._buffers
         look = Look(version, kept=buffers.host_copies(of_shown=False))
         if place is Place.SHARDS:
@@ -138,17 +138,17 @@ class LooksByCopy:
         return look
 
     def hide(self, look: Look, are_written: bool) -> bool:
-        """See :meth:`Looks.hide`. What somebody wrote is gone: the master weights win."""
+        """Hides them, as :meth:`Looks.hide`. What somebody wrote is gone: the master weights win."""
         for target, kept in zip([*self._buffers.live, *self._buffers.arenas], look.kept):
             target.copy_(kept)
         return True
 
     def true_copy(self, group: int, start: int, numel: int) -> Tensor:
-        """See :meth:`Looks.true_copy`."""
+        """Returns a copy, as :meth:`Looks.true_copy`."""
         return self._buffers.changed_copy(group, start, numel)
 
     def resume_state(self, at: Stand) -> ResumeState:
-        """See :meth:`Looks.resume_state`: what every rank holds, which is not the masters rounded, and the change that
+        """Returns what to keep, as :meth:`Looks.resume_state`: what every rank holds, which is not the masters rounded, and the change that
         will be added to it."""
         buffers = self._buffers
         held = [shard.clone() for shard in buffers.held]
@@ -164,7 +164,7 @@ class LooksByCopy:
         return replace(state, live=live, before=held, forgets_step=self._prediction.forgets_step)
 
     def restore(self, state: ResumeState) -> Round | None:
-        """See :meth:`Looks.restore`."""
+        """Takes over what was kept, as :meth:`Looks.restore`."""
         buffers = self._buffers
         if not state.live:
             return None

@@ -185,7 +185,7 @@ def test_one_rank_may_look_alone_and_sees_what_all_hold(ranks, schedule, in_host
         assert all(a.equal(b) for a, b in zip(record[1], record[0][-1])), "of the newest COMMIT"
     for mine, theirs in zip(alone[0][0], expected):
         flat = oracle.flatten(mine)
-        assert (flat - theirs[: flat.numel()]).norm() < 1e-3 * theirs.norm(), "a step is 0.1 of it"
+        assert (flat - theirs[: flat.numel()]).norm() < 5e-3 * theirs.norm(), "a step is 0.1 of it"
 
 
 # ---- values that are not finite, and what somebody else writes
