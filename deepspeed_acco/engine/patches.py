@@ -279,7 +279,8 @@ def _log_start(engine: Engine, wrapper: AccoZeroOptimizer, named: str) -> None:
         window = f"a={a} b={n - a} estimate_comm={settings.estimate_comm}"
     schedule = settings.schedule if named == settings.schedule else f"{settings.schedule} ({named})"
     logger().info(
-        f"ACCO: schedule={schedule} {window} commit_comm={settings.commit_comm} accumulation={settings.accumulation} lane={wrapper.lane.name} "
+        f"ACCO: schedule={schedule} {window} commit_comm={settings.commit_comm} "
+        f"accumulation={settings.accumulation} lane={wrapper.lane.name} "
         f"own buffers={describe_bytes(wrapper.own_bytes())} per rank, kernels={native.kernels_name(engine.device)}; "
         "timers.throughput.synchronized set to false"
     )

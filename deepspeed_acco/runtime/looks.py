@@ -78,7 +78,8 @@ class LooksByExchange:
         return Look(version, predictions)
 
     def hide(self, look: Look, are_written: bool) -> bool:
-        """Hides them, as :meth:`Looks.hide`. What was predicted is gathered again, so every rank must call it then."""
+        """Gives training what it had, as :meth:`Looks.hide`. What was predicted is gathered again, so that every rank
+        must call it then."""
         if not are_written:
             self._buffers.exchange()
         if look.predictions is not None:
@@ -138,7 +139,7 @@ class LooksByCopy:
         return look
 
     def hide(self, look: Look, are_written: bool) -> bool:
-        """Hides them, as :meth:`Looks.hide`. What somebody wrote is gone: the master weights win."""
+        """Gives training what it had, as :meth:`Looks.hide`. What somebody wrote is gone: the master weights win."""
         for target, kept in zip([*self._buffers.live, *self._buffers.arenas], look.kept):
             target.copy_(kept)
         return True
@@ -148,8 +149,8 @@ class LooksByCopy:
         return self._buffers.changed_copy(group, start, numel)
 
     def resume_state(self, at: Stand) -> ResumeState:
-        """Returns what to keep, as :meth:`Looks.resume_state`: what every rank holds, which is not the masters rounded, and the change that
-        will be added to it."""
+        """Returns what to keep, as :meth:`Looks.resume_state`: what every rank holds, which is not the masters rounded,
+        and the change that will be added to it."""
         buffers = self._buffers
         held = [shard.clone() for shard in buffers.held]
         if at.pending is None:

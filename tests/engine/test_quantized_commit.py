@@ -1,14 +1,13 @@
 """COMMITs in 8 bits on real gloo ranks: the float64 reference with its own quantizer, the same bits on every lane and
 rank, looks, values that are not finite, weights that somebody else writes, checkpoints, bytes and memory."""
 
-import copy
-
 import pytest
 import torch
 
 from deepspeed_acco.algorithm.window import phase_a_micro_batches
 from deepspeed_acco.algorithm.wire import COMMIT_COMMS
 from tests.engine import test_adaptive_windows as adaptive
+from tests.engine import test_checkpoints as checkpoints
 from tests.engine import test_quantized_estimate as quantized
 from tests.support import oracle, training
 
@@ -195,7 +194,7 @@ def test_one_rank_may_look_alone_and_sees_what_all_hold(ranks, schedule, in_host
 def test_a_gradient_that_is_not_finite_skips_the_step_everywhere(ranks, precision, schedule):
     params = {"estimate_comm": "int4"} if schedule == "acco" else {}
     config = training.ds_config(4, 2.0, precision=precision, schedule=schedule, commit_comm="int8", **params)
-    records = ranks(2).run(quantized._train_with_bad_target, config=config, windows=5, bad=(2, 0), precision=precision)
+    records = ranks(2).run(quantized.train_with_bad_target, config=config, windows=5, bad=(2, 0), precision=precision)
     for record in records:
         assert record["skipped"] == [0, 0, 0, 1, 1]
         assert all(tensor.isfinite().all() for standing in record["standing"] for tensor in standing)
@@ -264,45 +263,38 @@ def test_a_resumed_run_is_the_uninterrupted_one(ranks, tmp_path, schedule, in_ho
     config = training.ds_config(
         3, precision="bf16", schedule=schedule, commit_comm="int8", ranks_per_host=in_host, **params
     )
-    run = ranks(2 * in_host).run(quantized._resume, config=config, folder=str(tmp_path), windows=4, save_at=5)
+    run = ranks(2 * in_host).run(quantized.resume, config=config, folder=str(tmp_path), windows=4, save_at=5)
     for record in run:
         assert record["again"]["losses"] == record["first"]["losses"]
         assert all(a.equal(b) for a, b in zip(record["first"]["live"], record["again"]["live"]))
 
 
-def _save(config, folder, windows):
-    with quantized.wide_network():
-        engine = training.start_engine(config)
-        training.run_windows(engine, windows, same_data=True)
-        engine.save_checkpoint(folder)
-        masters = training.true_master_weights(engine)
-        engine.destroy()
-        return masters
+@pytest.mark.parametrize(
+    ("before", "after"), [("int8", "full"), ("full", "int8"), ("int8", "AdamW"), ("AdamW", "int8")]
+)
+def test_going_on_with_another_way_of_sending_and_with_zero1(ranks, tmp_path, before, after):
+    """The masters and AdamW's state are exact; what goes on begins at them."""
+    configs = {comm: training.ds_config(2, schedule="sync", commit_comm=comm) for comm in ("int8", "full")}
+    configs["AdamW"] = checkpoints.with_adamw(configs["full"], torch_adam=True)
+    common = dict(folder=str(tmp_path), groups=2, read="shards_of")
+    saved = ranks(2).run(checkpoints.save, config=configs[before], windows=3, **common)
+    arguments = dict(windows=3, first_window=3, **common)
+    results = ranks(2).run(checkpoints.load_and_go_on, config=configs[after], **arguments)
+    for (state, record), expected in zip(results, saved):
+        assert checkpoints.same_state(state, expected)
+        assert all(loss == loss and loss < 10 for loss in record["losses"])
 
 
-def _load(config, folder):
-    with quantized.wide_network():
-        engine = training.start_engine(config)
-        engine.load_checkpoint(folder)
-        masters = training.true_master_weights(engine)
-        history = training.run_windows(engine, 3, first_window=4, same_data=True)
-        engine.destroy()
-        return masters, history["losses"]
-
-
-@pytest.mark.parametrize("first", ["int8", "full"])
-def test_going_on_without_it_and_with_it(ranks, tmp_path, first):
-    """The masters are exact; the other way of sending begins at them."""
-    other = {"int8": "full", "full": "int8"}[first]
-    saved = training.ds_config(2, schedule="acco", commit_comm=first)
-    loaded = training.ds_config(2, schedule="acco", commit_comm=other)
-    masters = ranks(2).run(_save, config=saved, folder=str(tmp_path), windows=4)[0]
-    results = [ranks(2).run(_load, config=loaded, folder=str(tmp_path))]
-    adamw = copy.deepcopy(loaded)
-    adamw["optimizer"] = {"type": "AdamW", "params": {**training.HYPER, "torch_adam": True}}
-    for there, losses in results[0]:
-        assert all(a.equal(b) for a, b in zip(there, masters))
-        assert losses == pytest.approx(results[0][0][1], rel=1e-6)
+def test_going_on_with_another_number_of_ranks(ranks, tmp_path):
+    config = training.ds_config(2, schedule="acco", commit_comm="int8")
+    common = dict(folder=str(tmp_path), groups=2)
+    saved = ranks(2).run(checkpoints.save, config=config, windows=3, **common)[0]
+    checkpoints.convert(str(tmp_path))
+    config["checkpoint"] = {"load_universal": True}
+    results = ranks(3).run(checkpoints.load_and_go_on, config=config, windows=3, first_window=3, **common)
+    for state, record in results:
+        assert checkpoints.same_state(state, saved)
+        assert record["replicas"] == results[0][1]["replicas"], "the ranks stand at the same weights"
 
 
 # ---- bytes and memory
@@ -317,7 +309,7 @@ def test_bytes_of_a_step(ranks, world_size, capsys):
         "acco, int4": {"schedule": "acco", "estimate_comm": "int4", "commit_comm": "int8"},
     }.items():
         config = training.ds_config(2, precision="bf16", **params)
-        moved[name] = ranks(world_size).run(quantized._bytes_of_steps, config=config, steps=steps, numel=numel)[0]
+        moved[name] = ranks(world_size).run(quantized.bytes_of_steps, config=config, steps=steps, numel=numel)[0]
     with capsys.disabled():
         print(f"\n{world_size} ranks, {steps} steps, (bytes on the interface, bytes counted): {moved}")
     whole, codes = moved["one RS+AG"][1], 2 / 256

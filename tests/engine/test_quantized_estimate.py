@@ -138,7 +138,7 @@ def test_the_lanes_have_the_same_bits(ranks, estimate_comm):
 # ---- values that are not finite
 
 
-def _train_with_bad_target(config, windows, bad, precision="fp32"):
+def train_with_bad_target(config, windows, bad, precision="fp32"):
     """One micro-batch of rank 1 has a target that is not finite; what training stands on after every window."""
     import torch.distributed as dist
 
@@ -163,7 +163,7 @@ def _train_with_bad_target(config, windows, bad, precision="fp32"):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_block_that_is_not_finite_skips_the_estimate_everywhere(ranks, precision):
     config = training.ds_config(4, 2.0, precision=precision, estimate_comm="int4")
-    records = ranks(2).run(_train_with_bad_target, config=config, windows=5, bad=(2, 0), precision=precision)
+    records = ranks(2).run(train_with_bad_target, config=config, windows=5, bad=(2, 0), precision=precision)
     for record in records:
         # Phase A of window 2 makes no estimate, and its COMMIT is skipped: window 3 stands where phase B of 2 stood.
         assert record["skipped"] == [0, 0, 0, 1, 1]
@@ -224,7 +224,7 @@ def test_a_change_that_is_not_finite_is_installed_nowhere(ranks, precision):
 # ---- bytes
 
 
-def _bytes_of_steps(config, steps, numel):
+def bytes_of_steps(config, steps, numel):
     """(bytes on the loopback interface, of all ranks; bytes that each rank counted) of so many steps."""
     import deepspeed
     import torch
@@ -264,7 +264,7 @@ def test_bytes_of_a_step(ranks, world_size, capsys):
         "int4": {"estimate_comm": "int4"},
     }.items():
         config = training.ds_config(2, precision="bf16", **params)
-        moved[name] = ranks(world_size).run(_bytes_of_steps, config=config, steps=steps, numel=numel)[0]
+        moved[name] = ranks(world_size).run(bytes_of_steps, config=config, steps=steps, numel=numel)[0]
     with capsys.disabled():
         print(f"\n{world_size} ranks, {steps} steps, (bytes on the interface, bytes counted): {moved}")
     payload = steps * 2 * 2 * numel * (world_size - 1)
@@ -291,7 +291,7 @@ def test_adaptive_windows_in_the_reference(ranks):
     adaptive.check(records, reference, tolerance=1e-3)
 
 
-def _resume(config, folder, windows, save_at):
+def resume(config, folder, windows, save_at):
     """The same training twice: saved after ``save_at`` windows, and loaded there by a new engine."""
     with wide_network():
         engine = training.start_engine(config)
@@ -313,7 +313,7 @@ def _resume(config, folder, windows, save_at):
 @pytest.mark.parametrize("fraction", [0.5, "auto"])
 def test_a_resumed_run_is_the_uninterrupted_one(ranks, tmp_path, fraction):
     config = training.ds_config(5, precision="bf16", estimate_comm="int4", estimate_fraction=fraction)
-    for record in ranks(2).run(_resume, config=config, folder=str(tmp_path), windows=4, save_at=11):
+    for record in ranks(2).run(resume, config=config, folder=str(tmp_path), windows=4, save_at=11):
         assert record["again"]["losses"] == record["first"]["losses"]
         assert all(a.equal(b) for a, b in zip(record["first"]["live"], record["again"]["live"]))
         assert record["fractions"][0] == record["fractions"][1]
