@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from deepspeed_acco.algorithm.window import phase_a_micro_batches
+from deepspeed_acco.algorithm.wire import COMMIT_COMMS
 from deepspeed_acco.tools.launch import launcher
 from tests.engine import test_adaptive_windows as adaptive
 from tests.engine.test_equality import check_equal
@@ -52,6 +53,22 @@ def test_a_quantized_estimate_equals_the_reference(gpu_ranks, world_size, bits):
     # A value near the boundary of two levels may fall to either side: a level, not a schedule.
     assert oracle.distance(records[0]["weights"], reference["weights"]) < 1e-3
     assert all(record["replicas"] == records[0]["replicas"] for record in records)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("schedule", "bits"), [("acco", 4), ("acco", None), ("local", None), ("wp", None), ("sync", None)]
+)
+def test_quantized_commits_equal_the_reference(gpu_ranks, world_size, schedule, bits):
+    params = {"estimate_comm": f"int{bits}"} if bits else {}
+    config = training.ds_config(4, schedule=schedule, commit_comm="int8", **params)
+    records = gpu_ranks(world_size).run(training.train, config=config, windows=6)
+    commit_bits = (COMMIT_COMMS["int8"].gradient, COMMIT_COMMS["int8"].change)
+    common = dict(world_size=world_size, windows=6, n=4, a=2 if schedule == "acco" else 4)
+    reference = oracle.run_reference(schedule=schedule, estimate_bits=bits, commit_bits=commit_bits, **common)
+    assert oracle.distance(records[0]["weights"], reference["weights"]) < 2e-3  # ties, as above
+    for record in records[1:]:
+        assert all(a.equal(b) for a, b in zip(record["after_destroy"], records[0]["after_destroy"]))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16+fp32", "fp16"])
@@ -102,6 +119,7 @@ def train_with_sleeps(config, windows, precision, seed):
         mock.patch.object(round_.RoundWork, "pack", sleeping(round_.RoundWork.pack)),
         mock.patch.object(round_.RoundWork, "install", sleeping(round_.RoundWork.install)),
         mock.patch.object(round_, "adamw_commit", sleeping(ops.adamw_commit)),
+        mock.patch.object(round_, "adamw_commit_change", sleeping(ops.adamw_commit_change)),
         mock.patch.object(Communicator, "all_gather", sleeping(Communicator.all_gather)),
         mock.patch.object(training.Network, "forward", sleeping(training.Network.forward)),
     ):
@@ -114,6 +132,7 @@ def train_with_sleeps(config, windows, precision, seed):
     [
         *(("acco", "bf16", {}), ("acco", "fp16", {}), ("acco", "bf16+fp32", {"estimate_comm": "int4"})),
         *(("local", "bf16", {}), ("local", "fp32", {}), ("wp", "fp16", {}), ("dpu", "bf16", {}), ("sync", "fp32", {})),
+        *(("acco", "bf16", {"commit_comm": "int8"}), ("local", "fp32", {"commit_comm": "int8"})),
     ],
 )
 def test_sleeps_on_both_streams_change_no_bit(gpu_ranks, world_size, schedule, precision, params):
@@ -232,11 +251,15 @@ def test_adaptive_windows_are_as_long_as_on_a_cpu(gpu_ranks):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "schedule", "precision"),
-    [(1, "acco", "bf16+fp32"), (2, "acco", "fp16"), (2, "local", "bf16"), (1, "wp", "fp32"), (2, "sync", "bf16")],
+    ("world_size", "schedule", "precision", "commit_comm"),
+    [
+        *((1, "acco", "bf16+fp32", "full"), (2, "acco", "fp16", "full"), (2, "local", "bf16", "full")),
+        *((1, "wp", "fp32", "full"), (2, "sync", "bf16", "full")),
+        *((2, "acco", "bf16", "int8"), (2, "local", "bf16", "int8"), (1, "wp", "fp32", "int8")),
+    ],
 )
-def test_a_resumed_run_is_the_uninterrupted_one(gpu_ranks, world_size, schedule, precision, tmp_path):
-    config = training.ds_config(4, 2.0, precision=precision, schedule=schedule)
+def test_a_resumed_run_is_the_uninterrupted_one(gpu_ranks, world_size, schedule, precision, commit_comm, tmp_path):
+    config = training.ds_config(4, 2.0, precision=precision, schedule=schedule, commit_comm=commit_comm)
     arguments = dict(config=config, precision=precision, groups=2, folder=str(tmp_path))
     check_resumed(gpu_ranks(world_size).run(resume, **arguments))
 
@@ -291,7 +314,10 @@ def _without_waiting(config, windows, warmup):
 
 @pytest.mark.parametrize(
     ("schedule", "params"),
-    [("acco", {}), ("acco", {"estimate_comm": "int4"}), ("local", {}), ("wp", {}), ("dpu", {}), ("sync", {})],
+    [
+        *(("acco", {}), ("acco", {"estimate_comm": "int4"}), ("local", {}), ("wp", {}), ("dpu", {}), ("sync", {})),
+        *(("acco", {"commit_comm": "int8"}), ("wp", {"commit_comm": "int8"})),
+    ],
 )
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_the_host_never_waits_for_the_device(gpu_ranks, schedule, params, precision):
@@ -322,9 +348,12 @@ def _memory(config, width):
     return numel, held, peak, own
 
 
-@pytest.mark.parametrize(("schedule", "n"), [("acco", 2), ("local", 1), ("sync", 2)])
-def test_memory_is_what_is_said(gpu_ranks, schedule, n, capsys):
-    config = training.ds_config(n, precision="bf16", schedule=schedule)
+@pytest.mark.parametrize(
+    ("schedule", "n", "commit_comm"),
+    [("acco", 2, "full"), ("local", 1, "full"), ("sync", 2, "full"), ("sync", 2, "int8")],
+)
+def test_memory_is_what_is_said(gpu_ranks, schedule, n, commit_comm, capsys):
+    config = training.ds_config(n, precision="bf16", schedule=schedule, commit_comm=commit_comm)
     ((numel, held, peak, own),) = gpu_ranks(1).run(_memory, config=config, width=2048)
     said = 2 * numel + 12 * numel + own  # weights, master and both moments on one rank, own buffers
     with capsys.disabled():
