@@ -111,8 +111,10 @@ __global__ void prepare_kernel(Scalars scalars, float* next_step) {
   }
 }
 
+// For operands that are not aligned alike nvcc takes fewer registers than it may and spills, unless it is told that four
+// blocks of a multiprocessor are enough.
 template <bool kIsWide, class Grad, class Out, bool kWritesState>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kIsWide ? 0 : 4)
     adamw_kernel(Operands<Grad, Out, kWritesState> operands, const Prepared* prepared) {
   const AdamW arithmetic{*prepared};
   operands.template all<kIsWide>(arithmetic);

@@ -140,7 +140,7 @@ def _deepspeed_candidate(device: torch.device):
 
 
 def _quantized(low: _Operands, full: _Operands, is_native: bool) -> Iterator[_Candidate]:
-    """Yields the kernels of an estimate in 4 bits, and the packing that one of them replaces."""
+    """Yields the kernels of rounds in 4 bits, and the packing that one of them replaces."""
     bf16, fp32, int4 = torch.bfloat16, torch.float32, f"int{_BITS}"
     module: ModuleType
     if is_native:
@@ -156,11 +156,14 @@ def _quantized(low: _Operands, full: _Operands, is_native: bool) -> Iterator[_Ca
         module.quantize(gradients, message, _BITS, 1.0)
     master, exp_avg, exp_avg_sq = (tensor[:numel] for tensor in low.state())
     shard = ops.AdamWShard(master, exp_avg, exp_avg_sq, low.shard.step)
-    operands = (shard, low.grad[:numel], _HYPER, low.scale, low.is_finite, bf16, records, _BITS)
-    estimate = partial(module.adamw_estimate_change, *operands)
+    operands = (shard, low.grad[:numel], _HYPER, low.scale, low.is_finite)
+    estimate = partial(module.adamw_estimate_change, *operands, bf16, records, _BITS)
+    commit = partial(module.adamw_commit_change, *operands, weights, records, _BITS)
     size = records.numel() / numel
     rows: list[tuple[str, torch.dtype | str, torch.dtype | str, float, Callable[[], Any]]] = [
         (f"estimate to {int4}", bf16, int4, _STATE_BYTES + 2 + size, estimate),
+        (f"estimate to {int4} from weights", bf16, int4, _STATE_BYTES + 4 + size, partial(estimate, base=weights)),
+        (f"commit to {int4} from weights", bf16, int4, 2 * _STATE_BYTES + 4 + size, commit),
         ("pack", fp32, bf16, 6, partial(pack, gradients, weights, 0.5, clears=False)),
         (f"pack to {int4}", fp32, int4, 4 + size, partial(module.quantize, gradients, records, _BITS, 0.5)),
         (f"sum of 2 in {int4}", int4, fp32, 2 * size + 4, partial(module.dequantize_sum, sent[:2], total, _BITS)),

@@ -29,15 +29,12 @@ def test_a_commit_has_the_same_bits_whatever_the_grid(native):
     assert all(same_bits(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
-def test_a_change_has_the_same_bits_whatever_the_grid(native):
-    case = Case(2**15 + 3, torch.bfloat16, torch.bfloat16)
+def test_quantized_rounds_have_the_same_bits_whatever_the_grid(native):
     results = []
     for max_blocks in GRIDS:
-        records = quantization_checks.Bytes(case.numel, 4).view
-        operands = (*_state(case), case.grad, case.scale, case.is_finite, *NUMBERS, torch.bfloat16, records, 4)
-        torch.ops.deepspeed_acco.adamw_estimate_change(*operands, max_blocks=max_blocks)
-        results.append(records)
-    assert all(torch.equal(results[0], other) for other in results[1:])
+        with ops.at_most_blocks(max_blocks):
+            results.append(quantization_checks.all_results(native, 2**15 + 3, 4))
+    assert all(same_bits(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
 @pytest.mark.parametrize("bits", quantization_checks.BITS)

@@ -52,6 +52,7 @@ def main() -> None:
                     quantization_checks.check_add_change(ops, numel, out, bits, device="cuda")
                     quantization_checks.check_dequantize_sum(ops, numel, bits, messages=3, device="cuda")
                     quantization_checks.check_estimate_change(ops, numel, grad, out, bits, device="cuda")
+                    quantization_checks.check_commit_change(ops, numel, grad, out, bits, device="cuda")
                 local_prediction_checks.check_prediction(ops, numel, 3, out, grad, device="cuda")
                 places = shards_checks.PLACES[1]
                 shards_checks.check_pack(ops, places, numel, grad, out, device="cuda", shift=1)

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of the quantized estimate: the checks of tests/support, the bits of the CPU, and what only a device
+"""The CUDA kernels of the quantized rounds: the checks of tests/support, the bits of the CPU, and what only a device
 has."""
 
 import pytest
@@ -10,7 +10,7 @@ import deepspeed_acco  # noqa: F401 (says how the kernels are loaded)
 from deepspeed_acco.optim import ops
 from deepspeed_acco.optim import quantization as plain
 from tests.support import quantization_checks as checks
-from tests.support.kernel_checks import DTYPE_PAIRS, DTYPES, HYPER, Case, same_bits
+from tests.support.kernel_checks import DTYPE_PAIRS, DTYPES, Case, same_bits
 from tests.support.quantization_checks import BITS, SIZES, SIZES_AND_SHIFTS, Bytes, hurting_values
 
 pytestmark = pytest.mark.gpu
@@ -46,6 +46,13 @@ def test_estimate_change(native, grad_dtype, live_dtype, bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("grad_dtype, base_dtype", DTYPE_PAIRS)
+def test_commit_change(native, grad_dtype, base_dtype, bits):
+    for number, numel in enumerate(SIZES):
+        checks.check_commit_change(native, numel, grad_dtype, base_dtype, bits, device="cuda", shift=number % 2)
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_the_bits_of_the_cpu(native, bits):
     """Records and sums are the same whatever device and path made them."""
     numel = 100_003
@@ -64,19 +71,11 @@ def test_the_bits_of_the_cpu(native, bits):
 
 
 def test_same_bits_whatever_the_grid(native):
-    numbers = (HYPER.lr, HYPER.beta1, HYPER.beta2, HYPER.eps, HYPER.weight_decay)
-    case = Case(2**17 + 3, torch.bfloat16, torch.bfloat16, device="cuda")
-    shard = case.shard
     results = []
     for max_blocks in (0, 1, 7, 132):
-        records = Bytes(case.numel, 4, device="cuda").view
-        torch.ops.deepspeed_acco.adamw_estimate_change(
-            *(shard.master, shard.exp_avg, shard.exp_avg_sq, shard.step, case.grad, case.scale, case.is_finite),
-            *(*numbers, torch.bfloat16, records, 4),
-            max_blocks=max_blocks,
-        )
-        results.append(records)
-    assert all(torch.equal(results[0], other) for other in results[1:])
+        with ops.at_most_blocks(max_blocks):
+            results.append(checks.all_results(native, 2**17 + 3, 4, device="cuda"))
+    assert all(same_bits(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
 def test_runs_on_the_current_stream_and_waits_for_nothing(native):
@@ -86,6 +85,9 @@ def test_runs_on_the_current_stream_and_waits_for_nothing(native):
     checks.run_change(native, case, torch.bfloat16, expected, 4)
     live, expected_live = case.out.clone(), case.out.clone()
     native.add_change(expected, case.is_finite, expected_live, 4)
+    committed, expected_committed = (Bytes(numel, 4, device="cuda").view for _ in range(2))
+    twin = Case(numel, torch.bfloat16, torch.bfloat16, device="cuda")
+    checks.run_commit_change(native, twin, expected_live, expected_committed, 4)
     total = torch.empty(numel, device="cuda")
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -96,13 +98,14 @@ def test_runs_on_the_current_stream_and_waits_for_nothing(native):
             case.scale.mul_(1.0)  # behind the sleep: the kernels must not overtake it
             checks.run_change(native, case, torch.bfloat16, records, 4)
             native.add_change(records, case.is_finite, live, 4)
+            checks.run_commit_change(native, case, live, committed, 4)
             native.dequantize_sum([records, records], total, 4)
             native.quantize(total, records, 4, 0.5)
             assert not side.query(), "the host waited for the device"
     finally:
         torch.cuda.set_sync_debug_mode("default")
     side.synchronize()
-    assert same_bits(live, expected_live)
+    assert same_bits(live, expected_live) and torch.equal(committed, expected_committed)
 
 
 def test_more_than_32_bits(native):

@@ -175,10 +175,11 @@ def test_the_bound_on_thread_blocks_reaches_every_kernel(native):
             native.quantize(case.grad[:512], records[:260], 4, 1.0)
             native.add_change(records[:260], case.is_finite, case.out[:512], 4)
             native.dequantize_sum([records[:260]], case.out[:512], 4)
-            native.adamw_estimate_change(
-                case.shard, case.grad, HYPER, case.scale, case.is_finite, torch.float32, torch.zeros(306).byte(), 4
-            )
-    assert len(calls.bounds) == 14 and set(calls.bounds) == {7}
+            update = (case.shard, case.grad, HYPER, case.scale, case.is_finite)
+            native.adamw_estimate_change(*update, torch.float32, torch.zeros(306).byte(), 4)
+            native.adamw_estimate_change(*update, torch.float32, torch.zeros(306).byte(), 4, case.out)
+            native.adamw_commit_change(*update, case.out, torch.zeros(306).byte(), 4)
+    assert len(calls.bounds) == 16 and set(calls.bounds) == {7}
     with Calls() as calls:
         native.sum_of_squares([case.grad])
     assert all(map(torch.is_tensor, calls.bounds)), "the bound ends with its block"

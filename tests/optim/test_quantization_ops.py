@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""The native CPU kernels of the quantized estimate: schemas, bits, threads, refusals."""
+"""The native CPU kernels of the quantized rounds: schemas, bits, threads, refusals."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Checks what the kernels of the quantized estimate must do on every device: the bits of optim/quantization.py."""
+"""Checks what the kernels of the quantized rounds must do on every device: the bits of optim/quantization.py."""
 
 from __future__ import annotations
 

@@ -33,7 +33,10 @@ def _is_not_built(*_, **__):
     raise RuntimeError("no compiler for it")
 
 
-INT4_ROWS = ("estimate to int4", "pack", "pack to int4", "sum of 2 in int4", "sum of 4 in int4", "add int4")
+INT4_ROWS = (
+    *("estimate to int4", "estimate to int4 from weights", "commit to int4 from weights"),
+    *("pack", "pack to int4", "sum of 2 in int4", "sum of 4 in int4", "add int4"),
+)
 
 
 def test_env(native, capsys):
@@ -83,6 +86,9 @@ def test_kernels(native, capsys, tmp_path, monkeypatch, deepspeeds_own):
     assert budgets["commit, native"] == 28 and budgets["estimate, native"] == 16
     # 12 bytes of state and 2 of gradient; half a byte of levels and a scale per block
     assert budgets["estimate to int4, native"] == pytest.approx(14.5 + 2 / 256, abs=1e-3)
+    # and 2 of the given weights; a commit writes the state, too
+    assert budgets["estimate to int4 from weights, native"] == pytest.approx(16.5 + 2 / 256, abs=1e-3)
+    assert budgets["commit to int4 from weights, native"] == pytest.approx(28.5 + 2 / 256, abs=1e-3)
 
 
 @pytest.mark.parametrize("arguments", [["kernels", "--numel", "0"], ["kernels", "--device", "tpu"], []])
