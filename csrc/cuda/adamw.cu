@@ -111,8 +111,8 @@ __global__ void prepare_kernel(Scalars scalars, float* next_step) {
   }
 }
 
-// For operands that are not aligned alike nvcc takes fewer registers than it may and spills, unless it is told that four
-// blocks of a multiprocessor are enough.
+// Where operands are not aligned alike, nvcc takes fewer registers than it may and spills for sm_80, unless it is told
+// that four blocks of a multiprocessor are enough.
 template <bool kIsWide, class Grad, class Out, bool kWritesState>
 __global__ void __launch_bounds__(kThreads, kIsWide ? 0 : 4)
     adamw_kernel(Operands<Grad, Out, kWritesState> operands, const Prepared* prepared) {
