@@ -87,7 +87,7 @@ CLUSTER = plan.Cluster(4, 1e8, 1e-4, backend="gloo")
 def test_it_is_planned_as_what_it_is(new_rows, micro_batch_s, fraction):
     work = plan.Work(micro_batch_s, 6, 1e-9, fraction)
     of = {row.name: row for row in plan.predict_all(MODEL, CLUSTER, work)}
-    for name, other in [*SAME.items(), ("twin-int8", "acco-int8"), ("twin-int4", "acco-int4")]:
+    for name, other in [*SAME.items(), ("twin-int8", "acco-int8"), ("twin-int4-commit8", "acco-int4-commit8")]:
         assert of[name] == replace(of[other], name=name)
     # leap has acco's two rounds, and the PREDICT's update on top: where both hide it takes the computation, too.
     assert of["leap"].wire_bytes == of["acco"].wire_bytes
@@ -101,8 +101,12 @@ def test_the_command_plans_with_it(new_rows, capsys):
     assert main([*arguments, "--sweep-ranks", "4"]) == 0
     printed = capsys.readouterr().out
     table, sweep = printed.split("PREDICTION over ranks")
-    new = ["twin", "twin-int8", "twin-int4", "late", "leap", "leap-int8", "leap-int4"]
-    modes = ["acco", "acco-int8", "acco-int4", "local", "wp", "dpu", "sync", *new]
+
+    def with_two_phases(name):
+        return [name, f"{name}-int8", f"{name}-int4", f"{name}-int4-commit8"]
+
+    modes = [*with_two_phases("acco"), "local", "wp", "dpu", "sync", *with_two_phases("twin"), "late"]
+    modes += with_two_phases("leap")
     firsts = [line.split(" ")[0] for line in table.split("\nsamples/s")[0].splitlines()]
     assert [word for word in firsts if word in modes] == modes
     swept = [name for name in modes if "int8" not in name]

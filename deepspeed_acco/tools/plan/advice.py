@@ -8,10 +8,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ...algorithm.schedules import AUTO, DEFAULT, DEFAULT_OF_ONE, ESTIMATE, SCHEDULES, Schedule
-from ...algorithm.step_time import best_split
-from ...algorithm.wire import ESTIMATE_COMMS
+from ...algorithm.schedules import AUTO, DEFAULT, DEFAULT_OF_ONE, SCHEDULES
+from ...algorithm.step_time import Figures, best_split
 from .model import (
+    COARSEST_COMMIT,
+    COARSEST_ESTIMATE,
     STAGES,
     Cluster,
     Mode,
@@ -29,14 +30,15 @@ from .model import (
 _WORTH_IT = 1.02  # a smaller speed-up is called none
 _LOCAL_SGD_FROM = 10  # R/C from which on whoever communicates in every step mostly waits
 _MOST_CUTS = 1000  # into more parts no micro-batch is cut: a split is then exact to 0.1 %
-# The default schedule with the fewest bits of an ESTIMATE.
-COARSEST = Mode(DEFAULT, min((bits.gradient, name) for name, bits in ESTIMATE_COMMS.items() if bits)[1])
+# The default schedule with the fewest bits of an ESTIMATE, and of both rounds.
+COARSEST = Mode(DEFAULT, COARSEST_ESTIMATE)
+COARSEST_OF_BOTH = replace(COARSEST, commit_comm=COARSEST_COMMIT)
 
 
-def delayed_schedules() -> list[Schedule]:
+def delayed_modes() -> list[Mode]:
     """Returns the schedules that cost quality, the one to try first in front: they overlap and have one phase, so that
     gradients are taken at old weights or predicted ones."""
-    return [schedule for schedule in SCHEDULES.values() if schedule.overlaps and not schedule.has_two_phases]
+    return [Mode(schedule) for schedule in SCHEDULES.values() if schedule.overlaps and not schedule.has_two_phases]
 
 
 def best_stage(model: Model, cluster: Cluster, work: Work) -> Prediction | None:
@@ -138,8 +140,9 @@ def seconds(value: float) -> str:
 
 def advise(model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1) -> Advice:
     """Says whether ACCO pays here, with what settings, and why. The default schedule is taken before a faster one that
-    costs quality, and before its own with a quantized ESTIMATE where that is not 2 % faster; anything must be at least
-    2 % faster than the best stage. Splits are chosen, whatever ``work.estimate_fraction`` says."""
+    costs quality. A quantized ESTIMATE, and a quantized COMMIT beside it, must be 2 % faster than what has one less;
+    anything must be at least 2 % faster than the best stage. Splits are chosen, whatever ``work.estimate_fraction``
+    says."""
     baseline = best_stage(model, cluster, work)
     commit, compute = round_s(model, cluster, work), work.compute_s
     said = [
@@ -160,16 +163,23 @@ def advise(model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1
 
     window = best_window(model, cluster, work, micro_batch_size)
     default = predict(DEFAULT.name, model, cluster, window) if window else None
-    one_round = [predict(schedule.name, model, cluster, work) for schedule in delayed_schedules()]
+    one_round = [predict(mode.name, model, cluster, work) for mode in delayed_modes()]
     delayed = next((one for one in one_round if one.memory_bytes <= cluster.memory_bytes), one_round[-1])
     if cluster.ranks == 1:
         said.append("One rank communicates nothing: there is nothing to hide.")
         return use_stage()
     if delayed.memory_bytes > cluster.memory_bytes:
-        said.append(
-            f"ACCO's model states do not fit: {delayed.memory_bytes / 2**30:.1f} GiB of "
-            f"{cluster.memory_bytes / 2**30:.1f}; {baseline.name} is the fastest stage that does."
-        )
+        need = f"{delayed.memory_bytes / 2**30:.1f} GiB of {cluster.memory_bytes / 2**30:.1f}"
+        smaller_window = best_window(model, cluster, work, micro_batch_size, COARSEST_OF_BOTH.name)
+        smaller = predict(COARSEST_OF_BOTH.name, model, cluster, smaller_window) if smaller_window else None
+        if smaller_window and smaller and _is_better(smaller, baseline, cluster):
+            said.append(
+                f"ACCO's model states do not fit, {need}, but those of {smaller.name} do: its rounds need a smaller "
+                f"buffer. {_ROUNDED}"
+            )
+            said.append(_memory_cost(smaller, model, cluster.ranks))
+            return use_acco(smaller, smaller_window.n, smaller_window.estimate_fraction)
+        said.append(f"ACCO's model states do not fit: {need}; {baseline.name} is the fastest stage that does.")
         return use_stage()
     if baseline.step_s < _WORTH_IT * compute:
         said.append(
@@ -188,38 +198,48 @@ def advise(model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1
         chosen = default
         said.append(_regime(default, delayed, baseline, commit, compute, window.n))
         if default.step_s > 1.01 * compute:
-            quantized = best_window(model, cluster, work, micro_batch_size, COARSEST.name)
-            assert quantized is not None, "it has as many phases as the default"
-            coarsest = predict(COARSEST.name, model, cluster, quantized)
             said.append(_larger_batch(commit, window))
-            if default.step_s >= _WORTH_IT * coarsest.step_s:
-                estimate = round_s(model, cluster, quantized, ESTIMATE, COARSEST.estimate_comm)
-                said.append(_quantized(default, coarsest, quantized, estimate))
-                window, chosen = quantized, coarsest
-            elif commit > compute / 2:
-                said.append(_not_quantized(cluster))
+            for mode in (COARSEST, COARSEST_OF_BOTH):
+                quantized = best_window(model, cluster, work, micro_batch_size, mode.name)
+                assert quantized is not None, "it has as many phases as the default"
+                coarser = predict(mode.name, model, cluster, quantized)
+                if chosen.step_s >= _WORTH_IT * coarser.step_s:
+                    rounds = figures_of(mode.name, model, cluster, quantized)
+                    said.append(_quantized(mode, chosen, coarser, quantized, rounds))
+                    window, chosen = quantized, coarser
+                elif mode == COARSEST and commit > compute / 2:
+                    said.append(_not_quantized(cluster))
         anywhere = replace(window, estimate_fraction=None)  # at each R/C one that suits it
         crossing = stops_paying(model, cluster, anywhere, (baseline.name,), chosen.name)
         said.append(_crossing(crossing, baseline.name, chosen.name))
         if baseline.step_s >= _WORTH_IT * chosen.step_s:
-            if chosen.step_s >= _WORTH_IT * delayed.step_s:
-                faster = chosen.step_s / delayed.step_s
+            alike = [replace(mode, commit_comm=modes()[chosen.name].commit_comm) for mode in delayed_modes()]
+            faster_s = predict(alike[0].name, model, cluster, work).step_s
+            if chosen.step_s >= _WORTH_IT * faster_s:
                 said.append(
-                    f"{_names(delayed_schedules())} would be {faster:.2f}x as fast as {chosen.name}, at a price: "
+                    f"{_names(alike)} would be {chosen.step_s / faster_s:.2f}x as fast as {chosen.name}, at a price: "
                     f"{_QUALITY}"
                 )
             said.append(_memory_cost(chosen, model, cluster.ranks))
             return use_acco(chosen, window.n, window.estimate_fraction)
+    coarser = predict(replace(modes()[delayed.name], commit_comm=COARSEST_COMMIT).name, model, cluster, work)
+    if _is_better(coarser, delayed, cluster):
+        delayed = coarser
     if baseline.step_s >= _WORTH_IT * delayed.step_s:
         said.append(f"What is faster than {baseline.name} here is {delayed.name}, at a price: {_QUALITY}")
+        said += [_ROUNDED] if delayed is coarser else []
         said.append(_memory_cost(delayed, model, cluster.ranks))
         return use_acco(delayed, work.n, None)
     said.append(f"No schedule is 2 % faster than {baseline.name}.")
     return use_stage()
 
 
-def _names(schedules: list[Schedule]) -> str:
-    names = [schedule.name for schedule in schedules]
+def _is_better(one: Prediction, than: Prediction, cluster: Cluster) -> bool:
+    return one.memory_bytes <= cluster.memory_bytes and than.step_s >= _WORTH_IT * one.step_s
+
+
+def _names(several: list[Mode]) -> str:
+    names = [mode.name for mode in several]
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
@@ -230,6 +250,10 @@ _LOCAL_SGD = (
 _QUALITY = (
     "gradients are taken at weights one step old, or predicted ones, and the final loss is higher than acco's in every "
     "comparison of docs/reference/results.md; measure yours."
+)
+_ROUNDED = (
+    f'With "commit_comm": "{COARSEST_COMMIT}" a COMMIT is rounded, too: what its bits cannot say of a weight stays in '
+    "the fp32 master and comes with the next one; measure your loss with it."
 )
 
 
@@ -247,7 +271,7 @@ def _regime(
             f"R <= C/2, but with n = {n} one of the phases is shorter than its round: {default.name} takes "
             f"{seconds(default.step_s)}, {against}. An even n has equal phases."
         )
-    one_round = _names(delayed_schedules())
+    one_round = _names(delayed_modes())
     if commit < compute:
         return (
             f"A part is hidden: past R = C/2 {default.name}'s two rounds take longer than the computation; a step "
@@ -261,14 +285,19 @@ def _regime(
     )
 
 
-def _quantized(default: Prediction, coarsest: Prediction, window: Work, estimate_s: float) -> str:
-    is_hidden = coarsest.exposed_s <= 0.01 * window.compute_s
-    hides = "everything is hidden" if is_hidden else f"{seconds(coarsest.exposed_s)} of it exposed"
+def _quantized(mode: Mode, before: Prediction, coarser: Prediction, window: Work, rounds: Figures) -> str:
+    is_hidden = coarser.exposed_s <= 0.01 * window.compute_s
+    hides = "everything is hidden" if is_hidden else f"{seconds(coarser.exposed_s)} of it exposed"
+    step = f"a step takes {seconds(coarser.step_s)} ({hides}), {before.step_s / coarser.step_s:.2f}x the speed of"
+    if mode.wire.commit:
+        return (
+            f'"commit_comm": "{mode.commit_comm}" hides more: beside an ESTIMATE of {seconds(rounds.estimate_s)} the '
+            f"COMMIT then takes {seconds(rounds.commit_s)}, and {step} {before.name}. {_ROUNDED}"
+        )
     return (
-        f'"estimate_comm": "{COARSEST.estimate_comm}" hides more: the ESTIMATE then takes {seconds(estimate_s)}, so '
-        f"phase A, which hides the COMMIT, can have {window.estimate_fraction:.4g} of the computation; a step takes "
-        f"{seconds(coarsest.step_s)} ({hides}), {default.step_s / coarsest.step_s:.2f}x the speed of plain "
-        f"{default.name}. The COMMIT stays exact; measure your loss with it."
+        f'"estimate_comm": "{mode.estimate_comm}" hides more: the ESTIMATE then takes {seconds(rounds.estimate_s)}, so '
+        f"phase A, which hides the COMMIT, can have {window.estimate_fraction:.4g} of the computation; {step} plain "
+        f"{before.name}. The COMMIT stays exact; measure your loss with it."
     )
 
 

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..compare.results import read_results
 from ..subcommand import INTERRUPTED, add_parser, complain
 from . import calibrate as calibration
 from . import model as plan
-from .advice import COARSEST, Advice, advise, best_stage, seconds, stops_paying
+from .advice import COARSEST, COARSEST_OF_BOTH, Advice, advise, best_stage, seconds, stops_paying
 from .model import Cluster, Model, Work
 
 _DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -37,6 +37,7 @@ _MEASURED_BY_RESULTS = (
 _SWEEP_UP_TO = 4096
 # Of the table over hosts: how many, ranks of each, Gbit/s of each.
 _SWEPT_HOSTS, _SWEPT_IN_HOST, _SWEPT_GBIT = (2, 4, 8), (1, 2, 4, 8), (1, 10, 25, 100)
+_OVER_HOSTS = (DEFAULT.name, COARSEST.name, COARSEST_OF_BOTH.name)
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ def add_command(commands) -> None:
         "--estimate-fraction",
         type=units.positive,
         metavar="SHARE",
-        help="ACCO's key (default: 0.5, the best one for acco-int8 and -int4)",
+        help="ACCO's key (default: 0.5 for acco, the best one where rounds are quantized)",
     )
     add(
         "--update-ns",
@@ -240,6 +241,14 @@ def add_command(commands) -> None:
         help="AdamW per parameter in ns (default: 0.01 with nccl, 1 with gloo)",
     )
     add = parser.add_argument_group("output").add_argument
+    add(
+        "--also",
+        choices=plan.modes(),
+        nargs="+",
+        default=(),
+        metavar="MODE",
+        help="rows that the table has not by itself, for example sync-commit8 local-commit8",
+    )
     add(
         "--sweep-ranks",
         type=units.count,
@@ -373,13 +382,15 @@ def _columns(rows: list[list[str]]) -> str:
     )
 
 
-def table(inputs: Inputs) -> str:
-    """Puts the predictions into a table, one line for each stage and mode, with notes."""
+def table(inputs: Inputs, also: Collection[str] = ()) -> str:
+    """Puts the predictions into a table, one line for each stage and mode, with notes; ``also`` as in
+    :func:`plan.predict_all`."""
     baseline = best_stage(inputs.model, inputs.cluster, inputs.work)
     has_inside = inputs.cluster.has_inside
     heads = ["", "s/step", "samples/s", "exposed s", "sent GB", "GiB/rank"]
     rows = [[*heads[:-1], "link GB", heads[-1]] if has_inside else heads]
-    for row in plan.predict_all(inputs.model, inputs.cluster, inputs.work):
+    predicted = plan.predict_all(inputs.model, inputs.cluster, inputs.work, also)
+    for row in predicted:
         relative = f"{baseline.step_s / row.step_s:.2f}" if baseline else "-"
         fits = "" if row.memory_bytes <= inputs.cluster.memory_bytes else " too much"
         figures = [f"{row.step_s:.4g}", relative, f"{row.exposed_s:.3g}", f"{row.wire_bytes / 1e9:.4g}"]
@@ -392,17 +403,17 @@ def table(inputs: Inputs) -> str:
         "zero1, zero2: with overlap_comm; -reduce: with use_multi_rank_bucket_allreduce false",
     ]
     if inputs.work.n > 1:
-        notes.append(_splits(inputs))
+        notes.append(_splits(inputs, [row.name for row in predicted]))
     return _columns(rows) + "\n" + "\n".join(notes)
 
 
-def _splits(inputs: Inputs) -> str:
+def _splits(inputs: Inputs, rows: list[str]) -> str:
     """Lists the ``estimate_fraction`` of the rows that have one."""
     model, cluster, work = inputs.model, inputs.cluster, inputs.work
-    splitting = [name for name, mode in plan.modes().items() if mode.schedule.has_two_phases]
+    splitting = [name for name, mode in plan.modes().items() if name in rows and mode.schedule.has_two_phases]
     splits = {name: plan.split_of(name, model, cluster, work) for name in splitting}
     fractions = [f"{name} {_short(plan.fraction_of(a, work.n), work.n)}" for name, a in splits.items()]
-    given = "as given" if work.estimate_fraction is not None else "acco's default, the best one for int8 and int4"
+    given = "as given" if work.estimate_fraction is not None else "acco's default, else the best one"
     return f"estimate_fraction: {', '.join(fractions)} ({given})"
 
 
@@ -415,8 +426,10 @@ def words(advice: Advice) -> str:
         setting = f"Use DeepSpeed's {advice.name}; ACCO does not pay here."
     else:
         keys: dict[str, Any] = {"schedule": mode.schedule.name}
-        if mode.is_quantized:
+        if mode.wire.estimate:
             keys["estimate_comm"] = mode.estimate_comm
+        if mode.wire.commit:
+            keys["commit_comm"] = mode.commit_comm
         if advice.estimate_fraction is not None:
             keys["estimate_fraction"] = _short(advice.estimate_fraction, advice.n)
         setting = (
@@ -435,11 +448,14 @@ def _short(fraction: float, n: int) -> float:
 
 
 def _swept(n: int) -> list[str]:
-    """Returns the modes that the table over ranks shows: all but those between a full ESTIMATE and the coarsest."""
+    """Returns the modes that the table over ranks shows: those of the other table, without what is between a full
+    ESTIMATE and the coarsest."""
     return [
         name
         for name, mode in plan.modes().items()
-        if mode.has_room(n) and (not mode.is_quantized or mode.estimate_comm == COARSEST.estimate_comm)
+        if mode.is_listed
+        and mode.has_room(n)
+        and (not mode.wire.estimate or mode.estimate_comm == COARSEST.estimate_comm)
     ]
 
 
@@ -496,24 +512,24 @@ def sweep_hosts(inputs: Inputs, efficiency: float | None = None) -> list[dict[st
         shape = replace(inputs.cluster, ranks=hosts * in_host, hosts=hosts)
         cluster = replace(shape, bandwidth=gbit * 1e9 / 8, efficiency=efficiency)
         row: dict[str, Any] = {"hosts": hosts, "ranks_per_host": in_host, "gbit": gbit}
-        rows.append(row | _compared(inputs.model, cluster, inputs.work, (DEFAULT.name, COARSEST.name)))
+        rows.append(row | _compared(inputs.model, cluster, inputs.work, _OVER_HOSTS))
     return rows
 
 
 def sweep_hosts_table(rows: list[dict[str, Any]]) -> str:
     """Puts what :func:`sweep_hosts` returned into a table, one line for each number of hosts and of ranks in them."""
-    names = (DEFAULT.name, COARSEST.name)
-    heads = [[f"{gbit}gbit R/C", DEFAULT.name, COARSEST.estimate_comm] for gbit in _SWEPT_GBIT]
+    heads = [[f"{gbit}gbit R/C", *(name.rsplit("-", 1)[-1] for name in _OVER_HOSTS)] for gbit in _SWEPT_GBIT]
     lines = [["hosts x ranks", *itertools.chain(*heads)]]
     for (hosts, in_host), of_line in itertools.groupby(rows, lambda row: (row["hosts"], row["ranks_per_host"])):
         line = [f"{hosts} x {in_host}"]
         for row in of_line:
-            speeds = [f"{row['stage_s'] / row[name]:.2f}" if row["stage"] else "-" for name in names]
+            speeds = [f"{row['stage_s'] / row[name]:.2f}" if row["stage"] else "-" for name in _OVER_HOSTS]
             line += [f"{row['ratio']:.2g}", *speeds]
         lines.append(line)
     return (
         "PREDICTION over hosts, ranks of a host and bandwidths, from formulas alone: the same micro-batches on each "
-        f"rank\nSpeed of {names[0]} and of {names[1]} over that of the fastest stage that fits\n" + _columns(lines)
+        f"rank\nSpeed of {', '.join(_OVER_HOSTS[:-1])} and {_OVER_HOSTS[-1]} over that of the fastest stage that fits\n"
+        + _columns(lines)
     )
 
 
@@ -539,7 +555,9 @@ def _finite(value: Any) -> Any:
 Rows = list[dict[str, Any]] | None
 
 
-def _report(inputs: Inputs, advice: Advice, over_ranks: Rows, over_hosts: Rows) -> dict[str, Any]:
+def _report(
+    inputs: Inputs, also: Collection[str], advice: Advice, over_ranks: Rows, over_hosts: Rows
+) -> dict[str, Any]:
     model, cluster, work = inputs.model, inputs.cluster, inputs.work
     return {
         "prediction": True,
@@ -548,7 +566,7 @@ def _report(inputs: Inputs, advice: Advice, over_ranks: Rows, over_hosts: Rows) 
         "work": asdict(work),
         "compute_s": work.compute_s,
         "round_s": plan.round_s(model, cluster, work),
-        "rows": [asdict(row) for row in plan.predict_all(model, cluster, work)],
+        "rows": [asdict(row) for row in plan.predict_all(model, cluster, work, also)],
         "stops_paying": None if work.n == 1 else _finite(stops_paying(model, cluster, work)),
         "advice": asdict(advice),
         "sweep": over_ranks,
@@ -574,7 +592,7 @@ def run(options: argparse.Namespace) -> int:
         complain("plan: interrupted; nothing was measured")
         return INTERRUPTED
     is_measured = any(given is not None for given in (options.results, options.calibrate, options.round_ms))
-    print(_describe(inputs, is_measured), table(inputs), words(advice), sep="\n\n")
+    print(_describe(inputs, is_measured), table(inputs, options.also), words(advice), sep="\n\n")
     if is_measured and options.bandwidth is not None:
         print(_bandwidth_alone(options, inputs))
     if over_ranks is not None:
@@ -582,8 +600,9 @@ def run(options: argparse.Namespace) -> int:
     if over_hosts is not None:
         print("\n" + sweep_hosts_table(over_hosts))
     if options.json is not None:
+        report = _report(inputs, options.also, advice, over_ranks, over_hosts)
         try:
-            Path(options.json).write_text(json.dumps(_report(inputs, advice, over_ranks, over_hosts), indent=2) + "\n")
+            Path(options.json).write_text(json.dumps(report, indent=2) + "\n")
         except OSError as error:
             complain(f"plan: --json {options.json} cannot be written: {error}")
             return 2

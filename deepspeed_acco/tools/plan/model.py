@@ -12,12 +12,14 @@ rank inside its host; C, R: computation of a step and one round. DeepSpeed's fil
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import cache
 
-from ...algorithm.schedules import COMMIT, ESTIMATE, SCHEDULES, Round, Schedule
+from ...algorithm.schedules import COMMIT, SCHEDULES, Round, Schedule
 from ...algorithm.step_time import Figures, best_split
 from ...algorithm.window import phase_a_micro_batches, require_room
-from ...algorithm.wire import ESTIMATE_COMMS
+from ...algorithm.wire import COMMIT_COMMS, ESTIMATE_COMMS, Wire
 
 BACKENDS = ("nccl", "gloo")
 STAGES = ("zero0", "zero1", "zero1-reduce", "zero2", "zero2-reduce", "zero3")
@@ -31,7 +33,8 @@ _STEP_INSIDE_HOST = 3.4 / 9.6  # of L: NCCL, src/graph/tuning.cc, NVLink over ne
 _PIECE_BYTES = 4 * 2**20  # of a rank's messages on gloo that travel at a time (half of runtime/messages.py's room)
 _REDUCE_ON_HOST_S = 50e-6  # to synchronize with the device and to launch one reduce of a partition; an assumption
 _NORM_BYTES = 16
-_SCALE_BYTES = 2 / 256  # bf16, one for each block of a quantized ESTIMATE (optim/quantization.py)
+_PIECES, _SMALLEST_PIECE = 8, 2**20  # of a shard on NCCL with a quantized COMMIT (runtime/collectives.py)
+_SCALE_BYTES = 2 / 256  # bf16, one for each block of a quantized round (optim/quantization.py)
 _ROOT_BYTES = 4 / 256  # fp32, one for each block, which local gathers (optim/local_prediction.py)
 _REDUCE_BUCKET = 500_000_000  # parameters: DeepSpeed, zero/config.py, reduce_bucket_size
 _GATHER_BUCKET = 50_000_000  # likewise, stage3_prefetch_bucket_size
@@ -42,22 +45,46 @@ _MOST, _LEAST, _LARGEST = 10**18, 1e-60, 1e60
 _COUNT, _POSITIVE = "a whole number from 1 to 1e18", "from 1e-60 to 1e60"
 
 
+_ALL_IN_FULL = Wire()
+_FULL = "full"  # of the keys estimate_comm and commit_comm
+COARSEST_ESTIMATE = min((bits.gradient, name) for name, bits in ESTIMATE_COMMS.items() if bits)[1]
+COARSEST_COMMIT = min((bits.gradient, name) for name, bits in COMMIT_COMMS.items() if bits)[1]
+
+
 @dataclass(frozen=True)
 class Mode:
-    """Names one way to run ACCO: a schedule, and what its ESTIMATE sends, a key of ``ESTIMATE_COMMS``."""
+    """Names one way to run ACCO: a schedule, and what its rounds send: keys of ``ESTIMATE_COMMS``, ``COMMIT_COMMS``."""
 
     schedule: Schedule
-    estimate_comm: str
+    estimate_comm: str = _FULL
+    commit_comm: str = _FULL
+
+    @property
+    def wire(self) -> Wire:
+        """Returns in how many bits its rounds send."""
+        estimate = ESTIMATE_COMMS[self.estimate_comm] if self.schedule.has_two_phases else None
+        return Wire(estimate, COMMIT_COMMS[self.commit_comm])
 
     @property
     def is_quantized(self) -> bool:
-        """Tells whether the ESTIMATE is sent in fewer bits than its dtype has."""
-        return bool(ESTIMATE_COMMS[self.estimate_comm])
+        """Tells whether any round is sent in fewer bits than its dtype has."""
+        return any(self.wire.rounds())
+
+    @property
+    def is_listed(self) -> bool:
+        """Tells whether tables have it unasked. With a quantized COMMIT that is the one with the coarsest ESTIMATE."""
+        if not self.wire.commit:
+            return True
+        return self.schedule.has_two_phases and self.estimate_comm == COARSEST_ESTIMATE
 
     @property
     def name(self) -> str:
-        """Returns the schedule's name, with that of a quantized ESTIMATE behind it."""
-        return f"{self.schedule.name}-{self.estimate_comm}" if self.is_quantized else self.schedule.name
+        """Returns the schedule's name, then the ``estimate_comm`` of a quantized ESTIMATE, then ``commit`` with the
+        bits of a quantized COMMIT's gradients: ``acco-int4-commit8``."""
+        parts = [self.schedule.name]
+        parts += [self.estimate_comm] if self.wire.estimate else []
+        parts += [f"commit{self.wire.commit.gradient}"] if self.wire.commit else []
+        return "-".join(parts)
 
     def has_room(self, n: int) -> bool:
         """Tells whether a window of ``n`` micro-batches has one for each phase."""
@@ -65,11 +92,17 @@ class Mode:
 
 
 def modes() -> dict[str, Mode]:
-    """Returns ACCO's modes by name, in the order of the tables: every schedule, and every one with two phases also
-    with a quantized ESTIMATE."""
+    """Returns ACCO's modes by name, in the order of the tables: every schedule with every COMMIT, those with two phases
+    also with every ESTIMATE."""
+    return _modes_of(tuple(SCHEDULES.values()))
+
+
+@cache
+def _modes_of(schedules: tuple[Schedule, ...]) -> dict[str, Mode]:
     found = [
-        Mode(schedule, estimate_comm)
-        for schedule in SCHEDULES.values()
+        Mode(schedule, estimate_comm, commit_comm)
+        for schedule in schedules
+        for commit_comm in COMMIT_COMMS
         for estimate_comm, bits in ESTIMATE_COMMS.items()
         if schedule.has_two_phases or not bits
     ]
@@ -225,7 +258,7 @@ class Work:
         micro_batch_s: m, seconds of one forward and backward with nothing beside it.
         n: micro-batches of a step (``gradient_accumulation_steps``).
         update_s_per_parameter: seconds of AdamW per parameter that a rank updates.
-        estimate_fraction: ACCO's key. None: one half, the best one where the ESTIMATE is quantized.
+        estimate_fraction: ACCO's key. None: one half, the best one where any round is quantized.
         backward_share: the backward's part of m: two matrix products for each of the forward (arXiv 2104.04473).
     """
 
@@ -378,41 +411,61 @@ def acco_reduce_scatter(cluster: Cluster, whole_bytes: float) -> Cost:
     return exchange(cluster, whole_bytes) if cluster.backend == "gloo" else reduce_scatter(cluster, whole_bytes)
 
 
-def exchange(cluster: Cluster, whole_bytes: float) -> Cost:
-    """Returns the cost of each rank sending every other one its part directly: with k ranks in a host its link carries
-    k (N-k)/N V, where a ring has (N-1)/N V."""
+def exchange(cluster: Cluster, whole_bytes: float, calls: int = 1) -> Cost:
+    """Returns the cost of each rank sending every other one its part directly, in ``calls`` pieces: with k ranks in a
+    host its link carries k (N-k)/N V, where a ring has (N-1)/N V."""
     ranks, in_host = cluster.ranks, cluster.ranks_per_host
     moved = whole_bytes * (ranks - 1) / ranks
     on_link = in_host * (ranks - in_host) / ranks * whole_bytes
     slowest = on_link if cluster.host_count > 1 else moved
-    return Cost(moved, on_link, slowest / cluster.payload_rate + (ranks - 1) * cluster.latency_s)
+    return Cost(moved, on_link, slowest / cluster.payload_rate + calls * (ranks - 1) * cluster.latency_s)
 
 
 # ---- rounds and steps
 
 
-def round_communication(model: Model, cluster: Cluster, estimate_comm: str = "full", this: Round = COMMIT) -> Cost:
+def _coded_bytes(bits: int) -> float:
+    """Returns the bytes of a value in blocks of codes of so many bits (optim/quantization.py)."""
+    return bits / 8 + _SCALE_BYTES
+
+
+def round_communication(model: Model, cluster: Cluster, this: Round = COMMIT, wire: Wire = _ALL_IN_FULL) -> Cost:
     """Returns what a round of ACCO moves: reduce-scatter, all-reduce of the norm, all-gather (runtime/round.py), with
     gloo as in runtime/messages.py, with NCCL as in runtime/collectives.py.
 
     Args:
-        estimate_comm: other than ``full``: that of an ESTIMATE which sends gradients and changes of weights in blocks
-            of codes, directly, since sums of codes cannot be passed round a ring (optim/quantization.py). With two
-            levels gradients become codes between the hosts only, and the codes of the changes are passed on inside.
         this: one that is predicted locally gathers the roots of exp_avg_sq with the weights.
+        wire: in a quantized round gradients and changes of weights travel in blocks of codes; gradients directly, since
+            sums of codes cannot be passed round a ring. With two levels gradients become codes between the hosts, where
+            the COMMIT is quantized also inside; the codes of the changes are passed on inside.
     """
-    bits = ESTIMATE_COMMS[estimate_comm].gradient
+    bits = wire.of(this)
     gradients, weights = model.comm_bytes * model.numel, model.weight_bytes * model.numel
-    coded = (bits / 8 + _SCALE_BYTES) * model.numel
-    sent, gathered = (coded, coded) if bits else (gradients, weights)
+    sent = _coded_bytes(bits.gradient) * model.numel if bits else gradients
+    gathered = _coded_bytes(bits.change) * model.numel if bits else weights
     gathered += _ROOT_BYTES * model.numel * this.predicts_locally
+    inner_bits = wire.inner_gradient if bits else 0
+    calls = _pieces(model, cluster) if inner_bits else 1
     norm = all_reduce(cluster, _NORM_BYTES)
     if not cluster.has_two_levels:
-        scatter = exchange if bits else acco_reduce_scatter
-        return scatter(cluster, sent) + norm + all_gather(cluster, gathered)
+        scatter = exchange(cluster, sent, calls) if bits else acco_reduce_scatter(cluster, sent)
+        return scatter + norm + all_gather(cluster, gathered)
     inside, between = cluster.inside_of_host, cluster.between_hosts
-    reduction = _two_levels(cluster, acco_reduce_scatter(inside, gradients), exchange(between, sent))
+    if inner_bits:
+        inner = exchange(inside, _coded_bytes(inner_bits) * model.numel, calls)
+    else:
+        inner = acco_reduce_scatter(inside, gradients)
+    reduction = _two_levels(cluster, inner, exchange(between, sent, calls))
     return reduction + norm + _two_levels(cluster, all_gather(inside, gathered), all_gather(between, gathered))
+
+
+def _pieces(model: Model, cluster: Cluster) -> int:
+    """Returns in how many pieces the gradients of a quantized round travel where the COMMIT is quantized: on NCCL one
+    after the other; on gloo the latency of all but the first is hidden."""
+    if cluster.backend == "gloo":
+        return 1
+    shard = -(-model.numel // cluster.ranks)
+    return -(-shard // max(-(-shard // _PIECES), _SMALLEST_PIECE))
 
 
 def _two_levels(cluster: Cluster, inside: Cost, between: Cost) -> Cost:
@@ -426,12 +479,12 @@ def _two_levels(cluster: Cluster, inside: Cost, between: Cost) -> Cost:
     return Cost(wire_bytes, between.link_bytes, faster + slower)
 
 
-def round_s(model: Model, cluster: Cluster, work: Work, this: Round = COMMIT, estimate_comm: str = "full") -> float:
+def round_s(model: Model, cluster: Cluster, work: Work, this: Round = COMMIT, wire: Wire = _ALL_IN_FULL) -> float:
     """Returns R, seconds of one round with nothing beside it: its communication, and AdamW on a shard, scaled by the
-    memory traffic of what the round updates. ``estimate_comm`` is an ESTIMATE's."""
+    memory traffic of what the round updates."""
     traffic = _COMMIT_TRAFFIC * this.writes_state + _ESTIMATE_TRAFFIC * (this.predicts or not this.writes_state)
     update = model.numel / cluster.ranks * work.update_s_per_parameter * traffic / _COMMIT_TRAFFIC
-    return round_communication(model, cluster, estimate_comm if this is ESTIMATE else "full", this).seconds + update
+    return round_communication(model, cluster, this, wire).seconds + update
 
 
 @dataclass(frozen=True)
@@ -462,16 +515,25 @@ class Prediction:
 def memory_bytes(name: str, model: Model, ranks: int) -> float:
     """Returns bytes of the model states on one rank: weights, gradients, 12 bytes of AdamW in fp32 and a gradient of 4
     (ZeRO, arXiv 1910.02054, section 3; ACCO's buffers: runtime/buffers.py)."""
-    w, g, c, whole = model.weight_bytes, model.accumulation_bytes, model.comm_bytes, model.numel
+    w, g, whole = model.weight_bytes, model.accumulation_bytes, model.numel
     shard = -(-whole // ranks)
     mode = modes().get(name)
     if mode is not None:
         before = (w + _ROOT_BYTES) * mode.schedule.predicts_locally  # true weights of one commit earlier, and roots
-        return (w + g + max(c, w) + before) * whole + 16 * shard
+        held = w * bool(mode.wire.commit)  # of its shard, what every rank has
+        return (w + g + _comm_buffer_bytes(mode, model) + before) * whole + (16 + held) * shard
     stage = int(name[4])
     if stage == 0:
         return (w + g + (8 if w == 4 else 16)) * whole
     return w * (shard if stage == 3 else whole) + g * (shard if stage >= 2 else whole) + 16 * shard
+
+
+def _comm_buffer_bytes(mode: Mode, model: Model) -> float:
+    """Returns the bytes of X per parameter: the most that a round sends or gathers (runtime/buffers.py)."""
+    rounds = list(mode.wire.rounds())
+    if not all(rounds):
+        return max(model.comm_bytes, model.weight_bytes)
+    return _coded_bytes(max(max(bits.gradient, bits.change) for bits in rounds))
 
 
 def _matrices(numel: int) -> int:
@@ -529,11 +591,11 @@ def _stage(name: str, model: Model, cluster: Cluster, work: Work) -> tuple[Cost,
 
 def figures_of(name: str, model: Model, cluster: Cluster, work: Work) -> Figures:
     """Returns what a step of one of ACCO's modes is made of."""
-    schedule, estimate_comm = modes()[name].schedule, modes()[name].estimate_comm
-    commit = round_s(model, cluster, work, schedule.at_window_end)
+    schedule, wire = modes()[name].schedule, modes()[name].wire
+    commit = round_s(model, cluster, work, schedule.at_window_end, wire)
     estimate = 0.0
     if schedule.at_phase_b is not None:
-        estimate = round_s(model, cluster, work, schedule.at_phase_b, estimate_comm)
+        estimate = round_s(model, cluster, work, schedule.at_phase_b, wire)
     return Figures(work.micro_batch_s, commit, estimate)
 
 
@@ -564,11 +626,12 @@ def predict(name: str, model: Model, cluster: Cluster, work: Work) -> Prediction
         communication, exposed = _stage(name, model, cluster, work)
         step = compute + exposed
         return _prediction(name, communication, exposed, step, memory, None)
-    communication, a = round_communication(model, cluster, this=mode.schedule.at_window_end), work.n
-    if mode.schedule.has_two_phases:
-        communication += round_communication(model, cluster, mode.estimate_comm)
+    schedule, a = mode.schedule, work.n
+    communication = round_communication(model, cluster, schedule.at_window_end, mode.wire)
+    if schedule.at_phase_b is not None:
+        communication += round_communication(model, cluster, schedule.at_phase_b, mode.wire)
         a = split_of(name, model, cluster, work)
-    step = figures_of(name, model, cluster, work).step_s(mode.schedule, work.n, a)
+    step = figures_of(name, model, cluster, work).step_s(schedule, work.n, a)
     m = work.micro_batch_s
     exposed = step - (a * m + (work.n - a) * m)  # added up as in the step, so that what is hidden leaves exactly 0
     return _prediction(name, communication, exposed, step, memory, step)
@@ -580,10 +643,11 @@ def _prediction(
     return Prediction(name, moved.wire_bytes, moved.link_bytes, moved.seconds, exposed_s, step_s, memory, bound_s)
 
 
-def predict_all(model: Model, cluster: Cluster, work: Work) -> list[Prediction]:
-    """Returns the predictions of all :func:`names`, without the modes for whose phases n = 1 has no room."""
-    without_room = {name for name, mode in modes().items() if not mode.has_room(work.n)}
-    return [predict(name, model, cluster, work) for name in names() if name not in without_room]
+def predict_all(model: Model, cluster: Cluster, work: Work, also: Collection[str] = ()) -> list[Prediction]:
+    """Returns the predictions of all stages and of the modes that are listed or named in ``also``, without those for
+    whose phases n = 1 has no room."""
+    shown = [name for name, mode in modes().items() if (mode.is_listed or name in also) and mode.has_room(work.n)]
+    return [predict(name, model, cluster, work) for name in (*STAGES, *shown)]
 
 
 # ---- a measured round
