@@ -123,7 +123,7 @@ def step(number, step_s, inside_s, round_s=None, exposed_s=None, peak_bytes=1000
         inside_s=inside_s,
         round_s=round_s,
         exposed_s=exposed_s,
-        rounds=None if round_s is None else 1,
+        rounds=None if round_s is None else 1 + (other.get("estimate_s") is not None),
         peak_bytes=peak_bytes,
         looked=looked,
         **other,
@@ -163,7 +163,27 @@ def test_what_an_adaptive_run_computed():
     assert run.sent_bytes == pytest.approx(150)  # means over the ranks: 100, 150, 200
     fixed = measure.summarize_run(1, "", [RankFile(header("acco"), [step(i, 4.0, 2.0, 1, 0) for i in range(5)])], [])
     assert fixed.batch is None and fixed.samples.tolist() == [64, 64, 64]
-    assert fixed.estimate_s is None and fixed.sent_bytes is None and fixed.interface_bytes is None
+    assert (
+        fixed.estimate_s is None
+        and fixed.commit_s == 1.0
+        and fixed.sent_bytes is None
+        and fixed.interface_bytes is None
+    )
+
+
+def test_a_commit_is_what_an_estimate_leaves_of_the_rounds():
+    """Where a line has one of each kind, or a COMMIT alone; the second rank waits for the first."""
+    lines = [(1, 3.0, None), (2, 5.0, 4.0), (2, 1.5, 0.25), (1, 1.0, None), (3, 9.0, 1.0), (0, 0.0, None)]
+
+    def steps(waits_s):
+        of_a_line = [(number, rounds, round_s, own) for number, (rounds, round_s, own) in enumerate(lines, 1)]
+        return [
+            replace(step(number, 4.0, 1.0, round_s + waits_s, 0.5, estimate_s=own), rounds=rounds)
+            for number, rounds, round_s, own in of_a_line
+        ]
+
+    records = [RankFile(header("acco", rank), steps(waits_s)) for rank, waits_s in enumerate((0.0, 0.5))]
+    assert measure.summarize_run(1, "", records, []).commit_s == pytest.approx(1.125)  # of 1.25 and 1
 
 
 def test_what_a_host_sent():
@@ -190,9 +210,9 @@ TIMES = {"sync": (2.5, 0.5, 0.5), "acco": (2.02, 0.02, 0.015), "dpu": (2.02, 0.0
 CURVE = [Point(step=11, samples=704, seconds=20.0, val_loss=2.0, loss=2.1)]
 
 
-def made_run(schedule, number, scale=1.0, curve=(), times=None, lines=None, **other):
+def made_run(schedule, number, scale=1.0, curve=(), times=None, lines=None, round_s=0.5, **other):
     step_s, inside_s, exposed_s = TIMES[times or schedule]
-    round_s = None if schedule is None else 0.5
+    round_s = None if schedule is None else round_s
     steps = [
         step(i, scale * (step_s + 1e-3 * (i % 3)), inside_s, round_s, exposed_s, **(lines or {})) for i in range(1, 12)
     ]
@@ -289,6 +309,8 @@ def test_a_new_row_of_schedules_has_its_bound_and_its_words(monkeypatch):
     assert "Why slow is not faster: wait overlaps nothing" in text
     config = {"optimizer": {"type": "ACCO", "params": {"schedule": "wait"}}}
     assert configs.measures_reference(config) and not configs.measures_reference({"optimizer": {"type": "ACCO"}})
+    config["optimizer"]["params"]["commit_comm"] = "int8"
+    assert not configs.measures_reference(config), "its R is not that of a round in full"
 
 
 def test_files_of_an_earlier_version_are_read():
@@ -298,7 +320,7 @@ def test_files_of_an_earlier_version_are_read():
         before, found = json.loads(path.read_text()), read_results(path)
         assert _known(written(found)) == _known(before)
         assert list(written(found)) == list(before)
-        newer = {"interface_bytes"}
+        newer = {"interface_bytes", "commit_comm", "commit_s"}
         keys = [key for key in written(found)["configs"][0] if key not in newer]
         assert keys == [key for key in before["configs"][0] if key not in newer]
         assert verdict(found)[0].startswith(before["verdict"][0].split(":")[0])
@@ -356,6 +378,26 @@ def test_the_bound_with_a_quantized_estimate():
         said = "MB sent by a host in a step, with all headers: 6.2 with mine and 2.0 with zero1."
         assert found.verdict[-2] == said, "before the number of passes"
         assert ("ESTIMATE (int4) takes 0.250 s" in " ".join(found.verdict)) == (estimate_comm == "int4")
+
+
+def test_the_bound_with_a_quantized_commit(tmp_path):
+    """R = 2 s where C = 2 s; the COMMIT takes 0.5 s of its own, beside an ESTIMATE of 0.25 s: all is hidden."""
+    for commit_comm, with_estimate, waiting in (("int8", 2.0, 2.5), ("full", 3.0, 4.0), (None, 3.0, 4.0)):
+        lines = {"estimate_s": 0.25}
+        finished = {
+            "mine": [
+                made_run("acco", 1, 1.5, lines=lines, round_s=0.75, estimate_comm="int4", commit_comm=commit_comm)
+            ],
+            "blocks": [made_run("sync", 1, 1.5, commit_comm=commit_comm)],
+            "zero1": [made_run(None, 1)],
+            "reference": [with_round(made_run("sync", 1), 2.0)],
+        }
+        found = made_results(finished)
+        assert [config.bound_s for config in found.configs[:2]] == pytest.approx([with_estimate, waiting], abs=5e-3)
+        assert [config.commit_s for config in found.configs] == [0.5, 0.5, None]
+        assert ("mine's COMMIT (int8) takes 0.500 s" in " ".join(found.verdict)) == (commit_comm == "int8")
+        write_results(tmp_path / "results.json", found)
+        assert read_results(tmp_path / "results.json") == found
 
 
 def test_the_verdict_says_when_acco_loses_and_why():

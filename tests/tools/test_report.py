@@ -262,7 +262,8 @@ def test_adaptive_steps_are_shown_per_nominal_batch(tmp_path, figures):
     """Of the nominal 16 samples its median step has 32: its times count half."""
     results = _results() | {"passes": 2}
     acco = results["configs"][0]
-    acco |= {"accumulation": "adaptive", "samples_per_step": 32.0, "estimate_comm": "int4", "sent_bytes": 123_456_789.0}
+    acco |= {"accumulation": "adaptive", "samples_per_step": 32.0, "sent_bytes": 123_456_789.0}
+    acco |= {"estimate_comm": "int4", "commit_comm": "int8"}
     acco["samples_per_s"] = {"median": 21.25, "low": 20.0, "high": 22.0}
     for place, sent in ((0, 250_000_000.0), (2, 62_500_000.0)):
         results["configs"][place]["interface_bytes"] = sent
@@ -284,7 +285,7 @@ def test_adaptive_steps_are_shown_per_nominal_batch(tmp_path, figures):
         "Batch size over steps",
         "1.500 1.438 to 1.562 1.250 1.200 1.250 0.125 0.125 21.2 32",  # the table keeps the times of its own steps
         "0.750 0.000 8.0 16",
-        "ACCO · acco · adaptive · int4",
+        "ACCO · acco · adaptive · int4 · COMMIT int8",
         "sent, MB step and rank MB sent by a host step, with headers",
         "3.00 123.5 250.0 2.2500",
         "1.00 – 62.5 –",
@@ -499,7 +500,7 @@ def _metrics(step, samples, loss, val_loss, seconds):
 def _recorded(folder, rank, schedule="acco"):
     header = {"rank": rank, "world_size": 2, "optimizer": "ACCO", "schedule": schedule, "stage": 1, "numel": 1000}
     header |= {"samples_per_step": 8, "n": 4, "a": 2, "device": "cpu", "weight_bytes": 2, "comm_bytes": 2}
-    header |= {"micro_batch": 1}
+    header |= {"micro_batch": 1, "estimate_comm": "full", "commit_comm": "int8"}
     keys = ("step", "step_s", "inside_s", "round_s", "exposed_s", "rounds", "peak_bytes", "looked", "loss")
     steps = [
         [1, None, 0.5, 0.5, 0.125, 2, 2**30, False, None],  # the first two load and build
@@ -539,7 +540,7 @@ def test_the_page_of_one_run(tmp_path, figures):
         "65.0 % of the communication was hidden",  # 1 - 1.75 / 5
         "Last validation loss: 4.0000 after 2 steps.",
         "3 steps were skipped",
-        "ACCO, schedule acco · ZeRO stage 1 · 2 ranks · on cpu",
+        "ACCO, schedule acco · COMMIT int8 · ZeRO stage 1 · 2 ranks · on cpu",
         "optimizer step of rank 0, s 2.500 2.100 to 2.900 2",
         "logs/acco/Train_ACCO_estimate_error.csv",
         "n = 4 micro-batches a step, 2 of them in phase A",

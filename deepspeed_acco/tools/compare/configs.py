@@ -260,10 +260,12 @@ def require_alike(configs: Mapping[str, Mapping[str, Any]], world_size: int) -> 
 
 
 def measures_reference(config: Mapping[str, Any]) -> bool:
-    """Tells whether a JSON's runs measure C and R: its schedule overlaps nothing."""
+    """Tells whether a JSON's runs measure C and R: its schedule overlaps nothing, and its rounds are in full."""
     optimizer = config.get("optimizer", {})
-    row = SCHEDULES.get(str(optimizer.get("params", {}).get("schedule", AUTO)))
-    return optimizer.get("type") == "ACCO" and row is not None and row.blocks
+    params = optimizer.get("params", {})
+    row = SCHEDULES.get(str(params.get("schedule", AUTO)))
+    is_in_full = params.get("commit_comm", Settings.commit_comm) == Settings.commit_comm
+    return optimizer.get("type") == "ACCO" and row is not None and row.blocks and is_in_full
 
 
 def reference_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:

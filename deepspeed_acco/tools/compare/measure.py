@@ -8,7 +8,7 @@ import os
 import shlex
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -64,6 +64,7 @@ class MeasuredRun:
         compute_s: the slowest rank's median time outside the engine's step.
         fastest_round_s: the median round of the rank that waits least for the others; None without ACCO.
         estimate_s: the median ESTIMATE of the rank that waits least for the others; None without any.
+        commit_s: likewise the median round at a window's end.
         samples: [timed], of all ranks together.
         samples_per_s_alone: what the ranks compute together where nothing communicates, by ``outside`` of the step.
         batch: samples of every step of the run, all ranks together; None with fixed windows, which have one size.
@@ -83,6 +84,7 @@ class MeasuredRun:
     compute_s: float
     fastest_round_s: float | None
     estimate_s: float | None
+    commit_s: float | None
     samples: numpy.ndarray
     samples_per_s_alone: float
     batch: list[int] | None
@@ -133,6 +135,7 @@ def summarize_run(number: int, folder: str, ranks: Sequence[RankFile], curve: li
         compute_s=float(outside.max()),
         fastest_round_s=float(numpy.median(table("round_s"), axis=1).min()) if is_acco else None,
         estimate_s=_least_median(table("estimate_s")),
+        commit_s=_least_median(_commits(table)),
         samples=samples,
         samples_per_s_alone=float((own_samples / numpy.maximum(outside, 1e-9)).sum()),
         batch=batch,
@@ -165,6 +168,15 @@ def _median_over_hosts(table: numpy.ndarray) -> float | None:
     """Returns the median over the columns of the mean of the rows that are known, one of each host; None without."""
     of_hosts = table[~numpy.isnan(table).any(axis=1)]
     return float(numpy.median(of_hosts.mean(axis=0))) if len(of_hosts) else None
+
+
+def _commits(table: Callable[[str], numpy.ndarray]) -> numpy.ndarray:
+    """Returns the rounds at a window's end, in seconds: what is left of the rounds of a line when its ESTIMATE is taken
+    out; NaN where those were not one of each kind."""
+    rounds, estimate_s = table("rounds"), table("estimate_s")
+    has_estimate = ~numpy.isnan(estimate_s)
+    commit_s = table("round_s") - numpy.where(has_estimate, estimate_s, 0.0)
+    return numpy.where(rounds == 1 + has_estimate, commit_s, numpy.nan)
 
 
 def _least_median(table: numpy.ndarray) -> float | None:
@@ -232,19 +244,27 @@ def verdict_of(speedup: Interval) -> str:
 
 
 def bound_s(
-    schedule: str | None, compute_s: float, round_s: float, n: int, a: int | None, estimate_s: float | None = None
+    schedule: str | None,
+    compute_s: float,
+    round_s: float,
+    n: int,
+    a: int | None,
+    estimate_s: float | None = None,
+    commit_s: float | None = None,
 ) -> float | None:
     """Returns the shortest step that a schedule can have: each round beside the computation that it runs behind.
 
     Args:
         round_s: R, of every round.
         estimate_s: of an ESTIMATE, where it is another one: a quantized one.
+        commit_s: likewise of the round at a window's end.
     """
     row = SCHEDULES.get(schedule or "")
     if row is None:
         return None
     phase_a_s = compute_s * a / n if a is not None else 0.0
-    return step_s(row, phase_a_s, compute_s - phase_a_s, round_s, round_s if estimate_s is None else estimate_s)
+    end_s, phase_b_s = (round_s if own is None else own for own in (commit_s, estimate_s))
+    return step_s(row, phase_a_s, compute_s - phase_a_s, end_s, phase_b_s)
 
 
 # ---- results.json
@@ -349,11 +369,13 @@ def _configuration(
         stage=header.stage,
         accumulation=header.accumulation,
         estimate_comm=header.estimate_comm,
+        commit_comm=header.commit_comm,
         a=header.a,
     )
     if failed:
         return config
     estimates = [run.estimate_s for run in runs if run.estimate_s is not None]
+    commits = [run.commit_s for run in runs if run.commit_s is not None]
     sent = [run.sent_bytes for run in runs if run.sent_bytes is not None]
     on_interface = [run.interface_bytes for run in runs if run.interface_bytes is not None]
     config = replace(
@@ -362,6 +384,7 @@ def _configuration(
         samples_per_step=statistics.median(float(numpy.median(run.samples)) for run in runs),
         samples_per_s=median_of_passes([run.samples / run.step_s for run in runs]),
         estimate_s=statistics.median(estimates) if estimates else None,
+        commit_s=statistics.median(commits) if commits else None,
         sent_bytes=statistics.median(sent) if sent else None,
         interface_bytes=statistics.median(on_interface) if on_interface else None,
         hidden_share=_hidden_share(runs),
@@ -432,7 +455,8 @@ def _beside(config: Configuration, header: RankHeader, runs: Sequence[MeasuredRu
         bound = compute_s = whole_s * config.samples_per_s.median / alone.samples_per_s
     else:
         estimate_s = config.estimate_s if config.has_quantized_estimate else None
-        bound = bound_s(header.schedule, compute_s, alone.round_s, header.n, header.a, estimate_s)
+        commit_s = config.commit_s if config.has_quantized_commit else None
+        bound = bound_s(header.schedule, compute_s, alone.round_s, header.n, header.a, estimate_s, commit_s)
     exposed_s = _exposed_s(runs)
     if exposed_s is None:
         split = Split(compute_s=compute_s, exposed_s=whole_s - compute_s, overhead_s=0.0, note=NOTE_OF_STOCK)

@@ -142,12 +142,13 @@ class Configuration:
     Attributes:
         name: the JSON's stem.
         file: its path, as given.
-        schedule: ACCO's, and likewise ``accumulation`` and ``estimate_comm``; None with another optimizer.
+        schedule: ACCO's, and likewise ``accumulation``, ``estimate_comm`` and ``commit_comm``; None with another
+            optimizer.
         stage: of ZeRO.
         a: micro-batches of phase A; None where there is one phase.
         step_s: None when it failed.
         samples_per_step: of all ranks, in a median step.
-        estimate_s: its own ESTIMATE.
+        estimate_s: its own ESTIMATE. commit_s: its own round at a window's end.
         sent_bytes: of a rank in a median step; None where it was not counted.
         interface_bytes: that a host sends in a median step, headers and all; None where no interface was named.
         bound_s: the shortest step that its schedule can have; None without one, or without a reference.
@@ -165,11 +166,13 @@ class Configuration:
     stage: int | None = None
     accumulation: str | None = None
     estimate_comm: str | None = None
+    commit_comm: str | None = None
     a: int | None = None
     step_s: Interval | None = None
     samples_per_step: float | None = None
     samples_per_s: Interval | None = None
     estimate_s: float | None = None
+    commit_s: float | None = None
     sent_bytes: float | None = None
     interface_bytes: float | None = None
     bound_s: float | None = None
@@ -201,6 +204,11 @@ class Configuration:
     def has_quantized_estimate(self) -> bool:
         """Tells whether the ESTIMATE is sent in fewer bits than its dtype has."""
         return self.estimate_comm not in (None, "full")
+
+    @property
+    def has_quantized_commit(self) -> bool:
+        """Tells likewise of the COMMIT, of which R of the reference then says nothing."""
+        return self.commit_comm not in (None, "full")
 
     @property
     def peaks(self) -> list[float]:

@@ -137,6 +137,11 @@ class _Pair:
                 f"{name}'s ESTIMATE ({config.estimate_comm}) takes {unit.words(config.estimate_s)} in its own runs; "
                 "its bound is made with that"
             )
+        if config.has_quantized_commit and config.commit_s is not None:
+            sentences.append(
+                f"{name}'s COMMIT ({config.commit_comm}) takes {unit.words(config.commit_s)} in its own runs; "
+                "its bound is made with that"
+            )
         if config.idle_share is None or config.bound_s is None or config.of_bound is None:
             return sentences
         sentences.append(

@@ -328,6 +328,7 @@ def _row_name(results: Results, config: Configuration) -> Cell:
     setting = config.schedule or (None if config.stage is None else f"ZeRO-{config.stage}")
     detail = [config.optimizer, setting, "adaptive" if config.is_adaptive else None]
     detail += [config.estimate_comm] if config.has_quantized_estimate else []
+    detail += [f"COMMIT {config.commit_comm}"] if config.has_quantized_commit else []
     return Cell(config.name, [" · ".join(filter(None, detail))], color=looks_of(results)[config.name].color)
 
 
@@ -477,9 +478,9 @@ def _terms() -> list[tuple[Text, Text | Sequence[Text]]]:
         (
             "bound",
             f"what a step takes at best: {_laws()}. Two rounds run behind a phase each, one behind the whole step, and "
-            "C + R hides nothing. For DeepSpeed's own stages none is given. The R of a quantized ESTIMATE (int8, int4) "
-            "is its own, measured in the runs of that configuration. With adaptive windows: what a step's samples take "
-            "when every rank computes all the time at its own speed.",
+            "C + R hides nothing. For DeepSpeed's own stages none is given. The R of a quantized round (estimate_comm, "
+            "commit_comm) is its own, measured in the runs of that configuration. With adaptive windows: what a step's "
+            "samples take when every rank computes all the time at its own speed.",
         ),
         (
             "computation",

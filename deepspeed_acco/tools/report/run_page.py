@@ -141,6 +141,8 @@ def _optimizer_words(header: RankHeader) -> str:
     schedule = f", schedule {header.schedule}" if header.schedule else ""
     words = [f"{header.optimizer or 'optimizer not known'}{schedule}"]
     words += ["adaptive windows"] if is_adaptive(header.accumulation) else []
+    words += [f"ESTIMATE {header.estimate_comm}"] if header.estimate_comm not in (None, "full") else []
+    words += [f"COMMIT {header.commit_comm}"] if header.commit_comm not in (None, "full") else []
     words += [f"ZeRO stage {header.stage}"] if header.stage is not None else []
     words += [counted(header.world_size, "rank")] if header.world_size is not None else []
     words += [f"on {header.device}"] if header.device else []
