@@ -8,8 +8,8 @@
 
 The network and the model stay, the emulated computation varies: a comparison for each point (``ds_acco compare``: root
 and iproute2 needed). The plan gets one measured round for all points, the median of those with nothing beside them, and
-each point's own micro-batch time; it also says with which ``estimate_fraction`` acco_int4 is measured. Crossings are
-where a step takes as long as the fastest of DeepSpeed's stages that were measured.
+each point's own micro-batch time; it also says with which ``estimate_fraction`` quantized configurations are measured.
+Crossings are where a step takes as long as the fastest of DeepSpeed's stages that were measured.
 """
 
 import json
@@ -38,29 +38,35 @@ def cluster_of(arguments, model: plan.Model, work: plan.Work, round_s: float) ->
     return plan.calibrated(model, anywhere, work, round_s)
 
 
-def planned_fraction(arguments, micro_batch_ms: float) -> float:
-    """Returns the phase A of acco_int4, as a part of the window, from the guess of R."""
+def is_split_by_plan(config: str) -> bool:
+    """Tells whether the plan chooses the phase A of a configuration: it quantizes, and its schedule has two phases."""
+    mode = plan.modes().get(plan_name(config))
+    return mode is not None and mode.is_quantized and mode.schedule.has_two_phases
+
+
+def planned_fraction(arguments, config: str, micro_batch_ms: float) -> float:
+    """Returns the phase A of such a configuration, as a part of the window, from the guess of R."""
     model = plan.Model(arguments.numel)
     work = plan.Work(micro_batch_ms / 1e3, arguments.n, update_s_per_parameter=1e-9)
     cluster = cluster_of(arguments, model, work, arguments.round_ms / 1e3)
-    return plan.split_of("acco-int4", model, cluster, work) / arguments.n
+    return plan.split_of(plan_name(config), model, cluster, work) / arguments.n
 
 
 def measure(arguments, micro_batch_ms: float) -> dict:
     """Returns one point: what computes and communicates alone, and each configuration's step in seconds."""
-    fraction = planned_fraction(arguments, micro_batch_ms)
+    split = filter(is_split_by_plan, arguments.configs)
+    fractions = {name: planned_fraction(arguments, name, micro_batch_ms) for name in split}
     configs = {name: read_config(name, "benchmarks/configs") for name in arguments.configs}
-    for config in configs.values():
+    for name, config in configs.items():
         config["gradient_accumulation_steps"] = arguments.n
-        params = config["optimizer"]["params"]
-        if "estimate_comm" in params:
-            params["estimate_fraction"] = fraction
+        if name in fractions:
+            config["optimizer"]["params"]["estimate_fraction"] = fractions[name]
     hosts = ("--hosts", HOSTS, "--ranks-per-host", arguments.ranks_per_host, "--rate", arguments.rate)
     model = ("--emulate-compute", f"{micro_batch_ms:.3f}", "--numel", arguments.numel)
     lengths = ("--steps", arguments.windows + WARM_UP_STEPS, "--passes", arguments.passes)
     results = compare(configs, *hosts, *model, *lengths)
     steps = {config["name"]: config["step_s"]["median"] for config in results["configs"]}
-    return {**results["reference"], "estimate_fraction_of_int": fraction, "steps": steps}
+    return {**results["reference"], "estimate_fractions": fractions, "steps": steps}
 
 
 def points(arguments, measured: list[dict]) -> tuple[float, dict, list[dict]]:
@@ -73,14 +79,14 @@ def points(arguments, measured: list[dict]) -> tuple[float, dict, list[dict]]:
     for point in measured:
         work = plan.Work(point["micro_batch_s"], arguments.n, update_s_per_parameter=1e-9)
         cluster = cluster_of(arguments, model, work, round_s)
-        fraction = point["estimate_fraction_of_int"]
-        for name in ("acco", "acco_int4", "wp"):
+        fractions = point["estimate_fractions"]
+        for name in ("acco", "acco_int4", "acco_int4_commit8", "wp"):
             if name in arguments.configs and stages:
                 crossings[name] = stops_paying(model, cluster, work, stages, plan_name(name))
         row = {"round_over_compute": round(round_s / point["compute_s"], 4), "compute_s": round(point["compute_s"], 4)}
-        row["estimate_fraction_of_int"] = fraction
+        row["estimate_fractions"] = fractions
         for name, step in point["steps"].items():
-            own = replace(work, estimate_fraction=fraction) if "int" in name else work
+            own = replace(work, estimate_fraction=fractions.get(name))
             predicted = plan.predict(plan_name(name), model, cluster, own).step_s
             figures = {"step_s": step, "predicted_s": predicted, "error": predicted / step - 1}
             row[name] = {key: round(value, 4) for key, value in figures.items()}

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 
 from deepspeed_acco.algorithm.window import phase_a_micro_batches
+from deepspeed_acco.tools.plan import model as plan
 from tests.engine import test_adaptive_windows as adaptive
 from tests.runtime.test_communicator import loopback_bytes, small_staging
 from tests.support import faults, oracle, training
@@ -274,6 +275,21 @@ def test_bytes_of_a_step(ranks, world_size, capsys):
     for name, times in (("full", 2.0), ("int8", 1.5 + 1 / 256), ("int4", 1.25 + 1 / 256)):
         assert moved[name][1] / moved["one RS+AG"][1] == pytest.approx(times, rel=2e-3), name
     assert moved["int4"][0] < 1.30 * moved["one RS+AG"][0]
+
+
+@pytest.mark.parametrize(("world_size", "k"), [(2, 1), (4, 2)])
+def test_bytes_of_a_step_are_the_planned_ones(ranks, world_size, k):
+    """All rounds' payload but the sums of a few bytes, flat and over two levels."""
+    steps, numel = 2, 2**18
+    cluster = plan.Cluster(world_size, 1e9, backend="gloo", hosts=world_size // k)
+    for name in ("acco-int4-commit8", "acco-commit8", "local-commit8", "acco-int4"):
+        mode = plan.modes()[name]
+        params = {"schedule": mode.schedule.name, "commit_comm": mode.commit_comm, "ranks_per_host": k}
+        params |= {"estimate_comm": mode.estimate_comm} if mode.schedule.has_two_phases else {}
+        config = training.ds_config(2, precision="bf16", **params)
+        _, counted = ranks(world_size).run(bytes_of_steps, config=config, steps=steps, numel=numel)[0]
+        planned = plan.predict(name, plan.Model(numel), cluster, plan.Work(1.0, 2)).wire_bytes
+        assert counted == pytest.approx(steps * world_size * planned, rel=1e-3), name
 
 
 # ---- with the rest of the optimizer

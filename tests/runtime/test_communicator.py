@@ -445,6 +445,41 @@ def test_storages_stay_within_the_formula(ranks, precision, wire, w, g, c, world
         assert allowed - 1 <= total <= allowed + 64, "the alignment of the flat buffer may add some bytes"
 
 
+@pytest.mark.parametrize(
+    ("schedule", "precision", "w", "g"),
+    [
+        ("acco", "bf16", 2, 2),
+        ("local", "bf16", 2, 2),
+        ("sync", "fp32", 4, 4),
+        ("acco", "bf16+fp32", 2, 4),
+    ],
+)
+@pytest.mark.parametrize(("world_size", "k"), [(2, 1), (4, 2)])
+def test_storages_with_a_quantized_commit(ranks, schedule, precision, w, g, world_size, k):
+    """The buffer has room for records alone; on top come what all ranks hold of a shard and, with ``local``, the true
+    weights and the roots."""
+    from deepspeed_acco.algorithm.schedules import SCHEDULES
+    from deepspeed_acco.algorithm.wire import COMMIT_COMMS
+    from deepspeed_acco.tools.plan import model as plan
+    from tests.support import training
+
+    estimate = {"estimate_comm": "int4"} if schedule == "acco" else {}
+    config = training.ds_config(
+        4, precision=precision, schedule=schedule, ranks_per_host=k, commit_comm="int8", **estimate
+    )
+    bits = COMMIT_COMMS["int8"]
+    codes = max(bits.gradient, bits.change) / 8 + 2 / 256
+    before = (w + 4 / 256) * (schedule == "local")
+    for total, padded in ranks(world_size).run(_own_bytes, config=config):
+        allowed = (w + g + codes + before + (16 + w) / world_size) * padded
+        print(total - allowed, padded)
+        rests = world_size * (16 + 2 + 4 * (schedule == "local"))  # each shard's last record and root, and alignment
+        assert allowed - 1 <= total <= allowed + rests
+        name = plan.Mode(SCHEDULES[schedule], **estimate, commit_comm="int8").name
+        planned = plan.memory_bytes(name, plan.Model(padded, w, w, g), world_size)
+        assert planned == pytest.approx(allowed, abs=20), "what the plan says"
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_local_holds_the_weights_once_more_and_the_roots(ranks, world_size):
     from tests.support import training
