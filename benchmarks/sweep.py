@@ -13,6 +13,7 @@ Crossings are where a step takes as long as the fastest of DeepSpeed's stages th
 """
 
 import json
+import math
 import statistics
 from dataclasses import replace
 
@@ -82,7 +83,8 @@ def points(arguments, measured: list[dict]) -> tuple[float, dict, list[dict]]:
         fractions = point["estimate_fractions"]
         for name in ("acco", "acco_int4", "acco_int4_commit8", "wp"):
             if name in arguments.configs and stages:
-                crossings[name] = stops_paying(model, cluster, work, stages, plan_name(name))
+                crossing = stops_paying(model, cluster, work, stages, plan_name(name))
+                crossings[name] = None if crossing == math.inf else crossing
         row = {"round_over_compute": round(round_s / point["compute_s"], 4), "compute_s": round(point["compute_s"], 4)}
         row["estimate_fractions"] = fractions
         for name, step in point["steps"].items():
