@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from ..algorithm.schedules import Place, names_of
 from ..runtime.driver import RoundDriver
 from .bound_parameters import BoundParameters
+from .log import logger
 
 
 def hook_of(method: Callable, of: Any, module: nn.Module) -> Callable:
@@ -50,6 +51,7 @@ class TrueWeights:
         self._bound = bound
         self._is_graph_outstanding = is_graph_outstanding
         self._blocks = 0  # of true_weights() that are entered
+        self._has_told = False  # of weights that somebody else wrote
 
     def hook_state_dicts(self, root: nn.Module) -> list:
         """Hooks ``state_dict()`` of the module and all its parts; returns the handles."""
@@ -76,6 +78,13 @@ class TrueWeights:
                 "block first"
             )
         self._driver.hide_true()
+        if self._driver.has_met_writing and not self._has_told:
+            self._has_told = True
+            logger().warning(
+                "ACCO: the model's weights were written in an evaluation or after a state_dict() and not restored. The "
+                'master weights win, as with ZeRO-1: at the next step, or at once where commit_comm is not "full". '
+                "This is said once"
+            )
 
     def after_forward(self, is_look: bool, output: Any) -> None:
         """Guards the graph that the forward made, and gives an outstanding one its weights back after a look."""

@@ -44,6 +44,7 @@ class RoundDriver:
 
     Attributes:
         outcomes: what the finished rounds told.
+        has_met_writing: somebody else wrote the weights of a look and did not restore them.
         weights_version: changes whenever the live weights do; for the guard against a changed forward.
         measures_estimate: whether the COMMITs behind computation measure how far it stands from what they make. The
             same on all ranks, since it takes a collective.
@@ -58,6 +59,7 @@ class RoundDriver:
         fingerprint: Fingerprint,
     ):
         self.outcomes = OutcomeLog()
+        self.has_met_writing = False
         self.weights_version = 0
         self.measures_estimate = False
         self._buffers = buffers
@@ -229,7 +231,9 @@ class RoundDriver:
         look, self._look = self._look, None
         if look is None:
             return
-        if self.looks.hide(look, self.are_written):
+        are_written = self.are_written
+        self.has_met_writing |= are_written
+        if self.looks.hide(look, are_written):
             self._note_weights(look.version)
         elif look.predictions is None:
             # What lies in the communication buffer is older: nothing is installed before the next COMMIT.

@@ -250,13 +250,26 @@ def test_weights_that_are_written_and_not_restored_are_an_error_on_every_rank(ra
         assert "weights were written between two rounds" in told and 'set commit_comm to "full"' in told
 
 
+def _train_and_listen(config, restores):
+    import logging
+
+    from deepspeed_acco.engine.log import logger
+
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logger().addHandler(handler)
+    live = _train_and_write(config, restores, in_look=True)
+    logger().removeHandler(handler)
+    return live, sum("were written in an evaluation" in message for message in told)
+
+
 def test_what_is_written_in_a_look_is_gone_when_training_goes_on(ranks):
     config = training.ds_config(2, schedule="acco", commit_comm="int8")
-    kept, written = (
-        ranks(2).run(_train_and_write, config=config, restores=restores, in_look=True) for restores in (True, False)
-    )
-    for mine, theirs in zip(kept, written):
+    kept, written = (ranks(2).run(_train_and_listen, config=config, restores=restores) for restores in (True, False))
+    for (mine, _), (theirs, _) in zip(kept, written):
         assert all(a.equal(b) for a, b in zip(mine, theirs))
+    assert [count for _, count in kept] == [0, 0] and [count for _, count in written] == [0, 1], "said once, by rank 1"
 
 
 # ---- checkpoints
