@@ -3,7 +3,7 @@
 """Checks every file of a checkpoint before anything of it is loaded.
 
 A ZeRO-1 checkpoint (deepspeed/runtime/engine.py, ``save_checkpoint``) is one file with the module and one file per rank
-with its shard of master weights and AdamW state.
+with its shard of master weights and AdamW state. The weights of a PipelineModule are in one file per layer instead.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from .checkpoint_content import require
 from .checkpoint_files import CheckpointRefused, read_mapping
+from .checkpoint_layers import check_layers
 from .checkpoint_model import LoadOptions, check_module, check_scheduler, needed_of_model
 from .checkpoint_shards import check_shard, check_universal
 
@@ -87,7 +88,10 @@ def _check_files(engine, load_dir, tag, options: LoadOptions) -> str:
         read_mapping(path)  # DeepSpeed reads them, too
     require(saved, needed_of_model(options), model_path)
     if not is_universal:
-        check_module(engine.module, saved, options, model_path)
+        if engine.pipeline_parallelism and saved.get("module") is None:
+            check_layers(engine.module, os.path.join(load_dir, tag), options)
+        else:
+            check_module(engine.module, saved, options, model_path)
         here = engine.seq_dp_world_size
         if options.loads_optimizer and saved["dp_world_size"] != here:
             raise CheckpointRefused(

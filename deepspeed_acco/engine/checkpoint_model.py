@@ -49,9 +49,22 @@ def check_module(module: nn.Module, saved: Mapping[str, Any], options: LoadOptio
     """Requires the weights of this model, all finite."""
     theirs = saved.get("module")
     if not isinstance(theirs, Mapping):
-        raise CheckpointRefused(f'{path} has no key "module": it is no DeepSpeed checkpoint')
+        raise CheckpointRefused(
+            f'{path} has no weights under the key "module": it is no DeepSpeed checkpoint, or one of a PipelineModule, '
+            "whose layers have files of their own"
+        )
     if options.custom_load_fn is not None:
         return  # only that function knows what fits
+    _check_frozen(module, saved.get("frozen_param_fragments"), path)
+    check_weights(module, theirs, options, path)
+
+
+def check_weights(module: nn.Module, theirs: Mapping[str, Any], options: LoadOptions, path: str) -> None:
+    """Requires the weights of this module, be it a part of the model, all finite.
+
+    Args:
+        theirs: by name, as the file ``path`` has them.
+    """
     own = module.state_dict()
     if options.load_module_strict and not _renames_keys(module):
         missing, unexpected = [key for key in own if key not in theirs], [key for key in theirs if key not in own]
@@ -71,7 +84,6 @@ def check_module(module: nn.Module, saved: Mapping[str, Any], options: LoadOptio
                 f"{path} is of another model: {key} has the shape {tuple(other.shape)} there and "
                 f"{tuple(tensor.shape)} here. Load a checkpoint of this model"
             )
-    _check_frozen(module, saved.get("frozen_param_fragments"), path)
     # Buffers may hold what is not finite, such as the mask of an attention, and frozen parameters anything.
     for name, param in module.named_parameters(remove_duplicate=False):
         if param.requires_grad and name in own and name in theirs:

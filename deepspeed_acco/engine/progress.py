@@ -12,8 +12,8 @@ class Progress:
     """Counts micro-batches as ``gradient_accumulation_steps`` does: by calls of ``engine.step()``, never by backwards.
 
     Where somebody else counts - boundaries set by hand, as HF Trainer and Accelerate do, ``no_sync``, accumulation that
-    the engine does not manage - there is one such call for a whole window. A micro-batch then ends where a training
-    forward follows a backward.
+    the engine does not manage - there is one such call for a whole window, and none in the ``train_batch`` of a
+    PipelineModule. A micro-batch then ends where a training forward follows a backward.
 
     Attributes:
         position: where training stands.
@@ -42,7 +42,12 @@ class Progress:
     def after_backward(self, engine: Engine, brought_gradients: bool) -> None:
         """Notes a backward."""
         self.count_steps(engine)
-        self._ends_at_forward = self.is_boundary_by_hand or engine.inside_no_sync_ctxt or not _is_managed(engine)
+        self._ends_at_forward = (
+            self.is_boundary_by_hand
+            or engine.inside_no_sync_ctxt
+            or engine.pipeline_parallelism
+            or not _is_managed(engine)
+        )
         self.position = self.position.after_backward(brought_gradients)
 
     def after_window(self, engine: Engine) -> None:

@@ -117,6 +117,12 @@ class Saving:
             self._failure = _told(cause, f"{latest}{SUFFIX}")
         self._require_all_well("behind its files of a checkpoint")
         self._is_renaming = True
+        if engine.pipeline_parallelism:
+            # The file of a layer does not tell its step. Where one is new, the module's is, and some shard is not yet.
+            for path in filter(_is_of_module, self._paths):
+                self._rename(path)
+            self._require_all_well("behind the renaming of the file with the module")
+            self._paths = [path for path in self._paths if not _is_of_module(path)]
         for path in self._paths:
             self._rename(path)
         self._require_all_well("behind the renaming of its files")
@@ -155,6 +161,10 @@ class Saving:
             f"ACCO: the checkpoint in {self._folder} was not saved; what was there before is as it was, and training "
             f"can go on. {told}. Mend that, or save to another folder"
         )
+
+
+def _is_of_module(path: str) -> bool:
+    return os.path.basename(path).startswith("mp_rank_")
 
 
 def _flush(path: str) -> None:

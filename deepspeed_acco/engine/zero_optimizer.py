@@ -27,7 +27,7 @@ from ..runtime.lanes import make_lane
 from ..runtime.layout import GroupLayout
 from ..runtime.round_inputs import RoundInputs
 from ..runtime.written import Fingerprint
-from . import checkpoint_check, checkpoint_state, owners
+from . import checkpoint_check, checkpoint_layers, checkpoint_state, owners
 from .adaptive_windows import AdaptiveWindows
 from .agreement import require_agreement, what_must_agree
 from .auto_fraction import AutoFraction
@@ -353,6 +353,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         is not in the file, on the loaded true weights."""
         self.driver.finish()
         super().load_state_dict(state_dict_list, load_optimizer_states=load_optimizer_states, **kwargs)
+        checkpoint_layers.fill_unsaved(self._engine(), load_optimizer_states)
         self._adopt_loaded()
         if not load_optimizer_states:
             return
