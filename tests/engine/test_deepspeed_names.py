@@ -38,6 +38,7 @@ EXISTING = {
     "deepspeed.runtime.engine": "DeepSpeedEngine DeepSpeedZeroOptimizer ZERO_OPTIMIZATION",
     "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine": "TorchCheckpointEngine",
     "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine:TorchCheckpointEngine": "save commit",
+    "deepspeed.runtime.pipe.module:PipelineModule": "ckpt_layer_path ckpt_layer_path_list num_pipeline_stages",
     "deepspeed.runtime.fp16.loss_scaler": "DynamicLossScaler LossScaler",
     "deepspeed.runtime.zero.config": "ZeroStageEnum",
     "deepspeed.runtime.zero.stage_1_and_2": "DeepSpeedZeroOptimizer",
@@ -65,6 +66,7 @@ ASSIGNED = {
     "timers _param_slice_mappings groups_padding param_names round_robin_bit16_padding@0.19 "
     "gradient_average@0.19 sequence_parallel_size compute_grad_norm@0.19 _coalesce_grad_reduction@0.19",
     "deepspeed.runtime.config:DeepSpeedConfig": "_param_dict managed_gradient_accumulation@0.19 zero_config",
+    "deepspeed.runtime.pipe.module:PipelineModule": "forward_funcs",
     "deepspeed.utils.timer:ThroughputTimer": "batch_size config",
 }
 
@@ -83,6 +85,7 @@ READ = {
     "deepspeed.runtime.engine": "DeepSpeedZeroOptimizer _do_optimizer_sanity_check _global_grad_norm "
     "backward_epilogue@0.18.9 checkpoint_event_epilogue checkpoint_event_prologue destroy is_zero_supported_optimizer "
     "overflow reduce_gradients",
+    "deepspeed.runtime.pipe.engine": "_take_model_step",
     "deepspeed.runtime.zero.utils": "ZERO_SUPPORTED_OPTIMIZERS",
     "deepspeed.runtime.zero.stage_1_and_2": "process_gradients",
     "deepspeed.utils.tensor_fragment": "get_full_hp_grad get_full_hp_param set_full_hp_grad set_full_hp_param",

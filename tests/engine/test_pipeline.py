@@ -43,16 +43,20 @@ def _direct(tied, h):
     return functional.linear(h, tied.weight)
 
 
-def _pipeline_module(stages=1, interval=0, first_use=None):
+def _pipeline_module(stages=1, interval=0, first_use=None, is_megatrons=False):
     """Returns the network as a PipelineModule.
 
     Args:
         first_use: the forward_fn of the tied layer's first use; None: its own forward.
+        is_megatrons: the topology has an axis of tensor parallelism, as GPT-NeoX and Megatron-DeepSpeed make it.
     """
     import deepspeed
+    import torch.distributed as dist
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     deepspeed.init_distributed("gloo")
+    topology = PipeModelDataParallelTopology(num_pp=stages, num_mp=1, num_dp=dist.get_world_size() // stages)
     layers = [
         *(LayerSpec(nn.Linear, FEATURES, HIDDEN), torch.tanh),
         *(TiedLayerSpec("middle", nn.Linear, HIDDEN, HIDDEN, bias=False, forward_fn=first_use), torch.tanh),
@@ -60,7 +64,12 @@ def _pipeline_module(stages=1, interval=0, first_use=None):
         LayerSpec(nn.Linear, HIDDEN, TARGETS),
     ]
     return PipelineModule(
-        layers, stages, loss_fn=_loss, partition_method="uniform", activation_checkpoint_interval=interval
+        layers,
+        None if is_megatrons else stages,
+        topology if is_megatrons else None,
+        loss_fn=_loss,
+        partition_method="uniform",
+        activation_checkpoint_interval=interval,
     )
 
 
@@ -143,11 +152,14 @@ def _evaluate(engine, window):
 # ---- as ZeRO-1's
 
 
+def _stock(config):
+    return {**config, "optimizer": {"type": "AdamW", "params": {**training.HYPER, "torch_adam": True}}}
+
+
 def _beside_zero1(config):
     mine = _start(config)
     mine = _finish(mine, _train(mine, WINDOWS, EVALUATED))
-    config = {**config, "optimizer": {"type": "AdamW", "params": {**training.HYPER, "torch_adam": True}}}
-    theirs = _start(config)
+    theirs = _start(_stock(config))
     return mine, _finish(theirs, _train(theirs, WINDOWS, EVALUATED))
 
 
@@ -219,39 +231,68 @@ def test_activation_checkpointing_changes_nothing(ranks):
 BEFORE, AFTER = 3, 3  # windows before and after the save
 
 
-def _resume(config, folder):
+def _resume(config, folder, is_megatrons):
     """Trains the same windows uninterrupted, with a save in between, and resumed in a fresh engine of another seed."""
     records = []
     for saves in (False, True):
-        engine = _start(config)
+        engine = _start(config, is_megatrons=is_megatrons)
         _train(engine, BEFORE)
         if saves:
             engine.save_checkpoint(folder)
         records.append(_finish(engine, _train(engine, AFTER, EVALUATED, BEFORE)))
-    engine = _start(config, seed=9)
+    engine = _start(config, seed=9, is_megatrons=is_megatrons)
     _train(engine, 2, first_window=50)  # a run that stands elsewhere
     assert engine.load_checkpoint(folder)[0] is not None
     return [*records, _finish(engine, _train(engine, AFTER, EVALUATED, BEFORE))]
 
 
 @pytest.mark.parametrize(
-    ("schedule", "precision"),
+    ("schedule", "precision", "is_megatrons"),
     [
-        ("acco", "fp32"),
-        ("local", "bf16"),
-        *(pytest.param(*case, marks=pytest.mark.full) for case in (("acco", "fp16"), ("wp", "bf16"), ("sync", "fp32"))),
+        ("acco", "fp32", False),
+        ("local", "bf16", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (("acco", "fp16", True), ("wp", "bf16", False), ("sync", "fp32", False))
+        ),
     ],
 )
-def test_a_resumed_run_is_the_uninterrupted_one(ranks, schedule, precision, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one(ranks, schedule, precision, is_megatrons, tmp_path):
     config = training.ds_config(4, 2.0, precision, schedule=schedule)
-    for plain, *others in ranks(2).run(_resume, config=config, folder=str(tmp_path)):
+    run = dict(config=config, folder=str(tmp_path), is_megatrons=is_megatrons)
+    for plain, *others in ranks(2).run(_resume, **run):
         for other in others:
             for key in ("losses", "means", "evaluated", "norms", "lr"):
                 assert other[key] == plain[key], key
             assert all(a.equal(b) for a, b in zip(other["live"], plain["live"], strict=True))
             assert same_state(other["state"], plain["state"])
-    files = {path.name for path in (tmp_path / f"global_step{BEFORE}").iterdir()}
-    assert {f"layer_{index:02d}-model_states.pt" for index in (0, 2, 6)} <= files
+    files, axis = {path.name for path in (tmp_path / f"global_step{BEFORE}").iterdir()}, "model_00-" * is_megatrons
+    assert {f"layer_{index:02d}-{axis}model_states.pt" for index in (0, 2, 6)} <= files
+
+
+def _exchange(config, stock, folder):
+    """Goes from one optimizer's checkpoint to the other; returns losses of who saved and of who loaded."""
+    pairs = []
+    for first, second in ((config, stock), (stock, config)):
+        at = os.path.join(folder, first["optimizer"]["type"])
+        engine = _start(first)
+        _train(engine, BEFORE)
+        engine.save_checkpoint(at)
+        losses = [_train(engine, AFTER, first_window=BEFORE)["losses"]]
+        engine.destroy()
+        engine = _start(second, seed=9)
+        engine.load_checkpoint(at)
+        pairs.append([*losses, _train(engine, AFTER, first_window=BEFORE)["losses"]])
+        engine.destroy()
+    return pairs
+
+
+@pytest.mark.full
+def test_from_zero1_and_back(ranks, tmp_path):
+    config = training.ds_config(2, schedule="sync")
+    for pairs in ranks(2).run(_exchange, config=config, stock=_stock(config), folder=str(tmp_path)):
+        for saver, loader in pairs:
+            assert loader == pytest.approx(saver, rel=2e-6)
 
 
 def _resume_unsaved(config, folder):
