@@ -5,8 +5,9 @@
 DeepSpeed writes each file under its last name. Where a tag is written anew (``tag="best"``, a step trained twice) a
 kill in the middle leaves files of two steps, which are no checkpoint; the former one, maybe the only one, is gone. Here
 every rank writes its files beside the last names (``NAME.saving``). When all ranks have written all, each renames its
-own; ``latest`` is replaced last. Files and not the folder are renamed, since ranks may have disks of their own and a
-tag's folder may hold more than DeepSpeed's files. While a tag is written anew both checkpoints take disk space.
+own, that of the module first where layers have files of their own; ``latest`` is replaced last. Files and not the
+folder are renamed, since ranks may have disks of their own and a tag's folder may hold more than DeepSpeed's files.
+While a tag is written anew both checkpoints take disk space.
 
 A kill within the few milliseconds of renaming leaves some files under their last names and the others complete beside
 theirs: loading refuses that mixture and says what to rename (checkpoint_shards.py).
