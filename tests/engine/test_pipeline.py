@@ -311,6 +311,16 @@ def _resume_unsaved(config, folder):
     return plain, _finish(engine, _train(engine, AFTER, EVALUATED, BEFORE))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("schedule", ["acco", "local"])
+def test_a_resumed_run_of_commits_in_8_bits_is_the_uninterrupted_one(ranks, schedule, tmp_path):
+    config = training.ds_config(4, 2.0, "bf16", schedule=schedule, commit_comm="int8")
+    for plain, *others in ranks(2).run(_resume, config=config, folder=str(tmp_path), is_megatrons=False):
+        for other in others:
+            assert other["losses"] == plain["losses"] and other["evaluated"] == plain["evaluated"]
+            assert same_state(other["state"], plain["state"])
+
+
 def test_a_tied_layer_without_a_file_is_resumed(ranks, tmp_path):
     for schedule in ("acco", "sync"):
         folder = tmp_path / schedule
