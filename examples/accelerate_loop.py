@@ -126,7 +126,9 @@ def main():
             loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
             losses.clear()
             lr = scheduler.get_last_lr()[0]  # of the step to come
-            lines.append({"step": step, "loss": loss, "grad_norm": float(model.get_global_grad_norm()), "lr": lr})
+            norm = model.get_global_grad_norm()  # None until it is known
+            norm = None if norm is None else float(norm)
+            lines.append({"step": step, "loss": loss, "grad_norm": norm, "lr": lr})
             accelerator.print(lines[-1])
             if step == args.save_step:
                 accelerator.save_state(str(args.out / f"step_{step}"))

@@ -22,6 +22,7 @@ from ..settings import (
     max_window_micro_batches,
     refuse_unknown,
 )
+from . import trainers
 from .deepspeed_engine import Engine
 
 _OPTIMIZER_SECTION = ("type", "params", "legacy_fusion")  # what DeepSpeed reads (runtime/config.py)
@@ -209,11 +210,9 @@ def check_engine(engine: Engine, optimizer: ACCO) -> None:
         fix = 'Set optimizer.params.accumulation to "fixed": train_batch() ends the windows itself'
         allowed = 'any other module with accumulation = "adaptive"'
         refuse_if(engine.pipeline_parallelism, "model", "PipelineModule", allowed, fix)
-        # Set by HF's TrainingArguments, by Accelerator and by `accelerate launch`.
-        trainer = os.environ.get("ACCELERATE_USE_DEEPSPEED", "")
         fix = 'Set optimizer.params.accumulation to "fixed": HF Trainer and Accelerate end the windows themselves'
-        is_trainer = trainer.lower() in ("1", "true", "yes", "on", "y", "t")
-        refuse_if(is_trainer, "ACCELERATE_USE_DEEPSPEED", trainer, 'unset with accumulation = "adaptive"', fix)
+        allowed = 'unset with accumulation = "adaptive"'
+        refuse_if(trainers.is_running_loop(), trainers.VARIABLE, os.environ.get(trainers.VARIABLE), allowed, fix)
         unmanaged = not getattr(config, "managed_gradient_accumulation", True)
         fix = 'Set it, or set optimizer.params.accumulation to "fixed"'
         refuse_if(unmanaged, "managed_gradient_accumulation", False, 'true with accumulation = "adaptive"', fix)

@@ -27,7 +27,7 @@ from ..runtime.lanes import make_lane
 from ..runtime.layout import GroupLayout
 from ..runtime.round_inputs import RoundInputs
 from ..runtime.written import Fingerprint
-from . import checkpoint_check, checkpoint_layers, checkpoint_state, owners
+from . import checkpoint_check, checkpoint_layers, checkpoint_state, owners, trainers
 from .adaptive_windows import AdaptiveWindows
 from .agreement import require_agreement, what_must_agree
 from .auto_fraction import AutoFraction
@@ -286,7 +286,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
             self._global_grad_norm = float("inf")
         else:
             driver.advance(schedule.at_window_end, inputs, clears=True, blocks=blocks)
-            self._global_grad_norm = driver.grad_norm
+            self._global_grad_norm = trainers.norm_to_tell(driver)
         self._bound.bind_again()
         self.gradients.mark_packed()
         if self._skips.at_step(engine, blocks and not self.overflow):

@@ -160,7 +160,7 @@ def assert_as_good(acco: list[float], adamw: list[float], at_first: float) -> No
 def test_hf_trainer_learns_as_with_adamw(runs):
     acco, adamw = runs.hf("acco_auto"), runs.hf("zero1_auto")
     assert_as_good(hf_log(acco, "eval_loss"), hf_log(adamw, "eval_loss"), at_first=hf_log(adamw, "loss")[0])
-    for key in ("loss", "grad_norm", "learning_rate"):  # one line a step: the short windows are steps in both
+    for key in ("loss", "learning_rate"):  # one line a step: the short windows are steps in both
         assert len(hf_log(acco, key)) == len(hf_log(adamw, key)) == HF_STEPS
     assert hf_log(acco, "learning_rate") == hf_log(adamw, "learning_rate")
     assert hf_log(acco, "loss")[0] == pytest.approx(hf_log(adamw, "loss")[0], rel=1e-5)
@@ -168,10 +168,10 @@ def test_hf_trainer_learns_as_with_adamw(runs):
 
 def test_hf_trainer_logs_the_norm_of_the_step_before(runs):
     acco, adamw = hf_log(runs.hf("acco_auto"), "grad_norm"), hf_log(runs.hf("zero1_auto"), "grad_norm")
-    assert acco[0] == 0.0
+    assert len(acco) == len(adamw) - 1 == HF_STEPS - 1, "the first step logs none"
     # DeepSpeed's warm-up has two steps of zero, so the first three windows stand on the same weights.
-    assert acco[1:4] == pytest.approx(adamw[:3], rel=1e-4)
-    assert all(norm > 0 for norm in acco[1:])
+    assert acco[:3] == pytest.approx(adamw[:3], rel=1e-4)
+    assert all(norm > 0 for norm in acco)
 
 
 def test_hf_trainer_evaluates_and_saves_the_true_weights(runs):
