@@ -48,11 +48,13 @@ def needed_of_model(options: LoadOptions) -> Mapping[str, content.Kind]:
 def check_module(module: nn.Module, saved: Mapping[str, Any], options: LoadOptions, path: str) -> None:
     """Requires the weights of this model, all finite."""
     theirs = saved.get("module")
-    if not isinstance(theirs, Mapping):
+    if theirs is None and "module" in saved:
         raise CheckpointRefused(
-            f'{path} has no weights under the key "module": it is no DeepSpeed checkpoint, or one of a PipelineModule, '
-            "whose layers have files of their own"
+            f"{path} is of a PipelineModule, whose layers have files of their own, and this run has a "
+            f"{type(module).__name__}. Load a checkpoint of this model"
         )
+    if not isinstance(theirs, Mapping):
+        raise CheckpointRefused(f'{path} has no key "module": it is no DeepSpeed checkpoint')
     if options.custom_load_fn is not None:
         return  # only that function knows what fits
     _check_frozen(module, saved.get("frozen_param_fragments"), path)

@@ -442,6 +442,22 @@ def test_a_damaged_layer_is_refused_and_the_run_unchanged(ranks, tmp_path):
 # ---- refused
 
 
+def _load_into_plain(config, folder):
+    engine = _start(config)
+    engine.save_checkpoint(folder)
+    engine.destroy()
+    engine = _start(config, "plain")
+    with pytest.raises(ValueError, match="is of a PipelineModule, whose layers .* and this run has a Plain") as told:
+        engine.load_checkpoint(folder)
+    _finish(engine, {})
+    return str(told.value)
+
+
+def test_a_checkpoint_of_layers_is_refused_elsewhere(ranks, tmp_path):
+    first, second = ranks(2).run(_load_into_plain, config=training.ds_config(2), folder=str(tmp_path))
+    assert first == second
+
+
 def _try(config, stages=1):
     try:
         _finish(_start(config, stages=stages), {})
