@@ -149,6 +149,7 @@ def problems_of_values(raw: Mapping[str, Any]) -> Iterator[str]:
         if key in raw and not is_allowed(raw[key]):
             fix = "HF Trainer and Accelerate fill it; elsewhere choose" if raw[key] == AUTO else "Choose"
             yield refusal(key, raw[key], allowed, f"{fix} a value in range")
+    yield from _problems_of_precision(raw)
     yield from _problems_of_scheduler(section_of(raw, "scheduler"))
     power = section_of(raw, "fp16").get("initial_scale_power")
     if not (power is None or power == AUTO or isinstance(power, int) and power <= _LARGEST_SCALE_POWER):
@@ -158,6 +159,18 @@ def problems_of_values(raw: Mapping[str, Any]) -> Iterator[str]:
     name = str(dtype).removeprefix("torch.")
     if dtype is not None and _DTYPE_NAMES.get(name, name) not in _DTYPES:
         yield refusal("data_types.grad_accum_dtype", dtype, ", ".join(_DTYPES), "Set one of these")
+
+
+def _problems_of_precision(raw: Mapping[str, Any]) -> Iterator[str]:
+    enabled = []
+    for name in (name for names in PRECISIONS.values() for name in names):
+        value = section_of(raw, name).get("enabled", False)
+        if truth_of(value):
+            enabled.append(name)
+        elif truth_of(value) is None and value != AUTO:
+            yield refusal(f"{name}.enabled", value, "true or false", "Write one of them")
+    if "fp16" in enabled and len(enabled) > 1:
+        yield refusal("fp16.enabled", True, f"false with {enabled[0]}.enabled = true", "Choose one of them")
 
 
 def _problems_of_scheduler(scheduler: Mapping[str, Any]) -> Iterator[str]:
