@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -15,21 +16,38 @@ from ..typed_json import load
 from ..words import shown
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, *, by_deepspeed: bool = True) -> dict[str, Any]:
     """Returns the contents of a DeepSpeed JSON.
 
+    Args:
+        by_deepspeed: which also reads Hjson, JSON with comments; HF Trainer does not.
+
     Raises:
-        ValueError: no file, or no JSON as DeepSpeed reads it; names the file.
+        ValueError: no file, or no JSON; names the file.
     """
     if not path.is_file():
         raise ValueError(f"CONFIG {path} is not a file; give the path of a DeepSpeed JSON")
     try:
         config = load(path, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite)
     except ValueError as cause:
-        raise ValueError(f"CONFIG {path} is not JSON: {cause}") from cause
+        config = _read_hjson(path) if by_deepspeed and isinstance(cause, json.JSONDecodeError) else None
+        if config is None:
+            raise ValueError(f"CONFIG {path} is not JSON: {cause}") from cause
     if not isinstance(config, dict):
         raise ValueError(f"CONFIG {path} is not a DeepSpeed JSON: it holds {shown(config)}; allowed: an object")
     return config
+
+
+def _read_hjson(path: Path) -> Any:
+    """Returns None where it is none, or nothing is there to read it."""
+    try:
+        import hjson  # comes with DeepSpeed
+    except ImportError:
+        return None
+    try:
+        return hjson.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+    except (hjson.HjsonDecodeError, RecursionError):
+        return None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
