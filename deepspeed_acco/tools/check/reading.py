@@ -15,20 +15,23 @@ from ...engine.json_checks import AUTO, Reading, section_of, truth_of
 from ..typed_json import load
 from ..words import shown
 
+_LARGEST_WHOLE = 1e10  # of numbers with a point or an exponent that hjson takes for whole ones
+
 
 def read_config(path: Path, *, by_deepspeed: bool = True) -> dict[str, Any]:
     """Returns the contents of a DeepSpeed JSON.
 
     Args:
-        by_deepspeed: which also reads Hjson, JSON with comments; HF Trainer does not.
+        by_deepspeed: which reads Hjson, so also comments, and a number like 2.0 as a whole one; HF Trainer does not.
 
     Raises:
         ValueError: no file, or no JSON; names the file.
     """
     if not path.is_file():
         raise ValueError(f"CONFIG {path} is not a file; give the path of a DeepSpeed JSON")
+    parse_float = _as_hjson if by_deepspeed else _finite
     try:
-        config = load(path, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite)
+        config = load(path, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=parse_float)
     except ValueError as cause:
         config = _read_hjson(path) if by_deepspeed and isinstance(cause, json.JSONDecodeError) else None
         if config is None:
@@ -66,6 +69,11 @@ def _finite(digits: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{digits[:60]} is too large for a number")
     return value
+
+
+def _as_hjson(digits: str) -> int | float:
+    value = _finite(digits)
+    return int(value) if value.is_integer() and abs(value) < _LARGEST_WHOLE else value
 
 
 def reading_of(config: Mapping[str, Any]) -> Reading:
