@@ -111,17 +111,16 @@ def of_the_run(config: Mapping[str, Any], found: Checked, ranks: int | None, fil
 
 
 def _of_ranks(config: Mapping[str, Any], found: Checked) -> Iterator[str]:
-    whole = config.get("train_batch_size")
-    micro = config.get("train_micro_batch_size_per_gpu")
-    if not isinstance(whole, int) or micro == AUTO or found.n == AUTO:
+    whole, n = config.get("train_batch_size"), found.n
+    micro: Any = config.get("train_micro_batch_size_per_gpu")
+    if not isinstance(whole, int) or AUTO in (micro, n):
         return
-    if micro is None:
-        yield f"train_batch_size / gradient_accumulation_steps = {whole // found.n}, which the ranks must divide"
-    elif found.n is not None:
-        yield f"it runs on {whole // (micro * found.n)} data-parallel ranks and no other number"
-    else:
-        both = whole // micro
-        words = f"gradient_accumulation_steps is {both} / data-parallel ranks, which must divide it"
+    if not isinstance(n, int):
+        both, least = whole // micro, DEFAULT.least_micro_batches
         is_auto = found.settings is not None and found.settings.schedule == AUTO_SCHEDULE
-        least = DEFAULT.least_micro_batches
-        yield words + (f": {DEFAULT.name} up to {both // least} ranks" if is_auto and both >= least else "")
+        up_to = f": {DEFAULT.name} up to {both // least} ranks" if is_auto and both >= least else ""
+        yield f"gradient_accumulation_steps is {both} / data-parallel ranks, which must divide it{up_to}"
+    elif micro is None:
+        yield f"train_batch_size / gradient_accumulation_steps is {whole // n}, which the ranks must divide"
+    else:
+        yield f"it runs on {whole // (micro * n)} data-parallel ranks and no other number"

@@ -111,7 +111,8 @@ def _without_all_autos(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _problems_of_params(params: Mapping[str, Any], n: int | None) -> tuple[list[str], Settings]:
     """Returns what is wrong with AdamW's and ACCO's keys, and the settings of those that are right."""
-    problems, right = [], {}
+    problems: list[str] = []
+    right: dict[str, Any] = {}
     for key in ADAMW_KEYS:
         if key in params:
             try:
