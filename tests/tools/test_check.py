@@ -412,7 +412,7 @@ def init(tmp_path, capsys, config, *options):
             {"stage": 1},
             ["3 became 1", "each rank holds all weights", "sub_group_size and offload_param: of stage 3"],
         ),
-        (zero(1, sharding={"offload_optimizer": {"device": "cpu"}}), {"stage": 1}, ["12 bytes", "the same updates"]),
+        (zero(1, sharding={"offload_optimizer": {"device": "cpu"}}), {"stage": 1}, ["12 bytes", "do not depend on it"]),
         (zero(3, sharding={"zero_quantized_weights": True}), {"stage": 1}, ["losses differ a little"]),
         (zero(1, sharding={"ignore_unused_parameters": False}), {"stage": 1, "ignore_unused_parameters": False}, []),
         (zero(1, sharding={"elastic_checkpoint": True}), {"stage": 1}, ["only how checkpoints are written"]),

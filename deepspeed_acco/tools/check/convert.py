@@ -31,10 +31,10 @@ _AS_ACCO = {"bias_correction": True, "amsgrad": False, "maximize": False, "diffe
 
 _OF_STAGE = {
     0: "stage 0 keeps all of AdamW's state on every rank; ACCO shards it, as ZeRO-1",
-    2: "ACCO shards as ZeRO-1: each rank holds the gradients of all parameters, 2 bytes more for each in 16 bits, 4 in "
-    "fp32, and gives the same updates",
+    2: "ACCO shards as ZeRO-1: each rank holds the gradients of all parameters, up to 2 bytes more for each in 16 bits, "
+    "4 in fp32. The stages have the same updates",
     3: "ACCO shards as ZeRO-1: each rank holds all weights and all gradients, 4 bytes for each parameter in 16 bits, 8 "
-    "in fp32; the model must fit so, without zero.Init",
+    "in fp32; the model must fit so, without zero.Init. The stages have the same updates",
 }
 _OF_STAGE_3 = (
     *("sub_group_size", "offload_param", "cpu_offload_param", "prefetch_bucket_size", "param_persistence_threshold"),
@@ -196,8 +196,8 @@ def _reason_to_leave_out(key: str, value: Any, stage: int) -> str:
     """Returns why a key of zero_optimization is left out; empty where it stays."""
     if key in _OFFLOADED:
         return (
-            "ACCO keeps master weights and moments beside the model, 12 bytes for each parameter over the ranks, and "
-            "gives the same updates"
+            "ACCO keeps master weights and moments beside the model, 12 bytes for each parameter over the ranks; the "
+            "updates do not depend on it"
         )
     if key in _QUANTIZED:
         is_in_use = stage == 3 and truth_of(value)
