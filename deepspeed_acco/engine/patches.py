@@ -123,7 +123,7 @@ def _wrap_configure_optimizer(original):
 
 
 def _tell_if_not_named(engine: Engine, client_optimizer: Optimizer) -> None:
-    """Logs on rank 0 that the client's optimizer trains, unless its JSON names another one itself."""
+    """Says in the log of rank 0 that the client's optimizer trains, unless its JSON names another one itself."""
     if engine.global_rank == 0 and "optimizer" not in engine._config._param_dict:
         _tell_not_used(type(client_optimizer).__name__)
 
