@@ -723,7 +723,7 @@ def test_errors_of_the_user_are_explained(fake, monkeypatch, tmp_path, capsys):
         (command(out, acco, twice), "have the same name, 'acco'"),
         (command(out, tmp_path / "text.json"), "is not JSON"),
         (command(out, bare), "has no optimizer, and the reference"),
-        (command(out, acco, changed(tmp_path, gradient_clipping=2.0)), "gradient_clipping is 1.0 in acco and 2.0 in"),
+        (command(out, acco, changed(tmp_path, gradient_clipping=2.0)), "gradient_clipping is 1 in acco and 2 in"),
         (command(out, acco, changed(tmp_path, bf16={"enabled": True})), "precision (bf16, fp16) is 'fp32' in acco"),
         (command(out, acco, changed(tmp_path, gradient_accumulation_steps=8)), "is 4 in acco and 8 in other"),
         (command(out, acco, changed(tmp_path, train_micro_batch_size_per_gpu=1)), "is 32 in acco and 1 in other"),

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Makes of somebody's ZeRO JSON one that trains with ACCO, and says what changed and why.
+"""Makes a JSON that trains with ACCO of somebody's ZeRO JSON, and says what changed and why.
 
 What ACCO refuses is left out where training gives the same without it, or where the line says what it gives; anything
 else is a reason not to convert.
@@ -31,8 +31,8 @@ _AS_ACCO = {"bias_correction": True, "amsgrad": False, "maximize": False, "diffe
 
 _OF_STAGE = {
     0: "stage 0 keeps all of AdamW's state on every rank; ACCO shards it, as ZeRO-1",
-    2: "ACCO shards as ZeRO-1: each rank holds the gradients of all parameters, up to 2 bytes more for each in 16 bits, "
-    "4 in fp32. The stages have the same updates",
+    2: "ACCO shards as ZeRO-1: each rank holds the gradients of all parameters, up to 2 bytes more for each in 16 "
+    "bits, 4 in fp32. The stages have the same updates",
     3: "ACCO shards as ZeRO-1: each rank holds all weights and all gradients, 4 bytes for each parameter in 16 bits, 8 "
     "in fp32; the model must fit so, without zero.Init. The stages have the same updates",
 }

@@ -41,16 +41,17 @@ def read_config(path: Path, *, by_deepspeed: bool = True) -> dict[str, Any]:
     return config
 
 
-def _read_hjson(path: Path) -> Any:
-    """Returns None where it is none, or nothing is there to read it."""
+def _read_hjson(path: Path) -> dict[str, Any] | None:
+    """Returns None where it holds no object, or nothing is there to read it."""
     try:
         import hjson  # comes with DeepSpeed
     except ImportError:
         return None
     try:
-        return hjson.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+        content = hjson.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
     except (hjson.HjsonDecodeError, RecursionError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
