@@ -365,7 +365,11 @@ def test_deepspeed_is_asked_for_its_other_keys(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("no JSON", "is not JSON: Expecting value"), ("[1]", "allowed: an object"), ('{"a": NaN}', "NaN is no number of JSON")],
+    [
+        ("no JSON", "is not JSON: Expecting value"),
+        ("[1]", "allowed: an object"),
+        ('{"a": NaN}', "NaN is no number of JSON"),
+    ],
 )
 def test_files_that_cannot_be_read(tmp_path, capsys, content, message):
     good, path = CONFIGS / "acco.json", written(tmp_path, content)
