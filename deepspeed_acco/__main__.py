@@ -16,11 +16,10 @@ import sysconfig
 import traceback
 from pathlib import Path
 
-import deepspeed
-
 from .engine import leaving
 
 _PACKAGE = Path(__file__).parent
+_INITIALIZE = ("deepspeed", "__init__.py", "initialize")
 _LAUNCHERS_OWN = "--local_rank"  # DeepSpeed's launcher puts it in front of everything else
 _PROGRAM = "python -m deepspeed_acco"
 _USAGE = f"usage: {_PROGRAM} [-m MODULE | SCRIPT] [ARGUMENTS]"
@@ -70,10 +69,10 @@ def _call_that_was_refused(error: ValueError) -> str | None:
     frames = traceback.extract_tb(error.__traceback__)
     names = [(Path(frame.filename), frame.name) for frame in frames]
     is_ours = type(error) is ValueError and str(error).startswith("ACCO: ") and _PACKAGE in names[-1][0].parents
-    initialize = (Path(deepspeed.__file__), "initialize")
-    if not is_ours or initialize not in names or (error.__context__ and not error.__suppress_context__):
+    calls = [index for index, (file, name) in enumerate(names) if (*file.parts[-2:], name) == _INITIALIZE]
+    if not is_ours or not calls or (error.__context__ and not error.__suppress_context__):
         return None
-    callers = frames[: names.index(initialize)]
+    callers = frames[: calls[0]]
     installed = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
     of_script = [frame for frame in callers if not _is_in(Path(frame.filename), [*installed, _PACKAGE])]
     call = (of_script or callers)[-1]
