@@ -17,8 +17,8 @@ from .problems import Checked
 from .trainers import ARGUMENTS, FilledBy, autos_of
 
 _ALWAYS = (
-    "refused where the run has them: tensor parallelism, MoE layers, trainable parameters of several dtypes, devices "
-    "other than CPU and CUDA"
+    "refused where the run has them: several pipeline stages, tensor parallelism, MoE layers, trainable parameters of "
+    "several dtypes, devices other than CPU and CUDA"
 )
 
 
@@ -102,7 +102,7 @@ def of_the_run(config: Mapping[str, Any], found: Checked, ranks: int | None, fil
             except ValueError as refused:
                 yield f"with gradient_accumulation_steps = {n} refused: {refused}"
     if settings.is_adaptive and filled_by is not FilledBy.HF:
-        yield 'accumulation = "adaptive" is refused under HF Trainer and Accelerate'
+        yield 'accumulation = "adaptive" is refused under HF Trainer and Accelerate, and with a PipelineModule'
     schedules = {chosen(settings.schedule, n) for n in ((found.n,) if isinstance(found.n, int) else (1, 2))}
     if settings.is_adaptive or any(SCHEDULES[name].predicts_locally for name in schedules):
         which = "adaptive windows" if settings.is_adaptive else "the schedule local"

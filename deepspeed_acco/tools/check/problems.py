@@ -137,7 +137,7 @@ def _problems_in_the_engine(
     read = reading_of(config)
     yield from problems_of_engine(config, read)
     if settings.is_adaptive:
-        yield from problems_of_adaptive(config, read, "true" if filled_by is FilledBy.HF else "")
+        yield from problems_of_adaptive(config, read, "true" if filled_by is FilledBy.HF else None)
     if ranks is not None:
         yield from problems_of_hosts(settings.ranks_per_host, ranks)
     together = config.get("sequence_parallel_size")
