@@ -80,6 +80,70 @@ def test_a_script_that_does_not_import_the_package(script, way, as_module):
     assert sorted(told) == [(str(rank), "AccoZeroOptimizer", "4", "['a b', 'm']") for rank in range(2)]
 
 
+CALLS = """
+import sys
+import deepspeed, torch
+import deepspeed_acco.optimizer as plugin
+def train(config):
+    module = torch.nn.Linear(4, 4)
+    return deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)
+config = {"train_batch_size": 2, "zero_optimization": {"stage": STAGE}, "optimizer": {"type": "ACCO"}}
+WHAT
+"""
+
+
+def _end_of(path):
+    """Returns the exit code, or the error that comes through, and what was printed."""
+    import contextlib
+    import io
+
+    kept, sys.argv = sys.argv, ["deepspeed_acco", path]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            main()
+    except SystemExit as end:
+        return end.code, printed.getvalue()
+    except Exception as error:
+        return repr(error), printed.getvalue()
+    finally:
+        sys.argv = kept
+    return 0, printed.getvalue()
+
+
+REFUSED = "ACCO: zero_optimization.stage = 2 is not allowed; allowed: 1."
+
+
+def test_what_initialize_refuses_is_told_without_a_traceback(ranks, tmp_path):
+    path = tmp_path / "train.py"
+    path.write_text(CALLS.replace("STAGE", "2").replace("WHAT", "train(config)"))
+    ((code, printed),) = ranks(1).run(_end_of, path=str(path))
+    assert code == 1
+    error, call, hint = printed.splitlines()
+    assert error.startswith(f"python -m deepspeed_acco: error: {REFUSED}") and "ds_acco check" in hint
+    assert call == f"  deepspeed.initialize was called from {path}, line 7, in train"
+
+
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [
+        ('raise ValueError("ACCO: mine")', "ValueError('ACCO: mine')"),
+        ("plugin.ACCO([], lr=-1)", "ValueError('ACCO: optimizer.params.lr = -1"),
+        ("try:\n    1 / 0\nexcept ZeroDivisionError:\n    train(config)", f"ValueError('{REFUSED}"),
+        (
+            "try:\n    train(config)\nexcept ValueError as error:\n    raise RuntimeError('mine') from error",
+            "RuntimeError('mine')",
+        ),
+        ("try:\n    train(config)\nexcept ValueError:\n    sys.exit(3)", 3),
+    ],
+)
+def test_errors_of_the_script_come_with_their_traceback(ranks, tmp_path, what, error):
+    path = tmp_path / "train.py"
+    path.write_text(CALLS.replace("STAGE", "2").replace("WHAT", what))
+    ((came, printed),) = ranks(1).run(_end_of, path=str(path))
+    assert came == error or str(came).startswith(str(error)), came
+    assert not printed
+
+
 @pytest.mark.parametrize("words", [[], ["-m"], ["missing.py"], ["--local_rank=0"]])
 def test_what_cannot_be_run_is_told(words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["deepspeed_acco", *words])

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from ..runtime.communicator import Communicator
 from ..runtime.levels import Levels, levels_of
 from .agreement import require_agreement
+from .json_checks import problems_of_hosts, raise_first
 from .log import logger
 
 # The number of the host: of DeepSpeed's launcher (launcher/launch.py), of torchrun, of srun.
@@ -38,12 +39,7 @@ def agree_on_levels(comm: Communicator, ranks_per_host: int | str) -> Levels:
     hosts = comm.gather_objects(host_of_this_rank())
     levels, reason = levels_of(hosts)
     if isinstance(ranks_per_host, int):
-        if comm.world_size % ranks_per_host:
-            raise ValueError(
-                f"ACCO: optimizer.params.ranks_per_host = {ranks_per_host} is not allowed with {comm.world_size} "
-                'data-parallel ranks; allowed: a number that divides them, or "auto". With hosts of different size '
-                "set 1"
-            )
+        raise_first(problems_of_hosts(ranks_per_host, comm.world_size))
         given = Levels.consecutive(comm.world_size, ranks_per_host)
         apart = [ranks for ranks in given.hosts if len({hosts[rank] for rank in ranks}) > 1]
         if apart and comm.rank == 0:

@@ -28,8 +28,12 @@ def _after_exception(previous, kind, error, traceback) -> None:
     """Shows the exception as before, and watches what follows. torch calls this inside a hook of its own, which shows
     the text only afterwards; so nothing may end here."""
     previous(kind, error, traceback)
-    code = 130 if issubclass(kind, KeyboardInterrupt) else 1
-    threading.Thread(target=_end_unless_finished, args=(kind.__name__, code), daemon=True).start()
+    watch(kind.__name__, 130 if issubclass(kind, KeyboardInterrupt) else 1)
+
+
+def watch(name: str, code: int) -> None:
+    """Ends the process with that code, unless it ends by itself: the exception of that name has ended it."""
+    threading.Thread(target=_end_unless_finished, args=(name, code), daemon=True).start()
 
 
 def _end_unless_finished(name: str, code: int) -> None:

@@ -26,8 +26,9 @@ from ..optim.build_locks import describe_locks
 from ..optimizer import ACCO
 from . import leaving, owners, recorder, saving
 from .checkpoint_model import LoadOptions
-from .checks import check_engine, check_json, check_window, names_acco
+from .checks import check_engine
 from .deepspeed_engine import Engine
+from .json_checks import check_window, names_acco, problems_of_json, problems_of_name, raise_first, without_effect
 from .log import describe_bytes, logger
 from .zero_optimizer import AccoZeroOptimizer
 
@@ -53,20 +54,6 @@ TOUCH_POINTS = (
     "sys.excepthook",  # a process that an exception has ended ends, whatever a round waits for
     "engine.tput_timer.config.synchronized",  # it would wait for the device at every forward and step
 )
-
-_NO_EFFECT = {
-    "overlap_comm": "ACCO overlaps by its rounds",
-    "reduce_scatter": "ACCO always reduce-scatters",
-    "contiguous_gradients": "gradients always lie in one flat buffer",
-    "reduce_bucket_size": "ACCO has no buckets",
-    "allgather_bucket_size": "ACCO has no buckets",
-    "use_multi_rank_bucket_allreduce": "ACCO has no buckets",
-    "round_robin_gradients": "only the order of the shards follows it",
-    "zero_hpz_partition_size": "ZeRO++ is of stage 3",
-    "zero_quantized_weights": "ZeRO++ is of stage 3; see optimizer.params.estimate_comm",
-    "zero_quantized_nontrainable_weights": "ZeRO++ is of stage 3",
-    "zero_quantized_gradients": "ZeRO++ is of stage 3; see optimizer.params.estimate_comm",
-}
 
 
 def require_tested_deepspeed(version: str = deepspeed.__version__) -> None:
@@ -114,12 +101,8 @@ def _wrap_configure_optimizer(original):
         owners.end_former_training(engine.module)
         if isinstance(client_optimizer, ACCO):
             check_engine(engine, client_optimizer)
-        elif isinstance(client_optimizer, Optimizer) and "optimizer" not in engine._config._param_dict:
-            if engine.global_rank == 0:
-                logger().info(
-                    f"ACCO: imported and not used: this run trains with {type(client_optimizer).__name__}, and its "
-                    'JSON has no "optimizer". Add "optimizer": {"type": "ACCO", "params": {...}}'
-                )
+        elif isinstance(client_optimizer, Optimizer):
+            _tell_if_not_named(engine, client_optimizer)
         elif client_optimizer is None and engine.optimizer_name() == ACCO.__name__:
             # Build one to check it: nothing of the engine is changed yet, and the parameters are only listed.
             check_engine(engine, ACCO([torch.nn.Parameter(torch.empty(0))], **(engine.optimizer_params() or {})))
@@ -130,11 +113,27 @@ def _wrap_configure_optimizer(original):
                 made = make(parameters)
                 if isinstance(made, ACCO):
                     check_engine(engine, made)
+                else:
+                    _tell_if_not_named(engine, made)
                 return made
 
         return original(engine, client_optimizer, model_parameters)
 
     return configure_optimizer
+
+
+def _tell_if_not_named(engine: Engine, client_optimizer: Optimizer) -> None:
+    """Says in the log of rank 0 that the client's optimizer trains, unless its JSON names another one itself."""
+    if engine.global_rank == 0 and "optimizer" not in engine._config._param_dict:
+        _tell_not_used(type(client_optimizer).__name__)
+
+
+@functools.cache  # one line, however many engines a process builds
+def _tell_not_used(name: str) -> None:
+    logger().info(
+        f'ACCO: imported and not used: this run trains with {name}, and its JSON has no "optimizer". Add '
+        '"optimizer": {"type": "ACCO", "params": {...}}'
+    )
 
 
 def _wrap_sanity_check(original):
@@ -284,22 +283,8 @@ def _log_start(engine: Engine, wrapper: AccoZeroOptimizer, named: str) -> None:
         f"own buffers={describe_bytes(wrapper.own_bytes())} per rank, kernels={native.kernels_name(engine.device)}; "
         "timers.throughput.synchronized set to false"
     )
-    section = engine._config._param_dict.get("zero_optimization")
-    given = [key for key in _NO_EFFECT if isinstance(section, dict) and key in section]
-    if given:
-        reasons = "; ".join(f"{key} ({_NO_EFFECT[key]})" for key in given)
-        logger().info(f"ACCO: accepted without effect in zero_optimization: {reasons}")
-    idle = settings.without_effect(engine.device.type)
-    if idle:
-        reasons = "; ".join(f"{key} ({reason})" for key, reason in idle.items())
-        logger().info(f"ACCO: accepted without effect in optimizer.params: {reasons}")
-    raw = engine._config._param_dict
-    bf16 = raw.get("bf16", raw.get("bfloat16"))
-    if isinstance(bf16, dict) and bf16.get("enabled") and not bf16.get("check_grad_overflow", True):
-        logger().warning(
-            "ACCO: accepted without effect: bf16.check_grad_overflow = false; a step with a non-finite gradient is "
-            "always skipped, and engine.skipped_steps counts it"
-        )
+    for line in without_effect(engine._config._param_dict, settings, engine.device.type):
+        logger().info(f"ACCO: {line}")
     if engine.device.type == "cuda" and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
         logger().warning(
             "ACCO: CUDA_DEVICE_MAX_CONNECTIONS=1 puts all streams into one queue of the device, so that rounds run "
@@ -317,8 +302,9 @@ def _wrap_config(original):
             # As DeepSpeed reads it, which tells about what cannot be read.
             with open(config) as file, contextlib.suppress(ValueError, RecursionError):
                 raw = hjson.load(file)
+        raise_first(problems_of_name(raw))
         if names_acco(raw):
-            check_json(raw)
+            raise_first(problems_of_json(raw))
         original(self, config, *args, **kwargs)
 
     return init

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from .. import __version__
 from . import units
+from .check import command as check
+from .check import init_command as init
 from .compare import command as compare
 from .doctor import command as doctor
 from .plan import command as plan
@@ -62,6 +64,8 @@ def _make_parser() -> tuple[argparse.ArgumentParser, list[argparse.ArgumentParse
     )
     parser.add_argument("--version", action="version", version=f"deepspeed_acco {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
+    init.add_command(commands)
+    check.add_command(commands)
     plan.add_command(commands)
     compare.add_command(commands)
     report.add_command(commands)

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from deepspeed_acco.tools.check.problems import checked
+from deepspeed_acco.tools.check.trainers import FilledBy
 from tests.support import training
 
 pytestmark = pytest.mark.timeout(300)
@@ -131,6 +133,12 @@ def test_refused_as_a_value_error(ranks, what, kind):
     for part in expected:
         assert part in message, message
     assert "allowed" in message
+    assert kind != "json" or message in _as_the_command_lists(config)
+
+
+def _as_the_command_lists(config):
+    """``ds_acco check`` has the same words, without an engine."""
+    return checked(config, FilledBy.NOBODY, ranks=1).problems
 
 
 @pytest.mark.parametrize(
@@ -178,6 +186,7 @@ def test_keys_that_deepspeed_ignores_or_breaks_at_are_refused(ranks, section, ch
     assert name == "ValueError", message
     for part in [*expected, "allowed"]:
         assert part in message, message
+    assert message in _as_the_command_lists(config)
 
 
 @pytest.mark.parametrize("kind", ["json", "instance", "callable"])
@@ -205,6 +214,7 @@ def test_accepted(ranks, change, kind):
     change = dict(change)
     config = training.ds_config(4, **({"schedule": change.pop("schedule")} if "schedule" in change else {}))
     assert ranks(1).run(_try, config={**config, **change}, kind=kind)[0] == ("built", "AccoZeroOptimizer")
+    assert not _as_the_command_lists({**config, **change})
 
 
 @pytest.mark.parametrize(
@@ -340,6 +350,7 @@ def test_a_json_without_an_optimizer_is_told(ranks):
     del config["optimizer"]
     (lines, _), (second, _) = ranks(2).run(_log_of_start, config=config, has_own_optimizer=True)
     assert len(lines) == 1 and "imported and not used: this run trains with SGD" in lines[0] and not second
+    assert not ranks(2).run(_log_of_start, config=config, has_own_optimizer=True)[0][0], "it is told once"
     assert not ranks(2).run(_log_of_start, config=named)[0][0]
 
 

@@ -24,9 +24,11 @@ from tests.fuzz.in_process import problem, without_pictures
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ["acco.json", "zero1.json", "wp.json", "acco_auto.json"]
 RESULTS = "compare_real_small.json"
-SUBCOMMANDS = ("plan", "compare", "report", "doctor", "kernels", "env", "schema", "completion")
+SUBCOMMANDS = ("init", "check", "plan", "compare", "report", "doctor", "kernels", "env", "schema", "completion")
 PLAN = ["--params=7B", "--ranks=64", "--hosts=8", "--bandwidth=100gbit", "--micro-batch-ms=300", "--n=24"]
 VALID = {
+    "init": [["--from=zero1.json"], ["--from=zero1.json", "--out=new.json"]],
+    "check": [["acco.json"], ["acco_auto.json", "--hf"], ["wp.json", "--ranks=2"]],
     "plan": [PLAN, ["--results", RESULTS], [*PLAN, "--round-ms=648"], [*PLAN, "--micro-batch-size=1000"]],
     "compare": [[*CONFIGS[:2], "--num_accelerators=2"], [CONFIGS[0], "--emulate-compute=5", "--num_accelerators=2"]],
     "report": [[RESULTS, "--out=page.html"], ["run"]],
@@ -84,7 +86,7 @@ def _make_files(folder: Path, choose: random.Random) -> None:
 
 def _pool_of(option: str) -> list[str]:
     """Returns the values of which some are right for the option: others seldom come further than its reader."""
-    if any(word in option for word in ("script", "hostfile", "results", "calibrate", "config")):
+    if any(word in option for word in ("script", "hostfile", "results", "calibrate", "config", "from")):
         return [*PATHS, "fifo"]  # to write to one is to wait for a reader, as ever
     if any(word in option for word in ("json", "out")):
         return PATHS

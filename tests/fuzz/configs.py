@@ -1,5 +1,5 @@
 """Fuzzes DeepSpeed JSONs with the optimizer ACCO: each trains, or ends in one error that names key, value and what is
-allowed, and what is accepted has its effect or a line in the log."""
+allowed, and what is accepted has its effect or a line in the log. ``ds_acco check`` says of each what then happens."""
 
 from __future__ import annotations
 
@@ -222,13 +222,35 @@ def judge(path: str, changed: list[str]) -> str:
         if not hasattr(engine.optimizer, "settings"):
             return ""  # the input names no optimizer, and DeepSpeed makes none
         _train(engine)
+        listed = _listed(path)
+        if listed:
+            return f"it trains, and `ds_acco check` says: {listed[0]}"
         return _without_effect(engine, hjson.loads(Path(path).read_text()), lines.text)
     except Exception as error:
-        return _bad_error(error, changed)
+        return _bad_error(error, changed) or _not_listed(error, path)
     finally:
         log.removeHandler(lines)
         if engine is not None:
             engine.destroy()
+
+
+def _listed(path: str) -> list[str] | None:
+    """Returns the problems that ``ds_acco check`` lists; None where it cannot read the file."""
+    from deepspeed_acco.tools.check.problems import checked
+    from deepspeed_acco.tools.check.reading import read_config
+    from deepspeed_acco.tools.check.trainers import FilledBy
+
+    try:
+        return checked(read_config(Path(path)), FilledBy.NOBODY, ranks=1).problems
+    except ValueError as unreadable:
+        # Of which hjson makes a text that ends with the line.
+        return None if "is no number of JSON" in str(unreadable) else [str(unreadable)]
+
+
+def _not_listed(error: Exception, path: str) -> str:
+    listed, text = _listed(path), str(error)
+    is_ours = text.startswith("ACCO: ") and listed is not None and "CONFIG " not in "".join(listed)
+    return f"`ds_acco check` does not list: {text[:300]}" if is_ours and text not in listed else ""
 
 
 def _train(engine) -> None:
@@ -251,7 +273,8 @@ def _without_effect(engine, raw: dict, log: str) -> str:
     for key, value in params.items():
         if hasattr(settings, key):
             is_idle = key in NEEDS and not NEEDS[key](params) and value != DEFAULTS[key]
-            if getattr(settings, key) != value or (is_idle and f"{key} (" not in log):
+            is_chosen = (key, value) == ("schedule", "auto")  # by the window, which the start-up line says
+            if (getattr(settings, key) != value and not is_chosen) or (is_idle and f"{key} (" not in log):
                 return f"optimizer.params.{key} = {value!r} is accepted without effect and without a word"
         else:
             has_it = group.get(key) == (tuple(value) if key == "betas" else value)

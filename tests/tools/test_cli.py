@@ -5,6 +5,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -12,6 +13,7 @@ import pytest
 import deepspeed_acco
 from deepspeed_acco.tools import cli
 
+CONFIGS = Path(__file__).parents[2] / "ds_configs"
 PLAN = ["plan", "--params", "7B", "--ranks", "64", "--hosts", "8", "--bandwidth", "100gbit", "--n", "24"]
 PLAN += ["--micro-batch-ms", "300ms"]
 HEAVY = {"torch", "deepspeed", "numpy", "psutil", "pydantic", "matplotlib", "jinja2", "transformers"}
@@ -119,8 +121,20 @@ def _python(*arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["compare", "--help"], ["report", "--help"], ["doctor", "--help"], ["schema"], PLAN],
-    ids=" ".join,
+    [
+        *(
+            ["--help"],
+            ["--version"],
+            ["compare", "--help"],
+            ["report", "--help"],
+            ["doctor", "--help"],
+            ["schema"],
+            PLAN,
+        ),
+        ["check", str(CONFIGS / "acco_auto.json"), "--hf"],
+        ["init", "--from", str(CONFIGS / "zero3.json")],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
 )
 def test_answers_without_heavy_imports(arguments):
     *printed, modules = _python("-c", AS_COMMAND + TELL, *arguments).splitlines()
@@ -203,7 +217,18 @@ complete_words ds_acco compare mi
 def test_every_subcommand_has_an_example_and_is_completed(shell, capsys):
     assert cli.main(["completion", shell]) == 0
     completion = capsys.readouterr().out
-    for subcommand in ("plan", "compare", "report", "doctor", "kernels", "env", "schema", "completion"):
+    for subcommand in (
+        "init",
+        "check",
+        "plan",
+        "compare",
+        "report",
+        "doctor",
+        "kernels",
+        "env",
+        "schema",
+        "completion",
+    ):
         assert f"ds_acco_{subcommand}" in completion
         with pytest.raises(SystemExit):
             cli.main([subcommand, "--help"])

@@ -13,9 +13,11 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from ...algorithm.schedules import SCHEDULES, Schedule
+from ...engine.json_checks import AUTO, names_acco, section_of, truth_of
 from ...runtime.communicator import Communicator
 from ...settings import ACCO_KEYS, Settings
-from ..compare.configs import AUTO, batch_of, check, read_configs
+from ..check.reading import batch_of
+from ..compare.configs import check, read_configs
 from ..words import shown
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -79,10 +81,10 @@ def _training_of(path: Path | None, precision: str | None, default: str, world_s
     configs, files = read_configs([path])
     ((name, config),) = configs.items()
     check(files[name], config, world_size, is_filled=True)
-    optimizer = config.get("optimizer", {})
-    if optimizer.get("type") != "ACCO":
+    optimizer = section_of(config, "optimizer")
+    if not names_acco(config):
         raise ValueError(f'CONFIG {path}: optimizer.type is {shown(optimizer.get("type"))}; allowed: "ACCO"')
-    given = {key: value for key, value in optimizer.get("params", {}).items() if value != AUTO}
+    given = {key: value for key, value in section_of(optimizer, "params").items() if value != AUTO}
     _, n = batch_of(config, world_size)
     clip = config.get("gradient_clipping", 0.0)
     return Training(
@@ -95,7 +97,7 @@ def _training_of(path: Path | None, precision: str | None, default: str, world_s
 
 def _precision_of(config: Mapping[str, Any]) -> str:
     for name in ("bf16", "bfloat16", "fp16"):
-        if config.get(name, {}).get("enabled") is True:
+        if truth_of(section_of(config, name).get("enabled")):
             return name.replace("bfloat", "bf")
     return "fp32"
 
