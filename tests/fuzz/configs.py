@@ -56,6 +56,7 @@ WORDS = {  # what may stand there, or nearly
     PARAMS + "sm_share": [1, 1.0, 0.5, 0, 2, "0.5"],
     PARAMS + "comm_timeout_s": [5, 60, 1e9, 1e15],
     PARAMS + "estimate_comm": ["full", "int8", "int4", "int2", 4],
+    PARAMS + "commit_comm": ["full", "int8", "int4", 8],
     PARAMS + "ranks_per_host": [1, 2, "auto", 1.0],
     "optimizer": [[], "ACCO", {"type": "ACCO"}],
     "optimizer/type": ["acco", "Acco", "ACCO ", ["ACCO"]],
