@@ -8,9 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
+from deepspeed_acco.algorithm.reference import Reference, ReferenceHyper
 from deepspeed_acco.tools.launch import shaped_hosts
 from tests.support.launcher import ROOT
 
@@ -240,3 +243,47 @@ def test_two_hosts(tmp_path):
     assert zero1["step_s"]["median"] > 8 * 0.05 and zero1["sent_bytes"] is None
     assert acco["interface_bytes"] == pytest.approx(1.03 * acco["sent_bytes"], rel=0.04)  # with headers
     assert zero1["interface_bytes"] == pytest.approx(1.03 * 1.5 * 2_000_000, rel=0.06)  # an all-reduce, a gather
+
+
+@pytest.mark.full
+def test_virtual_ranks(tmp_path):
+    few = ("--schedules", "sync", "acco:fraction=0.75", "local", "--ranks", 2, 8, "--seeds", 1)
+    results = benchmark("virtual_ranks", tmp_path, *few, "--steps", 2, "--batch", 8, *TINY)
+    kinds = [(run["schedule"], run["ranks"]) for run in results["runs"]]
+    assert kinds == [("sync", 0), ("acco:fraction=0.75", 0), ("local", 2), ("local", 8)]
+    sync, *others = results["runs"]
+    for run, row in zip(others, results["summary"][1:], strict=True):
+        assert row["percent"] == [pytest.approx(100 * (run["val_loss"] / sync["val_loss"] - 1), abs=0.001)]
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("schedule", ["sync", "acco", "local", "wp", "dpu"])
+def test_virtual_ranks_train_as_the_reference(schedule, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import virtual_ranks
+
+    numel, ranks, n = 600, 4, 2  # blocks of 256 and a shorter one
+    generator = torch.Generator().manual_seed(1)
+    start, samples = (torch.randn(*shape, numel, generator=generator) for shape in ((), (32,)))
+
+    def gradients(weights, tokens):
+        of_samples = samples.to(weights.dtype)[tokens[:, :, 0]]
+        return ((weights[:, None] * of_samples).sin() * of_samples).mean(1)
+
+    state = virtual_ranks.State(start, torch.zeros(numel), torch.zeros(numel))
+    run = virtual_ranks.Run(gradients, lambda weights: weights, state, virtual_ranks.Options(), ranks)
+    hyper = ReferenceHyper(0.0, state.beta1, state.beta2, state.eps, state.weight_decay)
+    reference = Reference([start], [hyper], schedule, ranks, clip_grad=state.clip_grad, shard_numels=[numel])
+    for _ in range(6):
+        tokens = torch.randint(len(samples), (n * ranks, 1), generator=generator)
+        of_ranks = tokens.view(n, ranks, 1).transpose(0, 1) if schedule == "acco" else tokens.view(ranks, n, 1)
+
+        def gradient(weights, rank, window, micro_batch):
+            return [gradients(weights[0][None], of_ranks[rank, micro_batch].view(1, 1, 1))[0] / n]  # noqa: B023
+
+        hyper.lr += 1e-3
+        run.state = replace(run.state, lr=hyper.lr)
+        getattr(run, schedule)(tokens)
+        reference.run_window(gradient, n, n // 2)
+        torch.testing.assert_close(run.state.theta.double(), reference.theta[0], rtol=0, atol=2e-6)
+    assert (run.state.theta - start).abs().max() > 0.01
