@@ -11,6 +11,7 @@ from tests.soak import Usage
 FLAT = [Usage(resident_bytes=100_000_000, threads=9, descriptors=30, shared_memory=2)] * 50
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_two_hundred_steps(capsys):
     assert soak.main(["--steps", "200", "--modes", "acco"]) == 0

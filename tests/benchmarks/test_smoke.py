@@ -60,6 +60,7 @@ def test_stability(tmp_path):
     assert all(0 < limit <= limits["sync"] for limit in limits.values()) and len(limits) == 8
 
 
+@pytest.mark.full
 @pytest.mark.native
 def test_estimate_error(tmp_path):
     results = benchmark("estimate_error", tmp_path, "--numel", 1000, "--turns", 1)
@@ -76,6 +77,7 @@ def test_estimate_bits(tmp_path):
     assert row["percent_above_sync"] == [pytest.approx(100 * (two_bits / sync - 1), abs=0.001)]
 
 
+@pytest.mark.full
 @pytest.mark.native
 def test_overlap(tmp_path):
     shape = ("--width", 32, "--depth", 1, "--seq_len", 8, "--batch", 1)

@@ -32,6 +32,7 @@ def emulated(tmp_path_factory):
     return str(build.build_library(tmp_path_factory.mktemp("library")))
 
 
+@pytest.mark.full
 def test_every_kernel_under_sanitizers(program):
     printed = build.run_program(program, cases=CASES)
     assert len(re.findall(rf"^\w+: {CASES} cases$", printed, re.MULTILINE)) == 15

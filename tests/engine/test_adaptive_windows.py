@@ -126,7 +126,7 @@ def test_the_recorded_counts_in_the_reference_give_the_same_weights(ranks, sched
     assert all(len(window.in_phase_a) == (world_size if schedule == "acco" else 0) for window in windows)
     assert all(min(window.in_phase_a, default=phase_a) >= phase_a for window in windows)
     uneven = [window for window in windows if len(set(window.micro_batches)) > 1]
-    assert len(uneven) >= len(windows) / 4, "the ranks must have had different counts for this test to show anything"
+    assert len(uneven) >= 2, "the ranks must have had different counts for this test to show anything"
     assert len({window.micro_batches for window in windows}) > 2, "and other ones in other windows"
 
 

@@ -42,9 +42,9 @@ CASES = [  # schedule, estimate_comm, ranks, ranks of a host, clipping, groups, 
     ("acco", "int8", 4, 2, 2.0, 1, 3, 0, 600),
     pytest.param("acco", "full", 4, 2, 2.0, 2, 2, 0, None, marks=pytest.mark.full),
     ("local", None, 2, 1, 2.0, 2, 1, 3, 600),
-    ("local", None, 4, 2, 0.0, 1, 2, 0, None),
+    pytest.param("local", None, 4, 2, 0.0, 1, 2, 0, None, marks=pytest.mark.full),
     pytest.param("wp", None, 2, 1, 2.0, 1, 2, 2, None, marks=pytest.mark.full),
-    ("dpu", None, 3, 1, 0.0, 1, 1, 0, 600),
+    pytest.param("dpu", None, 3, 1, 0.0, 1, 1, 0, 600, marks=pytest.mark.full),
     ("sync", None, 2, 1, 2.0, 2, 2, 0, None),
 ]
 
@@ -368,6 +368,7 @@ def test_the_buffer_has_one_byte_a_parameter(ranks, schedule, more):
 # ---- adaptive windows
 
 
+@pytest.mark.full
 def test_adaptive_windows_in_the_reference(ranks):
     config = adaptive.ds_config(4, 2.0, estimate_comm="int4", commit_comm="int8")
     speeds = [{"slowness": [1]}, {"slowness": [4, 1, 2]}]
@@ -387,6 +388,7 @@ def test_adaptive_windows_in_the_reference(ranks):
     adaptive.check(records, reference, tolerance=1e-3)
 
 
+@pytest.mark.full
 def test_drift(ranks):
     """After many small steps the weights that all ranks hold are near the masters, everywhere."""
     config = training.ds_config(2, precision="bf16", schedule="acco", estimate_comm="int4", commit_comm="int8")

@@ -212,8 +212,10 @@ def test_all_configs_train_the_same_batch_with_the_same_adamw():
         if name in STOCK_CONFIGS:
             assert (config["optimizer"]["type"], stage) == ("AdamW", int(name[-1]))
         else:
-            schedule, _, variant = name.partition("_")
-            assert params.pop("estimate_comm", "full") == (variant if variant.startswith("int") else "full")
+            schedule, *variants = name.split("_")
+            estimate = next((variant for variant in variants if variant.startswith("int")), "full")
+            assert params.pop("estimate_comm", "full") == estimate
+            assert params.pop("commit_comm", "full") == ("int8" if "commit8" in variants else "full")
             assert params.pop("accumulation", "fixed") == ("adaptive" if name == "acco_adaptive" else "fixed")
             assert (config["optimizer"]["type"], stage, params.pop("schedule")) == ("ACCO", 1, schedule)
         assert params == adamw, name

@@ -210,6 +210,7 @@ def test_hf_trainer_with_sync_is_adamw(runs):
 # ---- Accelerate
 
 
+@pytest.mark.full
 def test_accelerate_learns_as_with_adamw(runs):
     acco, adamw = runs.accelerate("acco_auto"), runs.accelerate("zero1_auto")
     assert loop_log(acco, "step")[:-1] == loop_log(adamw, "step")[:-1] == list(range(1, ACCELERATE_STEPS + 1))

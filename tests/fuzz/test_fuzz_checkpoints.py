@@ -10,4 +10,4 @@ def _findings(seed, count):
 
 
 def test_checkpoints(ranks):
-    assert ranks(1).run(_findings, seed=1, count=250) == [[]]
+    assert ranks(1).run(_findings, seed=1, count=125) == [[]]

@@ -48,6 +48,7 @@ def test_what_a_killed_build_of_our_kernels_left_holds_nobody_up(folder, tmp_pat
     assert describe_locks() == []
 
 
+@pytest.mark.full
 def test_the_import_names_it(folder):
     (folder / "lock").touch()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}

@@ -35,11 +35,10 @@ def test_levels_without_a_division():
 @pytest.mark.parametrize(
     ("name", "architecture"),
     [
-        ("adamw", "sm_80"),
         *(
             pytest.param(*case, marks=pytest.mark.full)
             for case in (
-                *(("quantize", "sm_90"), ("adamw", "sm_90"), ("quantize", "sm_80")),
+                *(("adamw", "sm_80"), ("quantize", "sm_90"), ("adamw", "sm_90"), ("quantize", "sm_80")),
                 *(("local_prediction", "sm_80"), ("local_prediction", "sm_90")),
             )
         ),

@@ -56,6 +56,7 @@ def _require_well(file, printed, precision):
     assert "Nothing failed" in printed
 
 
+@pytest.mark.full
 def test_a_run_is_well(ranks, tmp_path, capfd, monkeypatch):
     """``ranks`` waits for the operators: a build takes longer than the checks."""
     monkeypatch.setenv("OMP_NUM_THREADS", THREADS)
