@@ -99,7 +99,7 @@ def check(records, reference, tolerance=TOLERANCE):
 
 SPEEDS = {  # of each rank, window by window
     2: [[1], [4]],
-    3: [[1, 1, 5], [3, 1], [2, 4, 1]],
+    3: [[1, 1, 8], [5, 1], [2, 6, 1]],
     4: [[1], [1], [1, 2], [4]],
 }
 CASES = [
@@ -126,7 +126,7 @@ def test_the_recorded_counts_in_the_reference_give_the_same_weights(ranks, sched
     assert all(len(window.in_phase_a) == (world_size if schedule == "acco" else 0) for window in windows)
     assert all(min(window.in_phase_a, default=phase_a) >= phase_a for window in windows)
     uneven = [window for window in windows if len(set(window.micro_batches)) > 1]
-    assert len(uneven) >= 2, "the ranks must have had different counts for this test to show anything"
+    assert len(uneven) >= len(windows) / 4, "the ranks must have had different counts for this test to show anything"
     assert len({window.micro_batches for window in windows}) > 2, "and other ones in other windows"
 
 

@@ -2,12 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fuzzers, with a few hundred inputs each: ``python -m tests.fuzz NAME`` tries more, and other ones."""
 
+import pytest
+
 from tests.fuzz.__main__ import findings
 
 
-def test_command_lines():
-    assert not list(findings("command_lines", seed=1, count=150))
+@pytest.mark.parametrize("count", [150, pytest.param(300, marks=pytest.mark.full)])
+def test_command_lines(count):
+    assert not list(findings("command_lines", seed=1, count=count))
 
 
-def test_results():
-    assert not list(findings("results", seed=1, count=75))
+@pytest.mark.parametrize("count", [75, pytest.param(150, marks=pytest.mark.full)])
+def test_results(count):
+    assert not list(findings("results", seed=1, count=count))

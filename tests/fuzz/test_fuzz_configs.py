@@ -9,8 +9,9 @@ from tests.fuzz import configs
 pytestmark = pytest.mark.distributed
 
 
-def test_no_json_is_ignored_or_breaks():
-    assert list(configs.run(seed=1, count=250)) == []
+@pytest.mark.parametrize("count", [250, pytest.param(500, marks=pytest.mark.full)])
+def test_no_json_is_ignored_or_breaks(count):
+    assert list(configs.run(seed=1, count=count)) == []
 
 
 @pytest.mark.full
