@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,26 @@ def interval(values: Sequence[float]) -> list[float] | None:
 
 
 # ---- runs
+
+
+def table_of_losses(summary: Sequence[Mapping[str, Any]], name_of: Callable[[Mapping[str, Any]], str]) -> str:
+    """Returns a line for each row below its setting: its final loss, and how far that is above the baseline's."""
+    lines, setting = [], None
+    for row in summary:
+        if row["setting"] != setting:
+            setting = row["setting"]
+            lines.append(setting)
+        text = f"  {name_of(row):<40} {row['val_loss']:.4f}"
+        if "mean_percent" in row:
+            text += f"  {row['mean_percent']:+.2f} %"
+        if row.get("interval_percent"):
+            text += "  [{:+.2f}, {:+.2f}]".format(*row["interval_percent"])
+        if "percent" in row:
+            text += "  by seed " + ", ".join(f"{pair:+.2f}" for pair in row["percent"])
+        if "estimate_error" in row:
+            text += "  error of the estimate " + ", ".join(f"{error:.2f}" for error in row["estimate_error"])
+        lines.append(text)
+    return "\n".join(lines)
 
 
 def read_config(name: str, folder: str = "ds_configs") -> dict[str, Any]:

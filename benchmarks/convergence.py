@@ -26,6 +26,7 @@ from _common import (
     read_config,
     run_example,
     save,
+    table_of_losses,
     write,
 )
 
@@ -114,23 +115,6 @@ def order(config: str) -> tuple[int, str]:
     return (known.index(config) if config in known else len(known), config)
 
 
-def table(summary: list[dict]) -> str:
-    lines, setting = [], None
-    for row in summary:
-        if row["setting"] != setting:
-            setting = row["setting"]
-            lines.append(setting)
-        text = f"  {row['config']:<28} {row['val_loss']:.4f}"
-        if "mean_percent" in row:
-            text += f"  {row['mean_percent']:+.2f} %"
-        if row.get("interval_percent"):
-            text += "  [{:+.2f}, {:+.2f}]".format(*row["interval_percent"])
-        if "percent" in row:
-            text += "  by seed " + ", ".join(f"{pair:+.2f}" for pair in row["percent"])
-        lines.append(text)
-    return "\n".join(lines)
-
-
 # ---- picture
 
 
@@ -207,7 +191,7 @@ def main() -> None:
     if not arguments.draw:
         make_missing_runs(arguments, results, command)
     save(draw(results), arguments.out.with_suffix(".png"))
-    print(table(results["summary"]))
+    print(table_of_losses(results["summary"], lambda row: row["config"]))
 
 
 def make_missing_runs(arguments, results: dict, command: str) -> None:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import date
 
 import torch
-from _common import interval, make_parser, new_figure, origin, progress, save, write
+from _common import interval, make_parser, new_figure, origin, progress, save, table_of_losses, write
 from torch import Tensor
 from torch.nn import functional
 
@@ -321,21 +321,6 @@ def name_of(row: dict) -> str:
     return row["schedule"] + (f", {row['ranks']} ranks" if row["ranks"] else "")
 
 
-def table(summary: list[dict]) -> str:
-    lines, setting = [], None
-    for row in summary:
-        if row["setting"] != setting:
-            setting = row["setting"]
-            lines.append(setting)
-        text = f"  {name_of(row):<40} {row['val_loss']:.4f}"
-        if "percent" in row:
-            text += f"  {row['mean_percent']:+.2f} %  by seed " + ", ".join(f"{pair:+.2f}" for pair in row["percent"])
-        if "estimate_error" in row:
-            text += "  error of the estimate " + ", ".join(f"{error:.2f}" for error in row["estimate_error"])
-        lines.append(text)
-    return "\n".join(lines)
-
-
 def draw(results: dict):
     """Returns a figure: every difference to ``sync``, a panel for each setting."""
     rows = [row for row in results["summary"] if "percent" in row]
@@ -386,7 +371,7 @@ def main() -> None:
         torch.set_num_threads(1)
         make_missing_runs(arguments, results, command)
     save(draw(results), arguments.out.with_suffix(".png"))
-    print(table(results["summary"]))
+    print(table_of_losses(results["summary"], name_of))
 
 
 def make_missing_runs(arguments, results: dict, command: str) -> None:
