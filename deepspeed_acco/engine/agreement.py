@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Compares over the data-parallel ranks, at the start, everything that changes arithmetic or order. A difference would
+"""Compares over the ranks, at the start, everything that changes arithmetic or order. A difference would
 otherwise train wrong without a word, or hang in the middle of training."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import deepspeed
@@ -19,22 +19,30 @@ from ..runtime.communicator import Communicator
 from .deepspeed_engine import Engine
 
 _SHOWN = 300  # letters of a value in the error
+_OF_PART = "parameters of group"
 
 
 def require_agreement(comm: Communicator, values: Mapping[str, Any]) -> None:
-    """Raises RuntimeError on every rank unless all ranks pass the same values; every rank must call it.
+    """Raises RuntimeError on every rank unless all ranks pass the same values; every rank must call it. The ranks that
+    hold the parts of one model may differ in what only describes a part.
 
     Args:
         values: name: whatever has a ``repr`` that says all of it. Its hash is compared, so it may be long.
     """
+    _require_same(comm.gather_objects, values, "data-parallel ranks")
+    of_whole = {name: value for name, value in values.items() if not name.startswith(_OF_PART)}
+    _require_same(comm.gather_from_parts, of_whole, "ranks with the parts of one model")
+
+
+def _require_same(gather: Callable[[Any], list], values: Mapping[str, Any], ranks_in_words: str) -> None:
     digests = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in values.items()}
-    of_ranks = comm.gather_objects(digests)
+    of_ranks = gather(digests)
     # Of all ranks, so that all go on alike: one may have a parameter group more.
     names = dict.fromkeys(itertools.chain(*of_ranks))
     different = [name for name in names if any(theirs.get(name) != of_ranks[0].get(name) for theirs in of_ranks)]
     if not different:
         return
-    texts = comm.gather_objects({name: _shortened(values[name]) for name in different if name in values})
+    texts = gather({name: _shortened(values[name]) for name in different if name in values})
     lines = []
     for name in different:
         ranks_with: dict[str, list[int]] = {}
@@ -43,7 +51,7 @@ def require_agreement(comm: Communicator, values: Mapping[str, Any]) -> None:
         told = "; ".join(f"{text} on ranks {', '.join(map(str, ranks))}" for text, ranks in ranks_with.items())
         lines.append(f"{name}: {told}")
     raise RuntimeError(
-        "ACCO: the data-parallel ranks differ, so they would not train the same model:\n  "
+        f"ACCO: the {ranks_in_words} differ, so they would not train the same model:\n  "
         + "\n  ".join(lines)
         + "\nStart every rank with the same model, configuration, versions and kernels"
     )
@@ -70,7 +78,7 @@ def what_must_agree(engine: Engine, wrapper) -> dict[str, Any]:
     for number, (group, parameters) in enumerate(zip(wrapper.param_groups, wrapper.bit16_groups)):
         groups[f"parameter group {number}"] = {key: value for key, value in group.items() if key != "params"}
         # In the order of the flat group, which round_robin_gradients changes.
-        groups[f"parameters of group {number}"] = [
+        groups[f"{_OF_PART} {number}"] = [
             (names.get(id(parameter), "?"), tuple(parameter.shape)) for parameter in parameters
         ]
     return {

@@ -99,7 +99,7 @@ class AutoFraction:
         self._measuring.enter(self._comm.device, self._lane, micro_batches)
         if self._measuring.windows < WINDOWS_TO_MEASURE:
             return
-        reported = self._comm.gather_objects(self._measuring.medians())
+        reported = self._comm.gather_from_all(self._measuring.medians())
         self._measuring = _Measuring()
         if any(value is None or value <= 0 for of_rank in reported for value in of_rank):
             if logs and not self._has_warned:

@@ -51,14 +51,18 @@ class BoundParameters:
             sampled_places([self.span_of(param)[1:] for param in params], params[0].device) for params in self._groups
         ]
 
-    def bind_again(self) -> None:
+    def bind_again(self, *, tells: bool = True) -> None:
         """Makes every parameter a view of the live weights again, whose storage somebody replaced (``param.data =
         tensor``, ``module.double().float()``), as ZeRO-1 does at every step. What it held is gone, as there: the
-        master weights win."""
+        master weights win.
+
+        Args:
+            tells: that it had to, once.
+        """
         for param, weights in self._weights:
             if param.data_ptr() != weights.data_ptr() or param.dtype != weights.dtype:
                 param.data = weights
-                if not self._has_told:
+                if tells and not self._has_told:
                     self._has_told = True
                     logger().info(
                         "ACCO: the storage of a parameter was replaced. It is bound again at the next step, and what "

@@ -79,10 +79,12 @@ def _check_files(engine, load_dir, tag, options: LoadOptions) -> str:
     model_path = engine._get_ckpt_name(load_dir, tag)
     saved = read_mapping(model_path)
     others = [path for path in engine._get_all_ckpt_names(load_dir, tag) if path != model_path]
-    if others and not is_universal:
+    parts, parts_here = 1 + len(others), engine.mp_world_size
+    if parts != parts_here and not is_universal:
+        beside = f"beside {model_path} there is {others[0]}" if others else f"there is nothing beside {model_path}"
         raise CheckpointRefused(
-            f"beside {model_path} there is {others[0]}: it was saved with tensor parallelism, or is mixed up. Convert "
-            'it with ds_to_universal.py and set "checkpoint": {"load_universal": true}'
+            f"{beside}: it was saved with tensor parallelism, or is mixed up: it has {parts} parts of a model and this "
+            f'run {parts_here}. Convert it with ds_to_universal.py and set "checkpoint": {{"load_universal": true}}'
         )
     for path in others:
         read_mapping(path)  # DeepSpeed reads them, too

@@ -48,7 +48,7 @@ def to_state(resume: ResumeState, settings: Settings, window: int) -> dict[str, 
 
 def origin(comm: Communicator) -> dict[str, Any]:
     """Returns what tells this run's and this rank's files from others; every rank must call it."""
-    return {"run": comm.gather_objects(uuid.uuid4().hex)[0], "rank": comm.rank}
+    return {"run": comm.gather_from_all(uuid.uuid4().hex)[0], "rank": comm.rank}
 
 
 def from_state(

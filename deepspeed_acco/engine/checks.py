@@ -20,6 +20,7 @@ from .json_checks import (
     problems_of_engine,
     problems_of_json,
     problems_of_own_batches,
+    problems_of_tensor_parallel,
     raise_first,
     refusal,
 )
@@ -45,9 +46,7 @@ def check_engine(engine: Engine, optimizer: ACCO) -> None:
     )
     refuse_if(stages > 1, "PipelineModule's num_stages", stages, "1", fix)
     refuse_if(engine.has_moe_layers, "model", "a module with MoE layers", "dense modules", "Use the AdamW optimizer")
-    for method in ("get_model_parallel_world_size", "get_tensor_model_parallel_world_size"):  # old and new Megatrons
-        size = getattr(engine.mpu, method)() if hasattr(engine.mpu, method) else 1
-        refuse_if(size > 1, f"mpu.{method}()", size, "1", "Use data parallelism alone")
+    _check_tensor_parallel(engine, optimizer.settings)
     device = engine.device.type
     refuse_if(device not in ("cpu", "cuda"), "device", device, "cpu, cuda", "Use the AdamW optimizer there")
     check_window(engine.gradient_accumulation_steps(), optimizer.settings)
@@ -57,6 +56,20 @@ def check_engine(engine: Engine, optimizer: ACCO) -> None:
         refuse_if(engine.pipeline_parallelism, "model", "PipelineModule", allowed, fix)
         trainer = os.environ[trainers.VARIABLE] if trainers.is_running_loop() else None
         raise_first(problems_of_adaptive(raw, read, trainer))
+
+
+def _check_tensor_parallel(engine: Engine, settings: Settings) -> None:
+    """Raises ValueError for an ``mpu`` whose parts of a model ZeRO-1 does not know, and for settings that need all of
+    it on each rank."""
+    names = ("get_model_parallel_world_size", "get_tensor_model_parallel_world_size")  # of old and new Megatrons
+    sizes = {f"mpu.{name}()": getattr(engine.mpu, name)() for name in names if hasattr(engine.mpu, name)}
+    largest = max(sizes.values(), default=1)
+    for method, size in sizes.items():
+        # DeepSpeed's ZeRO-1 then takes no norm over the parts (deepspeed/runtime/zero/stage_1_and_2.py).
+        alone = hasattr(engine.mpu, "initialize_sequence_parallel")
+        refuse_if(size > 1 and alone, method, size, "1 where the mpu has sequence parallelism", "Use one of the two")
+        refuse_if(size != largest, method, size, f"{largest}, as its other size", "Use tensor parallelism alone")
+    raise_first(problems_of_tensor_parallel(settings.of_window(engine.gradient_accumulation_steps()), largest))
 
 
 def _reading_of(engine: Engine) -> Reading:

@@ -39,6 +39,7 @@ class Engine(Protocol):
     local_rank: int
     dp_world_size: int
     seq_dp_world_size: int
+    mp_world_size: int
     has_moe_layers: bool
     pipeline_parallelism: bool
     inside_no_sync_ctxt: bool

@@ -1,6 +1,6 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Finds out which data-parallel ranks share a host: from what the launcher told each, compared among them."""
+"""Makes the communicator of the rounds, and finds out which ranks share a host: from what the launcher told each."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ import os
 import socket
 from collections.abc import Mapping
 
+import torch
+from deepspeed.constants import default_pg_timeout
+
 from ..runtime.communicator import Communicator
 from ..runtime.levels import Levels, levels_of
+from ..settings import Settings
 from .agreement import require_agreement
 from .json_checks import problems_of_hosts, raise_first
 from .log import logger
+from .tensor_parallel import model_group_of
 
 # The number of the host: of DeepSpeed's launcher (launcher/launch.py), of torchrun, of srun.
 _HOST_NUMBERS = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")
@@ -23,6 +28,19 @@ def host_of_this_rank(environment: Mapping[str, str] = os.environ) -> tuple[str,
     is enough: hosts in network namespaces have one name, and two launchers may both count from 0."""
     number = next((environment[name] for name in _HOST_NUMBERS if name in environment), "")
     return number, socket.gethostname()
+
+
+def connect(optimizer, settings: Settings, device: torch.device) -> Communicator:
+    """Makes the communicator of the rounds, over the levels that the ranks agree on; every rank must call it.
+
+    Args:
+        optimizer: DeepSpeed's ZeRO optimizer, ours.
+    """
+    timeout_s = settings.comm_timeout_s or default_pg_timeout.total_seconds()
+    of_model = model_group_of(optimizer)
+    comm = Communicator(optimizer.dp_process_group, device, timeout_s, settings.sm_share, of_model)
+    comm.use_levels(agree_on_levels(comm, settings.ranks_per_host))
+    return comm
 
 
 def agree_on_levels(comm: Communicator, ranks_per_host: int | str) -> Levels:

@@ -134,9 +134,6 @@ def problems_of_json(raw: Mapping[str, Any]) -> Iterator[str]:
     sparse = raw.get("sparse_gradients")
     if sparse:
         yield refusal("sparse_gradients", sparse, "false", "Remove it and build embeddings with sparse=False")
-    size = section_of(raw, "tensor_parallel").get("autotp_size", 0)
-    if isinstance(size, int) and size > 1:
-        yield refusal("tensor_parallel.autotp_size", size, "0 or 1", "Remove it")
 
 
 def problems_of_values(raw: Mapping[str, Any]) -> Iterator[str]:
@@ -306,6 +303,38 @@ def problems_of_own_batches(settings: Settings, sequence_parallel: float) -> Ite
             f'1 with optimizer.params.schedule = "{settings.schedule}"',
             f"Set the schedule to {alike} ({DEFAULT.name} needs gradient_accumulation_steps >= "
             f"{DEFAULT.least_micro_batches}): {together}, so all of them need the same weights",
+        )
+
+
+# What makes the ranks with the parts of one model compute with different copies of what they have alike: blocks and
+# local predictions also depend on the elements beside it, which differ.
+_NOT_IN_PARTS = (
+    ("accumulation", lambda settings: settings.is_adaptive, '"fixed"'),
+    ("estimate_comm", lambda settings: bool(settings.wire.estimate), '"full"'),
+    ("commit_comm", lambda settings: bool(settings.wire.commit), '"full"'),
+    (
+        "schedule",
+        lambda settings: SCHEDULES[settings.schedule].predicts_locally,
+        f"{names_of(lambda row: not row.predicts_locally)} ({DEFAULT.name} needs gradient_accumulation_steps >= "
+        f"{DEFAULT.least_micro_batches})",
+    ),
+)
+
+
+def not_in_parts(settings: Settings) -> dict[str, str]:
+    """Returns the keys that do not go together with tensor parallelism, and what is allowed of each."""
+    return {key: allowed for key, is_given, allowed in _NOT_IN_PARTS if is_given(settings)}
+
+
+def problems_of_tensor_parallel(settings: Settings, size: int) -> Iterator[str]:
+    """Yields what does not go together with tensor parallelism over ``size`` ranks."""
+    for key, allowed in not_in_parts(settings).items() if size > 1 else ():
+        yield refusal(
+            f"optimizer.params.{key}",
+            getattr(settings, key),
+            f"{allowed} with tensor parallelism over {size} ranks",
+            "Set it so: these ranks compute every micro-batch together and need the same copy of what none of them has "
+            "a part of",
         )
 
 

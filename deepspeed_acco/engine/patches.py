@@ -30,6 +30,7 @@ from .checks import check_engine
 from .deepspeed_engine import Engine
 from .json_checks import check_window, names_acco, problems_of_json, problems_of_name, raise_first, without_effect
 from .log import describe_bytes, logger
+from .true_weights import true_weights
 from .zero_optimizer import AccoZeroOptimizer
 
 OLDEST_DEEPSPEED = "0.16.9"
@@ -83,6 +84,7 @@ def register() -> None:
         "_configure_zero_optimizer": _wrap_configure_zero(engine_class._configure_zero_optimizer),
         "load_checkpoint": _wrap_load_checkpoint(engine_class.load_checkpoint),
         "save_checkpoint": _wrap_save_checkpoint(engine_class.save_checkpoint),
+        "_consolidated_16bit_state_dict": _wrap_consolidated(engine_class._consolidated_16bit_state_dict),
         "_take_model_step": _wrap_take_model_step(engine_class._take_model_step),
         "set_gradient_accumulation_boundary": _wrap_set_boundary(engine_class.set_gradient_accumulation_boundary),
         "set_train_batch_size": _wrap_set_train_batch_size(engine_class.set_train_batch_size),
@@ -206,6 +208,19 @@ def _wrap_save_checkpoint(original):
         return saving.save(engine, write_all, given.arguments["save_dir"], given.arguments["tag"], names_latest)
 
     return save_checkpoint
+
+
+def _wrap_consolidated(original):
+    """Shows the true weights to what gathers the parts of a model without ``state_dict()``."""
+
+    @functools.wraps(original)
+    def consolidated_16bit_state_dict(engine, *args, **kwargs):
+        if not isinstance(engine.optimizer, AccoZeroOptimizer):
+            return original(engine, *args, **kwargs)
+        with true_weights(engine):
+            return original(engine, *args, **kwargs)
+
+    return consolidated_16bit_state_dict
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..optim.adamw import AdamWHyper
 from ..runtime.communicator import max_over_ranks
 from ..runtime.round_inputs import Contribution, RoundInputs
+from .tensor_parallel import model_group_of
 
 
 def hyper_of(optimizer) -> tuple[AdamWHyper, ...]:
@@ -43,10 +44,12 @@ def has_overflow(optimizer, accumulated: list[Tensor]) -> bool:
         optimizer: DeepSpeed's, ours.
         accumulated: A, one flat tensor per parameter group. What is accumulated in fp32 must also survive the cast.
     """
-    limit, group = torch.finfo(optimizer.communication_data_type).max, optimizer.dp_process_group
+    limit = torch.finfo(optimizer.communication_data_type).max
+    groups = [group for group in (optimizer.dp_process_group, model_group_of(optimizer)) if group is not None]
     # The largest absolute value is NaN or inf where any element is; no temporary of the gradients' size is made.
     largest = torch.stack([torch.linalg.vector_norm(grads, float("inf")) for grads in accumulated])
     overflow = (~(largest <= limit)).any().to(torch.uint8)
-    with optimizer.driver.bounded("the overflow check of fp16", group):
-        max_over_ranks(overflow, group)
+    with optimizer.driver.bounded("the overflow check of fp16", *groups):
+        for group in groups:
+            max_over_ranks(overflow, group)
         return bool(overflow)

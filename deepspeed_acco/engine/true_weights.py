@@ -150,6 +150,7 @@ class TrueWeights:
             yield
         finally:
             self._blocks -= 1
+            self._bound.bind_again(tells=False)  # AutoTP gathers parameters into a storage of their own, and leaves it
             if not was_showing and not self._blocks:
                 self._driver.hide_true()
 

@@ -11,7 +11,6 @@ import weakref
 from typing import Any
 
 import torch
-from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from ..algorithm.schedules import SCHEDULES, Phase, Schedule, blocks_at_end, schedule_of_window
@@ -21,7 +20,6 @@ from ..optim.adamw import AdamWShard
 from ..optimizer import ACCO
 from ..runtime.buffers import FlatBuffers
 from ..runtime.clock import LaneTimes
-from ..runtime.communicator import Communicator
 from ..runtime.driver import RoundDriver
 from ..runtime.lanes import make_lane
 from ..runtime.layout import GroupLayout
@@ -39,12 +37,13 @@ from .fixed_windows import FixedWindows
 from .forwards import Forwards
 from .full_values import link_full_values
 from .gradients import Gradients, GradientState
-from .hosts import agree_on_levels
+from .hosts import connect
 from .log import logger
 from .monitor import LANE_TIMERS, Monitor, lane_timers
 from .progress import Progress
 from .scaling import has_overflow, hyper_of, round_inputs
 from .skipped_steps import SkippedSteps
+from .tensor_parallel import repeated_spans
 from .true_weights import TrueWeights
 
 
@@ -83,13 +82,11 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
 
         live = self.bit16_groups_flat
         require_one_dtype(live)
-        timeout_s = self.settings.comm_timeout_s or default_pg_timeout.total_seconds()
         device = live[0].device
         native.prepare(device)  # may build the kernels, which takes longer than a collective may wait
         self.lane = make_lane(self.settings.lane, device)
-        self._comm = Communicator(self.dp_process_group, device, timeout_s, self.settings.sm_share)
-        self.levels = agree_on_levels(self._comm, self.settings.ranks_per_host)
-        self._comm.use_levels(self.levels)
+        self._comm = connect(self, self.settings, device)
+        self.levels = self._comm.levels
         self._buffers = FlatBuffers(
             live,
             [GroupLayout(flat.numel(), self.levels, self._comm.rank) for flat in live],
@@ -103,7 +100,8 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         self._bound = BoundParameters(self.bit16_groups, live)
         is_added_to = bool(self.settings.wire.commit.change)
         fingerprint = Fingerprint(live, self._bound.sampled_places(), sums=is_added_to)
-        self.driver = RoundDriver(self._buffers, self._shards, self._comm, self.lane, fingerprint)
+        repeated = repeated_spans(self, self._bound, self._buffers.layouts)
+        self.driver = RoundDriver(self._buffers, self._shards, self._comm, self.lane, fingerprint, repeated)
         self.driver.take_state(hyper_of(self), is_loaded=False)
         self._skips = SkippedSteps(self.driver.outcomes)
         self._fraction = AutoFraction(self.settings, self.driver, self._comm, self.lane)
@@ -339,10 +337,10 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         checkpoint_check.require_loadable(load_dir, self.gather_objects(finding, "behind its check of a checkpoint"))
 
     def gather_objects(self, value: Any, place: str) -> list:
-        """Returns what all data-parallel ranks passed, in their order; an error says that they are at ``place``."""
+        """Returns what all ranks passed, in their order; an error says that they are at ``place``."""
         self.driver.finish()
         self._comm.whereabouts.note(place)
-        return self._comm.gather_objects(value)
+        return self._comm.gather_from_all(value)
 
     def shard_numels(self) -> list[int]:
         """Returns the elements of this rank's shard of each parameter group, with padding."""

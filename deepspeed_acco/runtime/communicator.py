@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -34,16 +36,18 @@ class Communicator:
 
     Args:
         parallel_group: DeepSpeed's data-parallel group (its ranks are taken over), or None for all ranks.
+        model_group: DeepSpeed's group over the ranks that hold the parts of one model, or None where each holds all.
         device: the parameters' device; ``cuda`` takes NCCL, ``cpu`` takes gloo.
         timeout_s: seconds until a collective that a peer does not join raises an error.
         sm_share: of the device's multiprocessors, how many rounds may take; 1: as many as they have use for.
 
     Attributes:
         levels: which ranks share a host; one level until :meth:`use_levels`.
+        total_ranks: data-parallel ranks times the parts of a model: those that go through the rounds in step.
         whereabouts: where the ranks were last seen.
     """
 
-    def __init__(self, parallel_group, device: torch.device, timeout_s: float, sm_share: float = 1.0):
+    def __init__(self, parallel_group, device: torch.device, timeout_s: float, sm_share: float = 1.0, model_group=None):
         self.device = device
         self.timeout_s = timeout_s
         self.sm_share = sm_share
@@ -51,6 +55,8 @@ class Communicator:
         self._groups: list = []
         # Some rank may have built kernels before, which takes longer than a collective of the rounds may wait.
         dist.barrier(parallel_group)
+        if model_group is not None:
+            dist.barrier(model_group)
         self._group = self._new_group(self._global_ranks)
         self.rank = dist.get_rank(self._group)
         self.world_size = dist.get_world_size(self._group)
@@ -59,6 +65,11 @@ class Communicator:
         self._guard = Guard(*where)
         self._overdue = Overdue(*where) if devices.uses_nccl(device) else None  # gloo raises by itself
         self._sent_bytes = 0  # beside what the rounds move
+        self._model_group, parts = None, 1
+        if model_group is not None:
+            self._model_group = self._new_group(dist.get_process_group_ranks(model_group))
+            parts = dist.get_world_size(self._model_group)
+        self.total_ranks = self.world_size * parts
         self.use_levels(Levels.flat(self.world_size))
 
     def _new_group(self, ranks: list[int]):
@@ -147,16 +158,33 @@ class Communicator:
         self._rounds.all_gather(whole, is_look)
 
     def all_reduce_sum(self, value: Tensor) -> None:
-        """Sums a small tensor over the ranks, in place."""
-        with self._guard("all_reduce_sum"):
-            dist.all_reduce(value, group=self._group)
-        self._sent_bytes += 2 * value.nbytes * (self.world_size - 1) // self.world_size
+        """Sums a small tensor over the data-parallel ranks and the parts of the model, in place."""
+        for group in filter(None, (self._group, self._model_group)):
+            with self._guard("all_reduce_sum"):
+                dist.all_reduce(value, group=group)
+            ranks = dist.get_world_size(group)
+            self._sent_bytes += 2 * value.nbytes * (ranks - 1) // ranks
 
     def gather_objects(self, value) -> list:
-        """Returns what every rank passed, small picklable objects in the order of the ranks; waits for the device."""
-        everyone = [None] * self.world_size
+        """Returns what every data-parallel rank passed, small picklable objects in the order of the ranks; waits for
+        the device."""
+        return self._gather(value, self._group)
+
+    def gather_from_all(self, value) -> list:
+        """Returns what every rank passed, those with other parts of the model too, in the order of the global ranks."""
+        if self._model_group is None:
+            return self.gather_objects(value)
+        of_part = self.gather_objects((dist.get_rank(), value))
+        return [told for _, told in sorted(chain(*self._gather(of_part, self._model_group)), key=itemgetter(0))]
+
+    def gather_from_parts(self, value) -> list:
+        """Returns what every rank passed that holds a part of this rank's model; only its own where it holds all."""
+        return [value] if self._model_group is None else self._gather(value, self._model_group)
+
+    def _gather(self, value, group) -> list:
+        everyone = [None] * dist.get_world_size(group)
         with self._guard("gather_objects"):
-            dist.all_gather_object(everyone, value, group=self._group)
+            dist.all_gather_object(everyone, value, group=group)
         return everyone
 
     def barrier(self) -> None:

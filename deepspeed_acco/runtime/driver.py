@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -40,7 +41,7 @@ class RoundDriver:
     round's weights are installed: at the window's end, which waits for its COMMIT, where a full copy was overwritten.
 
     Args:
-        fingerprint: of the live weights.
+        fingerprint: of the live weights. repeated: see RoundWork.
 
     Attributes:
         outcomes: what the finished rounds told.
@@ -57,6 +58,7 @@ class RoundDriver:
         comm: Communicator,
         lane: InlineLane,
         fingerprint: Fingerprint,
+        repeated: Sequence[Sequence[slice]] = (),
     ):
         self.outcomes = OutcomeLog()
         self.has_met_writing = False
@@ -67,7 +69,7 @@ class RoundDriver:
         self._comm = comm
         self._lane = lane
         self._fingerprint = fingerprint
-        self._work = RoundWork(buffers, shards, comm)
+        self._work = RoundWork(buffers, shards, comm, repeated)
         self._gathering = Gathering(buffers, shards, comm, lane)
         self.looks = looks_of(buffers, self._gathering, self._work.prediction)
         self._state = RoundState.IDLE

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,14 +66,25 @@ class RoundOutcome:
 class RoundWork:
     """Does the three parts of a round: packing before it, the round itself on a lane, installing after it.
 
+    Args:
+        repeated: of this rank's shard of each group, the parts that a rank with another part of the model has as well,
+            and counts in the norm.
+
     Attributes:
         are_written: float64, 0-dim; not 0 where somebody else has written the live weights, to which changes are added.
     """
 
-    def __init__(self, buffers: FlatBuffers, shards: list[AdamWShard], comm: Communicator):
+    def __init__(
+        self,
+        buffers: FlatBuffers,
+        shards: list[AdamWShard],
+        comm: Communicator,
+        repeated: Sequence[Sequence[slice]] = (),
+    ):
         self._buffers = buffers
         self._shards = shards
         self._comm = comm
+        self._repeated = repeated
         self.prediction = LocalPrediction(buffers, shards, comm)
         self._most_blocks = blocks_of_share(comm.sm_share, comm.device)
         # Allocated once, since it is written on training's stream and read on the lane's.
@@ -110,7 +122,7 @@ class RoundWork:
         buffers, comm, bits = self._buffers, self._comm, self._buffers.wire.of(this)
         sent_before = comm.sent_bytes
         grads = comm.reduce_scatter_sum(buffers.arenas, buffers.reduced, buffers.encoding(bits))
-        squares = sum_of_squares(grads)
+        squares = self._own_squares(grads)
         totals = torch.stack([squares, torch.full_like(squares, number), self.are_written])
         if inputs.contribution is not None:
             totals = torch.cat([totals, self._own_report(totals, inputs.contribution)])
@@ -121,7 +133,7 @@ class RoundWork:
             counts = ReportedCounts(this, inputs.window, HostValue(totals[3:]))
             scale *= inputs.contribution.nominal / totals[4:].sum()  # not finite, so skipped, where no rank computed
         norm = totals[0].sqrt() * scale
-        is_same_round = totals[1] == number * comm.world_size
+        is_same_round = totals[1] == number * comm.total_ranks
         is_finite = norm.isfinite() & is_same_round
         if inputs.clip_grad > 0:
             scale /= ((norm + 1e-6) / inputs.clip_grad).clamp(min=1.0)  # as DeepSpeed's unscale_and_clip_grads
@@ -139,6 +151,12 @@ class RoundWork:
         norm_later, is_finite_later = HostValue(norm.float()), HostValue(is_finite)
         is_same_later, is_untouched_later = HostValue(is_same_round), HostValue(totals[2] == 0)
         return RoundOutcome(this, norm_later, is_finite_later, is_same_later, is_untouched_later, error, counts, sent)
+
+    def _own_squares(self, grads: list[Tensor]) -> Tensor:
+        """Returns what this rank adds to the square of the norm, float64, 0-dim; not finite where any gradient is."""
+        squares = sum_of_squares(grads)
+        repeated = [grad[span] for grad, spans in zip(grads, self._repeated) for span in spans]
+        return squares - sum_of_squares(repeated) if repeated else squares
 
     def _write_weights(self, this: Round, inputs: RoundInputs, grads: list[Tensor], scale: Tensor, is_finite: Tensor):
         """Updates this rank's shards, and writes their new weights to their place in X."""
@@ -188,7 +206,7 @@ class RoundWork:
 
     def _measure_estimate(self, inputs: RoundInputs, is_finite: Tensor) -> Tensor:
         """Returns the error of where training stands now, behind the COMMIT's update: 0-dim, float64, NaN where none
-        was."""
+        was. Of a model in parts, what several have counts for each."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._comm.device)
         # Nobody writes the live weights before this round is finished: looks and installations wait for that first.
         for shard, hyper, stands_at in zip(self._shards, inputs.hyper, self._buffers.live_shards):

@@ -48,7 +48,9 @@ EXISTING = {
     "deepspeed.utils.tensor_fragment": "fragment_address",
     "deepspeed.utils.logging:LoggerFactory": "create_logger",
     # wrapped or called by engine/
+    "deepspeed.runtime.utils": "is_model_parallel_parameter",
     ENGINE: "_configure_optimizer _configure_zero_optimizer _do_optimizer_sanity_check _take_model_step "
+    "_consolidated_16bit_state_dict "
     f"load_checkpoint save_checkpoint set_train_batch_size {' '.join(USED_METHODS)}",
     # overridden by AccoZeroOptimizer or called by it
     ZERO: "_lazy_init_hp_params_optimizer_state _link_all_hp_params _restore_from_bit16_weights _update_scale "
@@ -64,6 +66,7 @@ ASSIGNED = {
     "communication_data_type dp_process_group dtype gradient_accumulation_dtype gradient_predivide_factor optimizer "
     "overflow partition_count postscale_gradients single_partition_of_fp32_groups loss_scaler "
     "timers _param_slice_mappings groups_padding param_names round_robin_bit16_padding@0.19 "
+    "model_parallel_group model_parallel_world_size model_parallel_rank "
     "gradient_average@0.19 sequence_parallel_size compute_grad_norm@0.19 _coalesce_grad_reduction@0.19",
     "deepspeed.runtime.config:DeepSpeedConfig": "_param_dict managed_gradient_accumulation@0.19 zero_config",
     "deepspeed.runtime.pipe.module:PipelineModule": "forward_funcs",

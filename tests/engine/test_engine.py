@@ -868,39 +868,6 @@ def test_refused_calls_leave_training_as_it_was(ranks):
     assert oracle.distance(weights, reference["weights"]) < 1e-5
 
 
-class TensorParallelUnit:
-    """Two ranks that hold one model together, as Megatron's parallel state describes them."""
-
-    def __init__(self):
-        import torch.distributed as dist
-
-        groups = [dist.new_group([rank]) for rank in range(2)]
-        self.alone, self.both = groups[dist.get_rank()], dist.new_group([0, 1])
-        self.rank = dist.get_rank()
-
-    def get_data_parallel_group(self):
-        return self.alone
-
-    def get_data_parallel_world_size(self):
-        return 1
-
-    def get_data_parallel_rank(self):
-        return 0
-
-    def get_model_parallel_group(self):
-        return self.both
-
-    def get_model_parallel_world_size(self):
-        return 2
-
-    def get_model_parallel_rank(self):
-        return self.rank
-
-    get_tensor_model_parallel_group = get_model_parallel_group
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-
-
 class OnlyTensorParallelUnit(SequenceParallelUnit):
     """A newer Megatron's: it knows sequence parallelism, and tensor parallelism by its long name alone."""
 
@@ -923,10 +890,12 @@ def _with_mpu(kind):
     return "no error"
 
 
-@pytest.mark.parametrize("kind", ["TensorParallelUnit", "OnlyTensorParallelUnit"])
-def test_tensor_parallelism_of_an_mpu_is_refused(ranks, kind):
-    for message in ranks(2).run(_with_mpu, kind=kind):
-        assert "model_parallel_world_size() = 2 is not allowed; allowed: 1. Use data parallelism alone" in message
+def test_tensor_beside_sequence_parallelism_is_refused(ranks):
+    for message in ranks(2).run(_with_mpu, kind="OnlyTensorParallelUnit"):
+        assert message == (
+            "ACCO: mpu.get_tensor_model_parallel_world_size() = 2 is not allowed; allowed: 1 where the mpu has "
+            "sequence parallelism. Use one of the two"
+        )
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu", "hpu", "meta"])
@@ -950,10 +919,3 @@ def _with_device(device):
         engine.device = kept
         engine.destroy()
     return "no error"
-
-
-def test_autotp_is_refused(ranks):
-    config = _config(tensor_parallel={"autotp_size": 2})
-    name, message = ranks(2).run(_try, config=config)[0]
-    assert name == "ValueError", message
-    assert "tensor_parallel.autotp_size = 2 is not allowed; allowed: 0 or 1" in message

@@ -46,19 +46,20 @@ def _direct(tied, h):
     return functional.linear(h, tied.weight)
 
 
-def _pipeline_module(stages=1, interval=0, first_use=None, is_megatrons=False):
+def _pipeline_module(stages=1, interval=0, first_use=None, is_megatrons=False, parts=1):
     """Returns the network as a PipelineModule.
 
     Args:
         first_use: the forward_fn of the tied layer's first use; None: its own forward.
         is_megatrons: the topology has an axis of tensor parallelism, as GPT-NeoX and Megatron-DeepSpeed make it.
+        parts: so many ranks lie along it; each has all layers here, as it has norms and biases of a model in parts.
     """
     import torch.distributed as dist
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     deepspeed.init_distributed("gloo")
-    topology = PipeModelDataParallelTopology(num_pp=stages, num_mp=1, num_dp=dist.get_world_size() // stages)
+    topology = PipeModelDataParallelTopology(stages, parts, dist.get_world_size() // stages // parts)
     layers = [
         *(LayerSpec(nn.Linear, FEATURES, HIDDEN), torch.tanh),
         *(TiedLayerSpec("middle", nn.Linear, HIDDEN, HIDDEN, bias=False, forward_fn=first_use), torch.tanh),
@@ -227,6 +228,32 @@ def test_activation_checkpointing_changes_nothing(ranks):
         assert same == [plain] * 3
         # The uses of the tied weight are in two reentrant parts, so its gradient is summed in another order.
         assert split == pytest.approx(plain, rel=1e-6)
+
+
+def _in_parts(config, stock):
+    """Trains both with two ranks for each copy of the model, which then have the same batches."""
+    records = []
+    for of in (config, stock):
+        engine = _start(of, is_megatrons=True, parts=2)
+        replica = engine.mpu.get_data_parallel_rank()
+        record = {"losses": [], "norms": [], "replica": replica}
+        for window in range(WINDOWS):
+            batches = [training.batch(replica, window, each) for each in range(engine.gradient_accumulation_steps())]
+            record["losses"].append(engine.train_batch(iter(batches)).item())
+            record["norms"].append(float(engine.get_global_grad_norm()))
+        records.append(_finish(engine, record))
+    return records
+
+
+@pytest.mark.full
+def test_a_model_in_parts_is_zero1(ranks):
+    """What no rank has a part of counts once in the norm: here everything."""
+    config = training.ds_config(3, 0.3, schedule="sync")
+    alone = ranks(2).run(_beside_zero1, config=config)
+    for mine, theirs in ranks(4).run(_in_parts, config=config, stock=_stock(config)):
+        for key in ("losses", "norms"):
+            assert mine[key] == pytest.approx(theirs[key], rel=3e-6), key
+        assert mine["norms"] == pytest.approx(alone[mine["replica"]][0]["norms"], rel=3e-6)
 
 
 # ---- checkpoints

@@ -16,6 +16,7 @@ from deepspeed.runtime import config as ds_config
 from deepspeed_acco import ACCO
 from deepspeed_acco.engine import json_checks
 from deepspeed_acco.engine.checks import require_own_batches
+from deepspeed_acco.engine.json_checks import problems_of_tensor_parallel
 from deepspeed_acco.settings import Settings
 from deepspeed_acco.tools import cli
 from deepspeed_acco.tools.check.problems import checked, n_of, problems_of_batch
@@ -58,7 +59,6 @@ CHANGES = {
     "optimizer.params": {"optimizer": {"type": "ACCO", "params": [1]}},
     "amp.enabled": {"amp": {"enabled": True}},
     "sparse_gradients": {"sparse_gradients": True},
-    "tensor_parallel.autotp_size": {"tensor_parallel": {"autotp_size": 2}},
     "fp16.enabled": {"fp16": {"enabled": True}, "bf16": {"enabled": True}},
     "bf16.enabled": {"bf16": {"enabled": "perhaps"}},
     "scheduler.type": {"scheduler": {"type": 1, "params": {}}},
@@ -132,6 +132,22 @@ def test_what_several_ranks_of_one_micro_batch_refuse(params):
     config = acco(**params) | {"sequence_parallel_size": 2, "data_parallel_size": 2}
     assert problems(config) == [error_of(lambda: require_own_batches(Settings(**params), 2))]
     assert not problems(config | {"sequence_parallel_size": 1})
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"schedule": "local"},
+        {"schedule": "acco", "accumulation": "adaptive"},
+        {"schedule": "acco", "estimate_comm": "int8"},
+        {"schedule": "sync", "commit_comm": "int8"},
+    ],
+)
+def test_what_the_parts_of_one_model_refuse(params):
+    config = acco(**params) | {"tensor_parallel": {"autotp_size": 2}}
+    assert problems(config) == list(problems_of_tensor_parallel(Settings(**params), 2)) != []
+    assert not problems(config | {"tensor_parallel": {"autotp_size": 1}})
+    assert not problems(acco(schedule="acco") | {"tensor_parallel": {"autotp_size": 2}})
 
 
 def test_all_problems_are_listed_each_once():
@@ -333,7 +349,7 @@ def test_what_depends_on_the_run_is_told(tmp_path, capsys):
     assert "by the run: it runs on 3 data-parallel ranks and no other number" in said(tmp_path, capsys, whole)
     assert "data-parallel ranks and" not in said(tmp_path, capsys, whole, "--ranks", "3")
     hosts = said(tmp_path, capsys, acco(4, ranks_per_host=4))
-    assert "ranks_per_host = 4 must divide the data-parallel ranks" in hosts and "tensor parallelism" in hosts
+    assert "ranks_per_host = 4 must divide the data-parallel ranks" in hosts and "MoE layers" in hosts
     filled = said(tmp_path, capsys, acco("auto", estimate_comm="int4"), "--hf")
     assert "with gradient_accumulation_steps = 1 refused: ACCO: optimizer.params.estimate_comm = 'int4'" in filled
     assert "refused under HF Trainer and Accelerate" in said(tmp_path, capsys, acco(4, accumulation="adaptive"))
@@ -510,7 +526,7 @@ def test_without_values_of_an_optimizer(tmp_path, capsys):
         (zero(amp={"enabled": True}), "amp: ACCO does not train with it"),
         (zero(sparse_gradients=True), "sparse_gradients: ACCO does not train with it"),
         (zero(bf16={"enabled": True, "bf16_master_weights_and_grads": True}), "bf16.bf16_master_weights_and_grads"),
-        (zero(tensor_parallel={"autotp_size": 2}), "tensor_parallel.autotp_size = 2"),
+        (zero(1, gradient_accumulation_steps=1, tensor_parallel={"autotp_size": 2}), "schedule = 'local'"),
         (zero(gradient_clipping=-1), "gradient_clipping = -1"),
     ],
 )

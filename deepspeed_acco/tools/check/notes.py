@@ -5,20 +5,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from ...algorithm.schedules import AUTO as AUTO_SCHEDULE
 from ...algorithm.schedules import DEFAULT, DEFAULT_OF_ONE, SCHEDULES, chosen
 from ...algorithm.window import phase_a_micro_batches
-from ...engine.json_checks import AUTO, check_window, section_of, without_effect
+from ...engine.json_checks import AUTO, check_window, not_in_parts, section_of, without_effect
 from ...settings import ACCO_KEYS, Settings
 from ..words import listed, shown
 from .problems import Checked
 from .trainers import ARGUMENTS, FilledBy, autos_of
 
 _ALWAYS = (
-    "refused where the run has them: several pipeline stages, tensor parallelism, MoE layers, trainable parameters of "
-    "several dtypes, devices other than CPU and CUDA"
+    "refused where the run has them: several pipeline stages, MoE layers, trainable parameters of several dtypes, "
+    "devices other than CPU and CUDA"
 )
 
 
@@ -107,7 +108,17 @@ def of_the_run(config: Mapping[str, Any], found: Checked, ranks: int | None, fil
     if settings.is_adaptive or any(SCHEDULES[name].predicts_locally for name in schedules):
         which = "adaptive windows" if settings.is_adaptive else "the schedule local"
         yield f"sequence parallelism is refused with {which}"
+    in_whole = {f"{key} {getattr(each, key)}" for each in _possible(settings, found.n) for key in not_in_parts(each)}
+    if in_whole:
+        yield f"tensor parallelism is refused with {listed(sorted(in_whole))}"
     yield _ALWAYS
+
+
+def _possible(settings: Settings, n: int | str | None) -> Iterator[Settings]:
+    """Yields the settings of windows that they do not refuse."""
+    for each in (n,) if isinstance(n, int) else (1, 2):
+        with suppress(ValueError):
+            yield settings.of_window(each)
 
 
 def _of_ranks(config: Mapping[str, Any], found: Checked) -> Iterator[str]:

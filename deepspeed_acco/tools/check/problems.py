@@ -18,6 +18,7 @@ from ...engine.json_checks import (
     problems_of_json,
     problems_of_name,
     problems_of_own_batches,
+    problems_of_tensor_parallel,
     problems_of_values,
     refusal,
     section_of,
@@ -67,7 +68,7 @@ def checked(config: Mapping[str, Any], filled_by: FilledBy, ranks: int | None) -
     n = n_of(config, ranks) if has_batch and not of_batch else None
     params = section_of(section_of(known, "optimizer"), "params")
     of_params, settings = _problems_of_params(params, n if isinstance(n, int) else None)
-    problems += [*of_batch, *of_params, *_problems_in_the_engine(known, settings, filled_by, ranks)]
+    problems += [*of_batch, *of_params, *_problems_in_the_engine(known, settings, n, filled_by, ranks)]
     if isinstance(n, int):
         try:
             check_window(n, settings)
@@ -132,7 +133,7 @@ def _problems_of_params(params: Mapping[str, Any], n: int | None) -> tuple[list[
 
 
 def _problems_in_the_engine(
-    config: Mapping[str, Any], settings: Settings, filled_by: FilledBy, ranks: int | None
+    config: Mapping[str, Any], settings: Settings, n: int | str | None, filled_by: FilledBy, ranks: int | None
 ) -> Iterator[str]:
     read = reading_of(config)
     yield from problems_of_engine(config, read)
@@ -140,6 +141,9 @@ def _problems_in_the_engine(
         yield from problems_of_adaptive(config, read, "true" if filled_by is FilledBy.HF else None)
     if ranks is not None:
         yield from problems_of_hosts(settings.ranks_per_host, ranks)
+    parts = section_of(config, "tensor_parallel").get("autotp_size")
+    if isinstance(parts, int) and (settings.schedule != AUTO or isinstance(n, int)):
+        yield from problems_of_tensor_parallel(settings.of_window(n) if isinstance(n, int) else settings, parts)
     together = config.get("sequence_parallel_size")
     if "data_parallel_size" in config and isinstance(together, int) and settings.schedule != AUTO:
         yield from problems_of_own_batches(settings, together)
