@@ -309,7 +309,7 @@ CHEAP = [
     for command in OWN
     if (command.words[1] == "plan" and "--calibrate" not in command.words)
     or (command.words[1] == "report" and (ROOT / command.words[2]).exists())
-    or command.words[1] in ("--version", "schema", "completion", "check", "init")
+    or command.words[1] in ("--version", "schema", "completion", "check", "init", "fit")
 ]
 
 
@@ -336,7 +336,7 @@ def test_commands_of_ds_acco_parse(command, only_parses):
 
 def test_every_subcommand_that_the_papers_name_exists(capsys):
     named = {match[1] for path in PAPERS for match in re.finditer(r"`ds_acco ([a-z]+)", path.read_text())}
-    assert {"init", "check", "compare", "plan", "report", "env", "kernels", "schema", "completion"} <= named
+    assert {"init", "check", "compare", "fit", "plan", "report", "env", "kernels", "schema", "completion"} <= named
     for name in sorted(named):
         with pytest.raises(SystemExit) as end:
             main([name, "--help"])
@@ -345,7 +345,7 @@ def test_every_subcommand_that_the_papers_name_exists(capsys):
 
 def _output_of(command: Command, folder: Path) -> str:
     """What it prints where the repository's examples and results are at hand and ``folder`` takes what it writes."""
-    for name in ("benchmarks", "ds_configs", "examples"):
+    for name in ("benchmarks", "ds_configs", "examples", "tests"):
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
     here, printed = Path.cwd(), io.StringIO()

@@ -18,6 +18,7 @@ from .check import command as check
 from .check import init_command as init
 from .compare import command as compare
 from .doctor import command as doctor
+from .fit import command as fit
 from .plan import command as plan
 from .report import command as report
 from .subcommand import INTERRUPTED, MissingExtra, Parser, add_parser, complain, require_extra
@@ -66,6 +67,7 @@ def _make_parser() -> tuple[argparse.ArgumentParser, list[argparse.ArgumentParse
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     init.add_command(commands)
     check.add_command(commands)
+    fit.add_command(commands)
     plan.add_command(commands)
     compare.add_command(commands)
     report.add_command(commands)

@@ -24,11 +24,14 @@ from tests.fuzz.in_process import problem, without_pictures
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ["acco.json", "zero1.json", "wp.json", "acco_auto.json"]
 RESULTS = "compare_real_small.json"
-SUBCOMMANDS = ("init", "check", "plan", "compare", "report", "doctor", "kernels", "env", "schema", "completion")
+SUBCOMMANDS = ("init", "check", "fit", "plan", "compare", "report", "doctor", "kernels", "env", "schema", "completion")
 PLAN = ["--params=7B", "--ranks=64", "--hosts=8", "--bandwidth=100gbit", "--micro-batch-ms=300", "--n=24"]
+LOG = ROOT / "tests" / "tools" / "logs" / "zero1.log"
+FIT = ["--params=30k", "--backend=gloo", "--stage=1", "--steps=1000"]
 VALID = {
     "init": [["--from=zero1.json"], ["--from=zero1.json", "--out=new.json"]],
     "check": [["acco.json"], ["acco_auto.json", "--hf"], ["wp.json", "--ranks=2"]],
+    "fit": [["run.log", *FIT], ["odd.log", *FIT, "--json=fit.json"], ["odd.log", *FIT[:2], "--stage=2", "--ranks=8"]],
     "plan": [PLAN, ["--results", RESULTS], [*PLAN, "--round-ms=648"], [*PLAN, "--micro-batch-size=1000"]],
     "compare": [[*CONFIGS[:2], "--num_accelerators=2"], [CONFIGS[0], "--emulate-compute=5", "--num_accelerators=2"]],
     "report": [[RESULTS, "--out=page.html"], ["run"]],
@@ -46,8 +49,10 @@ TEXTS = ["", " ", "-", "-x", "--", "--x", "x", "auto", "bf16", "gloo", "cuda", "
 TEXTS += ["ü" * 300, "%s%n", "{out}", "$(id)", "'\"<b>", "@file", "a\nb"]
 PATHS = [".", "..", "/dev", "/dev/null", "/dev/zero", "/dev/full", "/proc/self/mem", "/proc/nope/x", "nowhere/x"]
 PATHS += ["text.txt", "hostfile", "odd_hostfile", "run/../text.txt", "broken.json", "deep.json", "list.json"]
+PATHS += ["run.log", "odd.log"]
 PATHS += [*CONFIGS, RESULTS]
 POOLS = (NUMBERS, UNITS, TEXTS, PATHS)
+ODD_TIMES = [b"0.00", b"0", b"9" * 15, b"9" * 400, b"1e9", b"nan", b"-5.00", b"1.2.3", b"\xff", b"", b"7.00", b"7.01"]
 HOSTFILE = "one slots=2\ntwo slots=2\n"
 ODD_HOSTS = ["-oProxyCommand=id slots=2", "a slots=-1", "a slots=99999999999999999999", "a", "a slots=x", "a slots=0"]
 ODD_HOSTS += [
@@ -73,6 +78,8 @@ def _make_files(folder: Path, choose: random.Random) -> None:
     for name in CONFIGS:
         shutil.copy(ROOT / "ds_configs" / name, folder)
     shutil.copy(ROOT / "benchmarks" / "results" / RESULTS, folder)
+    (folder / "run.log").write_text(LOG.read_text())
+    (folder / "odd.log").write_bytes(_damaged(LOG.read_bytes(), choose))
     (folder / "text.txt").write_text("no JSON")
     (folder / "hostfile").write_text(HOSTFILE)
     (folder / "odd_hostfile").write_bytes(choose.choice(ODD_HOSTS).encode("utf-8", "surrogatepass"))
@@ -82,6 +89,23 @@ def _make_files(folder: Path, choose: random.Random) -> None:
     os.mkfifo(folder / "fifo")
     (folder / "run").mkdir()
     (folder / "run" / "metrics.jsonl").write_text('{"step": 1, "samples": 8, "val_loss": 2.5}\n')
+
+
+def _damaged(log: bytes, choose: random.Random) -> bytes:
+    """Returns the log with lines left out, doubled and swapped, and with odd numbers."""
+    lines = log.splitlines(keepends=True)
+    for _ in range(choose.randrange(40)):
+        at, other = choose.randrange(len(lines)), choose.randrange(len(lines))
+        kind = choose.randrange(4)
+        if kind == 0:
+            lines[at] = b""
+        elif kind == 1:
+            lines[at] += lines[other]
+        elif kind == 2:
+            lines[at], lines[other] = lines[other], lines[at]
+        else:
+            lines[at] = re.sub(rb"[0-9]+\.[0-9]+", lambda _: choose.choice(ODD_TIMES), lines[at])
+    return b"".join(lines)
 
 
 def _pool_of(option: str) -> list[str]:

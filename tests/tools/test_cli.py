@@ -14,6 +14,7 @@ import deepspeed_acco
 from deepspeed_acco.tools import cli
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
+LOGS = Path(__file__).parent / "logs"
 PLAN = ["plan", "--params", "7B", "--ranks", "64", "--hosts", "8", "--bandwidth", "100gbit", "--n", "24"]
 PLAN += ["--micro-batch-ms", "300ms"]
 HEAVY = {"torch", "deepspeed", "numpy", "psutil", "pydantic", "matplotlib", "jinja2", "transformers"}
@@ -133,6 +134,7 @@ def _python(*arguments):
         ),
         ["check", str(CONFIGS / "acco_auto.json"), "--hf"],
         ["init", "--from", str(CONFIGS / "zero3.json")],
+        ["fit", str(LOGS / "zero1.log"), "--config", str(LOGS / "zero1.json"), "--params", "1M"],
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )
@@ -220,6 +222,7 @@ def test_every_subcommand_has_an_example_and_is_completed(shell, capsys):
     for subcommand in (
         "init",
         "check",
+        "fit",
         "plan",
         "compare",
         "report",

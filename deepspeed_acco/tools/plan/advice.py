@@ -27,7 +27,7 @@ from .model import (
     round_s,
 )
 
-_WORTH_IT = 1.02  # a smaller speed-up is called none
+WORTH_IT = 1.02  # a smaller speed-up is called none
 _LOCAL_SGD_FROM = 10  # R/C from which on whoever communicates in every step mostly waits
 _MOST_CUTS = 1000  # into more parts no micro-batch is cut: a split is then exact to 0.1 %
 # The default schedule with the fewest bits of an ESTIMATE, and of both rounds.
@@ -181,7 +181,7 @@ def advise(model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1
             return use_acco(smaller, smaller_window.n, smaller_window.estimate_fraction)
         said.append(f"ACCO's model states do not fit: {need}; {baseline.name} is the fastest stage that does.")
         return use_stage()
-    if baseline.step_s < _WORTH_IT * compute:
+    if baseline.step_s < WORTH_IT * compute:
         said.append(
             f"Nothing to win: communication and update make a step of {baseline.name} only "
             f"{100 * (baseline.step_s / compute - 1):.2g} % longer than its computation."
@@ -203,7 +203,7 @@ def advise(model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1
                 quantized = best_window(model, cluster, work, micro_batch_size, mode.name)
                 assert quantized is not None, "it has as many phases as the default"
                 coarser = predict(mode.name, model, cluster, quantized)
-                if chosen.step_s >= _WORTH_IT * coarser.step_s:
+                if chosen.step_s >= WORTH_IT * coarser.step_s:
                     rounds = figures_of(mode.name, model, cluster, quantized)
                     said.append(_quantized(mode, chosen, coarser, quantized, rounds))
                     window, chosen = quantized, coarser
@@ -212,10 +212,10 @@ def advise(model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1
         anywhere = replace(window, estimate_fraction=None)  # at each R/C one that suits it
         crossing = stops_paying(model, cluster, anywhere, (baseline.name,), chosen.name)
         said.append(_crossing(crossing, baseline.name, chosen.name))
-        if baseline.step_s >= _WORTH_IT * chosen.step_s:
+        if baseline.step_s >= WORTH_IT * chosen.step_s:
             alike = [replace(mode, commit_comm=modes()[chosen.name].commit_comm) for mode in delayed_modes()]
             faster_s = predict(alike[0].name, model, cluster, work).step_s
-            if chosen.step_s >= _WORTH_IT * faster_s:
+            if chosen.step_s >= WORTH_IT * faster_s:
                 said.append(
                     f"{_names(alike)} would be {chosen.step_s / faster_s:.2f}x as fast as {chosen.name}, at a price: "
                     f"{_QUALITY}"
@@ -225,7 +225,7 @@ def advise(model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1
     coarser = predict(replace(modes()[delayed.name], commit_comm=COARSEST_COMMIT).name, model, cluster, work)
     if _is_better(coarser, delayed, cluster):
         delayed = coarser
-    if baseline.step_s >= _WORTH_IT * delayed.step_s:
+    if baseline.step_s >= WORTH_IT * delayed.step_s:
         said.append(f"What is faster than {baseline.name} here is {delayed.name}, at a price: {_QUALITY}")
         said += [_ROUNDED] if delayed is coarser else []
         said.append(_memory_cost(delayed, model, cluster.ranks))
@@ -235,7 +235,7 @@ def advise(model: Model, cluster: Cluster, work: Work, micro_batch_size: int = 1
 
 
 def _is_better(one: Prediction, than: Prediction, cluster: Cluster) -> bool:
-    return one.memory_bytes <= cluster.memory_bytes and than.step_s >= _WORTH_IT * one.step_s
+    return one.memory_bytes <= cluster.memory_bytes and than.step_s >= WORTH_IT * one.step_s
 
 
 def _names(several: list[Mode]) -> str:

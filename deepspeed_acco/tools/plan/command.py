@@ -25,11 +25,11 @@ from . import model as plan
 from .advice import COARSEST, COARSEST_OF_BOTH, Advice, advise, best_stage, seconds, stops_paying
 from .model import Cluster, Model, Work
 
-_DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Seconds of AdamW per parameter: 28 bytes at 2.8 TB/s (an H100's memory); the measured CPU kernel, rounded up.
-_UPDATE_S = {"nccl": 1e-11, "gloo": 1e-9}
+UPDATE_S = {"nccl": 1e-11, "gloo": 1e-9}
 # NCCL's own figure for a step of a ring on a network (src/graph/tuning.cc: 9.6 us); an assumption for TCP.
-_LATENCY_S = {"nccl": 10e-6, "gloo": 50e-6}
+LATENCY_S = {"nccl": 10e-6, "gloo": 50e-6}
 _MEASURED_BY_RESULTS = (
     *("params", "model", "micro_batch_ms", "micro_batch_size", "n", "round_ms", "backend"),
     *("dtype", "comm_dtype", "accumulation_dtype"),
@@ -87,7 +87,7 @@ def from_measurement(
     if header["device"] not in ("cpu", "cuda"):
         raise ValueError(f"plan: device = {header['device']!r} is not allowed; allowed: cpu, cuda")
     backend = "nccl" if header["device"] == "cuda" else "gloo"
-    update_s = _UPDATE_S[backend] if update_s_per_parameter is None else update_s_per_parameter
+    update_s = UPDATE_S[backend] if update_s_per_parameter is None else update_s_per_parameter
     n, a = header["n"], header.get("a")
     weight_bytes = header["weight_bytes"]
     summed_bytes = header.get("accumulation_bytes") or weight_bytes
@@ -185,9 +185,9 @@ def add_command(commands) -> None:
     add("--params", type=units.count, metavar="N", help="trainable parameters, for example 7B or 7e9")
     add("--model", metavar="CONFIG", help="instead: a transformers config (name, folder or .json), built and counted")
     add("--results", metavar="FILE", help="instead of all of it: results.json of ds_acco compare")
-    add("--dtype", choices=_DTYPE_BYTES, help="of the weights (default: bf16)")
-    add("--comm-dtype", choices=_DTYPE_BYTES, help="of the gradients sent (default: that of the weights)")
-    add("--accumulation-dtype", choices=_DTYPE_BYTES, help="of the gradients summed (default: that of the weights)")
+    add("--dtype", choices=DTYPE_BYTES, help="of the weights (default: bf16)")
+    add("--comm-dtype", choices=DTYPE_BYTES, help="of the gradients sent (default: that of the weights)")
+    add("--accumulation-dtype", choices=DTYPE_BYTES, help="of the gradients summed (default: that of the weights)")
     add = parser.add_argument_group("cluster").add_argument
     add("--ranks", type=units.count, metavar="N", help="data-parallel ranks; with measured figures: for so many")
     add("--hosts", type=units.count, metavar="N", help="they share the ranks equally (default: one rank in each)")
@@ -325,14 +325,14 @@ def _inputs_of_arguments(options: argparse.Namespace) -> Inputs:
     dtype = options.dtype or "bf16"
     model = Model(
         options.params or count_parameters(options.model),
-        _DTYPE_BYTES[dtype],
-        _DTYPE_BYTES[options.comm_dtype or dtype],
-        _DTYPE_BYTES[options.accumulation_dtype or dtype],
+        DTYPE_BYTES[dtype],
+        DTYPE_BYTES[options.comm_dtype or dtype],
+        DTYPE_BYTES[options.accumulation_dtype or dtype],
     )
     update_s = _update_s(options)
-    work = Work(options.micro_batch_ms * 1e-3, options.n, _UPDATE_S[backend] if update_s is None else update_s)
+    work = Work(options.micro_batch_ms * 1e-3, options.n, UPDATE_S[backend] if update_s is None else update_s)
     measured = options.round_ms is not None
-    latency = options.latency if options.latency is not None else (0.0 if measured else _LATENCY_S[backend])
+    latency = options.latency if options.latency is not None else (0.0 if measured else LATENCY_S[backend])
     cluster = Cluster(
         options.ranks,
         options.bandwidth or 1.0,
@@ -372,7 +372,8 @@ def _describe(inputs: Inputs, is_measured: bool) -> str:
     )
 
 
-def _columns(rows: list[list[str]]) -> str:
+def columns(rows: list[list[str]]) -> str:
+    """Puts rows of cells under one another, the first column to the left and the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
@@ -404,7 +405,7 @@ def table(inputs: Inputs, also: Collection[str] = ()) -> str:
     ]
     if inputs.work.n > 1:
         notes.append(_splits(inputs, [row.name for row in predicted]))
-    return _columns(rows) + "\n" + "\n".join(notes)
+    return columns(rows) + "\n" + "\n".join(notes)
 
 
 def _splits(inputs: Inputs, rows: list[str]) -> str:
@@ -495,7 +496,7 @@ def sweep_table(rows: list[dict[str, Any]], has_latency: bool) -> str:
     said = "PREDICTION over ranks: the same micro-batches on each, so the batch grows with them"
     if not has_latency:
         said += "; WITHOUT latency, give --latency"
-    return said + "\n" + _columns(lines)
+    return said + "\n" + columns(lines)
 
 
 def sweep_hosts(inputs: Inputs, efficiency: float | None = None) -> list[dict[str, Any]]:
@@ -529,13 +530,13 @@ def sweep_hosts_table(rows: list[dict[str, Any]]) -> str:
     return (
         "PREDICTION over hosts, ranks of a host and bandwidths, from formulas alone: the same micro-batches on each "
         f"rank\nSpeed of {', '.join(_OVER_HOSTS[:-1])} and {_OVER_HOSTS[-1]} over that of the fastest stage that fits\n"
-        + _columns(lines)
+        + columns(lines)
     )
 
 
 def _bandwidth_alone(options: argparse.Namespace, inputs: Inputs) -> str:
     """Says how far a round computed from the bandwidth is off the measured one."""
-    latency = _LATENCY_S[inputs.cluster.backend] if options.latency is None else options.latency
+    latency = LATENCY_S[inputs.cluster.backend] if options.latency is None else options.latency
     nominal = replace(inputs.cluster, bandwidth=options.bandwidth, latency_s=latency, efficiency=options.efficiency)
     computed = plan.round_s(inputs.model, nominal, inputs.work)
     measured = plan.round_s(inputs.model, inputs.cluster, inputs.work)

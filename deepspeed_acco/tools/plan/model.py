@@ -12,7 +12,7 @@ rank inside its host; C, R: computation of a step and one round. DeepSpeed's fil
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -666,22 +666,37 @@ def calibrated(model: Model, cluster: Cluster, work: Work, measured_round_s: flo
     if cluster.ranks == 1:
         raise ValueError("plan: a round of one rank communicates nothing, so it tells nothing. Measure with 2 or more")
 
-    def took(log_rate: float) -> float:
-        return round_s(model, replace(cluster, bandwidth=math.exp(log_rate), efficiency=1.0), work)
+    def took(cluster: Cluster) -> float:
+        return round_s(model, cluster, work)
 
-    slow, fast = math.log(1e-3), math.log(1e18)
-    if took(fast) >= measured_round_s:
+    shortest, longest = (took(at_rate(cluster, rate)) for rate in (FASTEST, SLOWEST))
+    if shortest >= measured_round_s:
         inside = ", or the true bandwidth inside the hosts" if cluster.has_inside else ""
         raise ValueError(
             f"plan: the measured round took {measured_round_s:g} s, but the update and the latencies alone take "
-            f"{took(fast):g} s. Give a smaller latency, or the update's true time per parameter{inside}"
+            f"{shortest:g} s. Give a smaller latency, or the update's true time per parameter{inside}"
         )
-    if took(slow) < measured_round_s:
+    if longest < measured_round_s:
         raise ValueError(
-            f"plan: the measured round took {measured_round_s:g} s; allowed: up to {took(slow):g} s, which it takes at "
+            f"plan: the measured round took {measured_round_s:g} s; allowed: up to {longest:g} s, which it takes at "
             "0.001 bytes/s. Give the round's true time"
         )
+    return with_rate_of(cluster, took, measured_round_s)
+
+
+SLOWEST, FASTEST = 1e-3, 1e18  # bytes/s
+
+
+def at_rate(cluster: Cluster, rate: float) -> Cluster:
+    """Returns the same cluster with so many bytes/s of payload."""
+    return replace(cluster, bandwidth=rate, efficiency=1.0)
+
+
+def with_rate_of(cluster: Cluster, took: Callable[[Cluster], float], measured_s: float) -> Cluster:
+    """Returns the same cluster with the payload rate, in 0.001 to 1e18 bytes/s, at which ``took`` comes nearest to
+    ``measured_s``; it falls as the rate grows."""
+    slow, fast = math.log(SLOWEST), math.log(FASTEST)
     for _ in range(100):
         middle = (slow + fast) / 2
-        slow, fast = (middle, fast) if took(middle) > measured_round_s else (slow, middle)
-    return replace(cluster, bandwidth=math.exp(fast), efficiency=1.0)
+        slow, fast = (middle, fast) if took(at_rate(cluster, math.exp(middle))) > measured_s else (slow, middle)
+    return at_rate(cluster, math.exp(fast))
