@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -34,9 +35,23 @@ _MOST_BLOCKS = 2**31 - 1  # of a CUDA grid
 def main(arguments: list[str] | None = None) -> int:
     """Runs one subcommand and returns the exit status.
 
+    Where nobody reads the output any longer, as behind ``| head -1``, it ends without a word and with status 1
+    (Python's documentation of the module signal).
+
     Args:
         arguments: default: those of the process.
     """
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # here, not when the interpreter ends, which would print what cannot be caught
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(arguments: list[str] | None) -> int:
     parser, _ = _make_parser()
     own, script_arguments = _split(sys.argv[1:] if arguments is None else arguments)
     for word in own:

@@ -3,6 +3,7 @@
 """The command: what it imports, and its small subcommands."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,24 @@ def _python(*arguments):
 def test_answers_without_heavy_imports(arguments):
     *printed, modules = _python("-c", AS_COMMAND + TELL, *arguments).splitlines()
     assert printed and "argparse" in modules and not HEAVY & set(eval(modules))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], PLAN, ["check", str(CONFIGS / "acco.json")], ["-u", *PLAN], ["-u", "schema"]],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_it_ends_quietly_where_nobody_reads(arguments):
+    """Unbuffered the first print meets the closed pipe, else the last flush."""
+    unbuffered = {"PYTHONUNBUFFERED": "1" if arguments[0] == "-u" else ""}
+    words = [sys.executable, "-m", "deepspeed_acco.tools.cli", *(word for word in arguments if word != "-u")]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        done = subprocess.run(words, stdout=write_end, stderr=subprocess.PIPE, text=True, env=os.environ | unbuffered)
+    finally:
+        os.close(write_end)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_as_a_module_it_is_light_too():
