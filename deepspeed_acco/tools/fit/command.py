@@ -129,8 +129,8 @@ class Page:
         read = [f"{counted(number, 'line')} of {what}" for number, what in counts]
         lines = [
             f"PREDICTION from the log of a run, not a measurement of ACCO: {self.name}",
-            f"Read: {counted(log.lines, 'line')}; {', '.join(read)}; {counted(len(log.steps), 'whole step')}, of which "
-            f"{seen.steps} count",
+            f"Read: {counted(log.lines, 'line')}; {', '.join(read)}; {counted(len(log.steps), 'whole step')}. "
+            f"{seen.steps} of {'these steps' if log.steps else 'the lines of throughput'} count",
             "Known: " + "; ".join(self._known()),
             f"A step of {about.stage} took {seconds(seen.step_s)}, measured; the halves of the log differ by "
             f"{100 * seen.drift:.2g} %",
@@ -153,6 +153,7 @@ class Page:
             "n": f"n = {self.about.n}",
             "micro_batch": f"micro-batches of {self.about.micro_batch}",
             "backend": self.about.backend,
+            "overlaps": f"overlap_comm {'on' if self.about.overlaps else 'off'}",
         }
         return [f"{said} ({facts[name].source})" for name, said in words.items() if name in facts]
 
@@ -203,7 +204,7 @@ class Page:
             )
         if verdict.word != NO:
             lines += self._prices()
-        lines.append(f"All of it by the same figures: `{self._plan()}`")
+        lines.append(f"More, from the same C and R: `{self._plan()}`")
         return "\n".join(_wrapped(line) for line in lines)
 
     def _prices(self) -> list[str]:
@@ -271,10 +272,10 @@ class Page:
         hours = self._hours()
         if hours is None:
             return f"{said}. --steps or --hours of your training gives accelerator-hours."
-        whole, least, most = (f"{value:,.4g}" for value in hours)
+        whole, least, most = (_in_short(value) for value in hours)
         return (
             f"{said}. In {self.steps:,.0f} steps on {counted(self.about.ranks, 'accelerator')} that is {whole} "
-            f"accelerator-hours saved ({least} to {most}), of {self.steps_hours(measured):,.4g}."
+            f"accelerator-hours saved ({least} to {most}), of {_in_short(self.steps_hours(measured))}."
         )
 
     def steps_hours(self, step_s: float) -> float:
@@ -362,6 +363,10 @@ class Page:
 
 def _gib(row: plan.Prediction) -> str:
     return f"{row.memory_bytes / 2**30:.3g} GiB"
+
+
+def _in_short(hours: float) -> str:
+    return f"{hours:,.0f}" if abs(hours) >= 100 else f"{hours:.3g}"
 
 
 def _wrapped(line: str) -> str:

@@ -164,7 +164,7 @@ class _Reader:
 
     def __init__(self, run: Run, seen: Observed):
         self._run, self._seen = run, seen
-        hides = None if run.overlaps is None else run.overlaps and run.backend == "nccl"
+        hides = run.overlaps and run.backend == "nccl"
         self._anywhere = Cluster(run.ranks, 1.0, 0.0, run.backend, run.hosts, overlaps_stock=hides)
 
     def ways(self, network: Cluster | None) -> tuple[list[Estimate], list[str]]:

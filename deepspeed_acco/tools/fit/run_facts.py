@@ -41,7 +41,7 @@ class Run:
         stage: of :data:`~deepspeed_acco.tools.plan.model.STAGES`.
         n: micro-batches of a step.
         micro_batch: samples of a rank's micro-batch; None where nothing needs it and nothing says it.
-        overlaps: whether ``overlap_comm`` is on; None where nothing says it.
+        overlaps: whether ``overlap_comm`` is on.
         offloads: whether the optimizer is offloaded.
         facts: what is known, by name, with its source.
     """
@@ -53,7 +53,7 @@ class Run:
     hosts: int
     model: Model
     backend: str
-    overlaps: bool | None
+    overlaps: bool
     offloads: bool
     facts: Mapping[str, Fact]
 
@@ -172,6 +172,7 @@ def _checked(facts: dict[str, Fact]) -> Run:
         )
     if ranks % hosts:
         raise ValueError(f"{ranks} ranks do not fill {hosts} hosts equally; give the right --hosts")
+    facts.setdefault("overlaps", Fact(stage == 3, "DeepSpeed's default"))
     dtype = DTYPE_BYTES[values["dtype"]]
     others = [_bytes_of(values.get(name), dtype) for name in ("comm_dtype", "accumulation_dtype")]
     reduces_to_each = stage in (1, 2) and values.get("reduces_to_each", False)
@@ -183,7 +184,7 @@ def _checked(facts: dict[str, Fact]) -> Run:
         hosts=hosts,
         model=Model(values["params"], dtype, *others),
         backend=values["backend"],
-        overlaps=values.get("overlaps"),
+        overlaps=bool(facts["overlaps"].value),
         offloads=values.get("offloads", False),
         facts=facts,
     )
