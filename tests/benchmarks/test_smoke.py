@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every benchmark with its smallest settings, as its command says it, and what it writes."""
 
+import importlib
 import json
 import math
 import os
@@ -100,6 +101,28 @@ def test_kernel_resources(tmp_path):
     assert wide["variants"] == 9 and 16 <= wide["registers"][0] <= wide["registers"][1] <= 255
     assert all(row["spilled_bytes"] == 0 for row in rows.values())
     assert rows["roots_kernel"]["shared_bytes"] > 0
+
+
+SASS = """
+		Function : _ZN4acco4cuda12adamw_kernelILb1EEEv
+        /*0080*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0090*/                   @!P0 LDG.E.U16.CONSTANT R9, desc[UR4][R6.64+0x2] ;
+        /*00a0*/                   LDG.E.EF.LTC128B R9, desc[UR4][R6.64] ;
+        /*00b0*/                   LDS.128 R4, [R2] ;
+        /*00c0*/                   STG.E.64 desc[UR4][R2.64], R4 ;
+		Function : _ZN4acco4cuda12roots_kernelEv
+        /*0080*/                   STG.E.S8 desc[UR4][R2.64], R4 ;
+"""
+
+
+def test_widths_of_accesses_are_read_from_instructions(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("kernel_resources")
+    found = {module.plain_name(name): widths for name, widths in module.accesses_of(SASS).items()}
+    wide = found["adamw_kernel, all operands aligned"]
+    assert module.of_kind(wide, "LDG") == {"16": 1, "32": 1, "128": 1}
+    assert module.of_kind(wide, "STG") == {"64": 1}
+    assert found["roots_kernel"] == {("STG", 8): 1}
 
 
 @pytest.mark.full

@@ -160,7 +160,7 @@ def estimates(run: Run, seen: Observed, network: Cluster | None) -> tuple[list[E
 
 
 class _Reader:
-    """Reads one run; every ``_ways`` returns what :func:`estimates` does."""
+    """Reads one run by its timers."""
 
     def __init__(self, run: Run, seen: Observed):
         self._run, self._seen = run, seen
