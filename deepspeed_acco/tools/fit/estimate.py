@@ -46,9 +46,9 @@ class Observed:
     step_s: float
     drift: float
     untimed_s: float
-    inner: Mapping[str, float]
-    last: Mapping[str, float]
-    optimizer: Mapping[str, float]
+    inner: dict[str, float]
+    last: dict[str, float]
+    optimizer: dict[str, float]
 
     @property
     def update_s(self) -> float | None:
@@ -231,8 +231,8 @@ class _Reader:
     # ---- network
 
     def _by(self, timer: str) -> str:
-        seconds = self._seen.optimizer.get(timer) or self._seen.last[timer]
-        return f"the timer {timer}, {_ms(seconds)}, scaled by its bytes"
+        timers = self._seen.last | self._seen.optimizer
+        return f"the timer {timer}, {_ms(timers[timer])}, scaled by its bytes"
 
     def _by_all_gather(self) -> Cluster:
         weights = self._run.model.weight_bytes * self._run.model.numel
