@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The 4 and 8 bit format of deepspeed_acco/optim/quantization.py, once, for every kernel: blocks of 256 elements, each a record of
-// its bf16 scale and its levels. Compile without contraction and with exact division, so that records have the same
+// its bf16 scale and its levels, of gradients their roots. Compile without contraction and with exact division, so that records have the same
 // bits on every device and path. A message begins at an even address.
 #pragma once
 
@@ -36,9 +36,14 @@ ACCO_HOST_DEVICE constexpr int64_t record_numel(int64_t begin, int64_t numel) {
 // |value| as an integer: in the order of the values, infinity above every number and NaN above that.
 ACCO_HOST_DEVICE inline int32_t magnitude_of(float value) { return static_cast<int32_t>(bits_of(value) & 0x7fffffffu); }
 
+// What a level stands for: itself, or the square of itself with its sign, times the scale.
+enum class Levels { kOfValues, kOfRoots };
+
 // The scale of a block with this largest magnitude: the smallest bf16 number not below the quotient.
+template <Levels kLevels>
 ACCO_HOST_DEVICE inline uint16_t make_scale(int32_t largest, int bits) {
-  const float quotient = float_of(static_cast<uint32_t>(largest)) / (bits == 8 ? 127.0f : 7.0f);
+  const float last = bits == 8 ? 127.0f : 7.0f;
+  const float quotient = float_of(static_cast<uint32_t>(largest)) / (kLevels == Levels::kOfRoots ? last * last : last);
   return largest >= 0x7f800000 ? kNanScale : static_cast<uint16_t>((bits_of(quotient) + 0xffffu) >> 16);
 }
 
@@ -47,13 +52,18 @@ ACCO_HOST_DEVICE inline bool has_levels(uint16_t scale) { return scale != 0 && s
 
 ACCO_HOST_DEVICE inline float value_of_scale(uint16_t scale) { return float_of(static_cast<uint32_t>(scale) << 16); }
 
-// quotient, rounded to nearest, ties to even, as a byte in two's complement. Next to 1.5 * 2^23 there are no fractions:
-// the adder rounds, and the sum's lowest bits are the level.
+// quotient, or its root with its sign, rounded to nearest, ties to even, as a byte in two's complement. Next to 1.5 * 2^23
+// there are no fractions: the adder rounds, and the sum's lowest bits are the level.
+template <Levels kLevels>
 ACCO_HOST_DEVICE inline uint8_t level_of_quotient(float quotient) {
-  return static_cast<uint8_t>(bits_of(quotient + 12582912.0f));
+  const float rounded = kLevels == Levels::kOfRoots ? copysignf(sqrtf(fabsf(quotient)), quotient) : quotient;
+  return static_cast<uint8_t>(bits_of(rounded + 12582912.0f));
 }
 
-ACCO_HOST_DEVICE inline uint8_t make_level(float value, float scale) { return level_of_quotient(value / scale); }
+template <Levels kLevels>
+ACCO_HOST_DEVICE inline uint8_t make_level(float value, float scale) {
+  return level_of_quotient<kLevels>(value / scale);
+}
 
 // Whether a scale's reciprocal serves for its levels: neither it nor a remainder that matters leaves normal numbers.
 ACCO_HOST_DEVICE inline bool has_reciprocal(uint16_t scale) {
@@ -64,10 +74,17 @@ ACCO_HOST_DEVICE inline bool has_reciprocal(uint16_t scale) {
 // The level of make_level(value, scale) without a division, where has_reciprocal; `reciprocal` is 1 / scale, rounded
 // once. The remainder is exact, and what it adds to a quotient that is off by a last place gives the rounded quotient
 // (Markstein, IBM J. Res. Dev. 34, 1990), but for values so small that their level is 0 anyway.
+template <Levels kLevels>
 ACCO_HOST_DEVICE inline uint8_t make_level(float value, float scale, float reciprocal) {
   const float near = value * reciprocal;
   const float remainder = fmaf(-near, scale, value);
-  return level_of_quotient(fmaf(remainder, reciprocal, near));
+  return level_of_quotient<kLevels>(fmaf(remainder, reciprocal, near));
+}
+
+// What a level stands for, in scales; exact.
+template <Levels kLevels>
+ACCO_HOST_DEVICE inline float scales_of_level(float level) {
+  return kLevels == Levels::kOfRoots ? level * fabsf(level) : level;
 }
 
 // Two levels as one byte, and back.

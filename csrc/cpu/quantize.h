@@ -17,9 +17,10 @@
 namespace acco::cpu {
 
 // The record of `count` values whose largest magnitude is given.
-inline void encode_record(const float* __restrict values, int32_t largest, uint8_t* __restrict record, int bits,
+template <Levels kLevels>
+void encode_record(const float* __restrict values, int32_t largest, uint8_t* __restrict record, int bits,
                           int64_t count) {
-  const uint16_t scale_bits = make_scale(largest, bits);
+  const uint16_t scale_bits = make_scale<kLevels>(largest, bits);
   store_scale(record, scale_bits);
   uint8_t* __restrict packed = record + kScaleBytes;
   if (!has_levels(scale_bits)) {
@@ -30,14 +31,14 @@ inline void encode_record(const float* __restrict values, int32_t largest, uint8
   if (bits == 8) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      packed[i] = make_level(values[i], scale);
+      packed[i] = make_level<kLevels>(values[i], scale);
     }
     return;
   }
   alignas(64) uint8_t levels[kRecordNumel];
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    levels[i] = make_level(values[i], scale);
+    levels[i] = make_level<kLevels>(values[i], scale);
   }
 #pragma omp simd
   for (int64_t i = 0; i < count / 2; ++i) {
@@ -115,7 +116,7 @@ template <bool kIsFirst>
 void sum_block(const int8_t* __restrict levels, float scale, float* __restrict sum, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const float value = static_cast<float>(levels[i]) * scale;
+    const float value = scales_of_level<Levels::kOfRoots>(static_cast<float>(levels[i])) * scale;
     sum[i] = kIsFirst ? value : sum[i] + value;
   }
 }
@@ -137,7 +138,7 @@ void quantize_range(const typename Source::Storage* values, uint8_t* records, fl
     const int64_t at = record * kRecordNumel;
     const int64_t count = record_numel(at, numel);
     const int32_t largest = scale_block<Source>(values + at, scale, products, count);
-    encode_record(products, largest, records + record * record_bytes(bits), bits, count);
+    encode_record<Levels::kOfRoots>(products, largest, records + record * record_bytes(bits), bits, count);
   }
 }
 
@@ -154,7 +155,7 @@ void adamw_change_range(const AdamW& arithmetic, float* master, float* exp_avg, 
     arithmetic.block<Grad, Float32, kWritesState>(master + at, exp_avg + at, exp_avg_sq + at, grad + at, weights,
                                                   count);
     const int32_t largest = subtract_block(weights, base.from(at), changes, count);
-    encode_record(changes, largest, records + record * record_bytes(bits), bits, count);
+    encode_record<Levels::kOfValues>(changes, largest, records + record * record_bytes(bits), bits, count);
   }
 }
 
@@ -167,7 +168,7 @@ void change_range(const float* master, const Base& base, uint8_t* records, int b
     const int64_t at = record * kRecordNumel;
     const int64_t count = record_numel(at, numel);
     const int32_t largest = subtract_block(master + at, base.from(at), changes, count);
-    encode_record(changes, largest, records + record * record_bytes(bits), bits, count);
+    encode_record<Levels::kOfValues>(changes, largest, records + record * record_bytes(bits), bits, count);
   }
 }
 

@@ -113,7 +113,7 @@ __device__ void store_all_levels(uint8_t* record, int count, const F& make) {
 }
 
 // By all lanes of a warp, each with its elements of the block, which are 0 from `count` on.
-template <int kBits>
+template <int kBits, Levels kLevels>
 __device__ void encode_record(const Four<float> (&values)[kTurns], uint8_t* record, int count) {
   int32_t largest = 0;
 #pragma unroll
@@ -124,7 +124,7 @@ __device__ void encode_record(const Four<float> (&values)[kTurns], uint8_t* reco
       largest = magnitude > largest ? magnitude : largest;
     }
   }
-  const uint16_t scale_bits = make_scale(max_over_warp(largest), kBits);
+  const uint16_t scale_bits = make_scale<kLevels>(max_over_warp(largest), kBits);
   const float scale = value_of_scale(scale_bits);
   if (threadIdx.x % kWarp == 0) {
     *reinterpret_cast<uint16_t*>(record) = scale_bits;
@@ -133,9 +133,9 @@ __device__ void encode_record(const Four<float> (&values)[kTurns], uint8_t* reco
   if (has_reciprocal(scale_bits)) {
     const float reciprocal = 1.0f / scale;
     store_all_levels<kBits>(record, count,
-                            [&](int turn, int k) { return make_level(values[turn].at[k], scale, reciprocal); });
+                            [&](int turn, int k) { return make_level<kLevels>(values[turn].at[k], scale, reciprocal); });
   } else if (has_levels(scale_bits)) {
-    store_all_levels<kBits>(record, count, [&](int turn, int k) { return make_level(values[turn].at[k], scale); });
+    store_all_levels<kBits>(record, count, [&](int turn, int k) { return make_level<kLevels>(values[turn].at[k], scale); });
   } else {
     store_all_levels<kBits>(record, count, [](int, int) { return uint8_t{0}; });
   }
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kThreads)
         products[turn].at[k] = first_of_four(turn) + k < count ? Source::load(four.at[k]) * scale : 0.0f;
       }
     }
-    encode_record<kBits>(products, records + byte, count);
+    encode_record<kBits, Levels::kOfRoots>(products, records + byte, count);
   });
 }
 
@@ -194,7 +194,8 @@ __device__ void add_records(Four<float> (&sum)[kTurns], const Messages& messages
         for (int turn = 0; turn < kTurns; ++turn) {
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            sum[turn].at[k] += value_of_level<kBits>(levels[i][turn], k) * scales[i];
+            const float level = value_of_level<kBits>(levels[i][turn], k);
+            sum[turn].at[k] += scales_of_level<Levels::kOfRoots>(level) * scales[i];
           }
         }
       }
@@ -332,7 +333,7 @@ __global__ void __launch_bounds__(kThreads)
         changes[turn] = operands.template four_without_step<kIsWide>(at, first_of_four(turn), count);
       }
     }
-    encode_record<kBits>(changes, records + byte, count);
+    encode_record<kBits, Levels::kOfValues>(changes, records + byte, count);
   });
 }
 

@@ -215,7 +215,7 @@ class Reference:
         """Returns the sum over the ranks of what they send: over each host, then over the hosts."""
         inner = bits if self.ranks_per_host == 1 else (self.commit_bits[0] if bits and self.commit_bits else None)
         if inner is not None:  # quantized as they are
-            sent = [[tensor / self.loss_scale for tensor in self._quantized(total, inner)] for total in of_ranks]
+            sent = [[g / self.loss_scale for g in self._quantized(total, inner, of_roots=True)] for total in of_ranks]
         else:
             sent = [[self.send(tensor).double() for tensor in total] for total in of_ranks]
         if self.ranks_per_host == 1:
@@ -223,13 +223,17 @@ class Reference:
         of_hosts = []
         for first in range(0, len(sent), self.ranks_per_host):
             host = [sum(parts) for parts in zip(*sent[first : first + self.ranks_per_host])]
-            host = [self.pass_on(tensor).double() for tensor in host] if bits is None else self._quantized(host, bits)
+            host = (
+                [self.pass_on(tensor).double() for tensor in host]
+                if bits is None
+                else self._quantized(host, bits, of_roots=True)
+            )
             of_hosts.append(host)
         return [sum(parts) for parts in zip(*of_hosts)]
 
-    def _quantized(self, values: list[Tensor], bits: int) -> list[Tensor]:
+    def _quantized(self, values: list[Tensor], bits: int, *, of_roots: bool = False) -> list[Tensor]:
         return [
-            quantized(tensor.double(), bits, shard_numel)
+            quantized(tensor.double(), bits, shard_numel, of_roots=of_roots)
             for tensor, shard_numel in zip(values, self.shard_numels, strict=True)
         ]
 
@@ -296,18 +300,25 @@ LINES = {
 }
 
 
-def quantized(values: Tensor, bits: int, shard_numel: int) -> Tensor:
+def quantized(values: Tensor, bits: int, shard_numel: int, *, of_roots: bool = False) -> Tensor:
     """Returns what float64 ``values`` are after they were sent in ``bits`` bits: in blocks of 256 that restart at every
-    shard, multiples of the block's scale, which is its largest absolute value over 2^(bits-1) - 1, rounded up to 8
-    significant bits. A block with a value that is not finite becomes NaN."""
+    shard, multiples of the block's scale, which is its largest absolute value over L = 2^(bits-1) - 1, rounded up to 8
+    significant bits. A block with a value that is not finite becomes NaN.
+
+    Args:
+        of_roots: the scale is over L squared instead, and a value is the square of a level, times it.
+    """
+    power = 2 if of_roots else 1
     largest_level = 2 ** (bits - 1) - 1
     parts = []
     for shard in values.split(shard_numel):
         blocks = torch.nn.functional.pad(shard, (0, -shard.numel() % 256)).view(-1, 256)
-        fraction, exponent = torch.frexp(blocks.abs().amax(1, keepdim=True) / largest_level)
+        fraction, exponent = torch.frexp(blocks.abs().amax(1, keepdim=True) / largest_level**power)
         scale = torch.ldexp((fraction * 256).ceil() / 256, exponent)
-        levels = torch.where(scale > 0, (blocks / scale).round(), 0.0)
-        parts.append(torch.where(scale.isfinite(), levels * scale, torch.nan).flatten()[: shard.numel()])
+        levels = torch.where(scale > 0, (blocks.abs() / scale) ** (1 / power), 0.0).round()
+        parts.append(
+            torch.where(scale.isfinite(), levels**power * blocks.sign() * scale, torch.nan).flatten()[: shard.numel()]
+        )
     return torch.cat(parts)
 
 

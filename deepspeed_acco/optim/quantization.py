@@ -9,9 +9,14 @@ bits it is half a byte, the even element's in the low half, both two's complemen
 gaps, so that any number of them is a message, and a shard's last record is as short as its block. The kernels take
 messages that begin at an even address, as all do in training; records then do, too.
 
-``scale = max|x| / L`` rounded up to bf16, L = 127 or 7; ``level = x / scale`` rounded to nearest, ties to even. Because
-the scale is rounded up, levels stay within -L..L. A block of zeros has scale 0; one with a value that is not finite has
-scale NaN (0x7FC0) and levels 0. ``level * scale`` is exact in fp32, so that every device and path gives the same bits.
+Of a change of weights ``scale = max|x| / L`` rounded up to bf16, L = 127 or 7; ``level = x / scale`` rounded to
+nearest, ties to even. A gradient's levels are of roots: ``scale = max|x| / L^2``, ``level = root(|x| / scale)`` with
+the sign of x, and the value is ``level * |level| * scale``. AdamW divides each element by its own root mean square, so
+what is small beside its block's largest matters as much: its error falls with its size. A change that is small matters
+little, and what it loses comes with the next.
+
+Because the scale is rounded up, levels stay within -L..L. A block of zeros has scale 0; one with a value that is not
+finite has scale NaN (0x7FC0) and levels 0. Values are exact in fp32, so that every device and path gives the same bits.
 """
 
 from __future__ import annotations
@@ -51,7 +56,7 @@ def message_stride(numel: int, bits: int) -> int:
 
 @torch.no_grad()
 def quantize(values: Tensor, records: Tensor, bits: int, scale: float = 1.0, shards: Shards | None = None) -> None:
-    """Writes to ``records`` those of ``values * scale``, the product in fp32.
+    """Writes to ``records`` those of gradients, ``values * scale``, the product in fp32.
 
     Args:
         values: 1-D, any floating dtype; it begins at a block.
@@ -60,21 +65,22 @@ def quantize(values: Tensor, records: Tensor, bits: int, scale: float = 1.0, sha
     """
     for part, message in _messages_of_shards(values, records, bits, shards):
         for at, at_records in _pieces(part, bits):
-            _encode(part[at].float() * scale, message[at_records], bits)
+            encode(part[at].float() * scale, message[at_records], bits, of_roots=True)
 
 
 @torch.no_grad()
 def dequantize_sum(messages: list[Tensor], total: Tensor, bits: int) -> None:
-    """Writes to ``total`` the sum of what the messages hold, each a term of ``total.numel()`` elements, in their order.
+    """Writes to ``total`` the sum of what the messages hold of gradients, each a term of ``total.numel()`` elements, in
+    their order.
 
     Args:
         messages: uint8, 1-D, of equal size. total: fp32, 1-D; it begins at a block.
     """
     for at, at_records in _pieces(total, bits):
         part = total[at]
-        part.copy_(_decode(messages[0][at_records], part.numel(), bits))
+        part.copy_(decode(messages[0][at_records], part.numel(), bits, of_roots=True))
         for message in messages[1:]:
-            part.add_(_decode(message[at_records], part.numel(), bits))
+            part.add_(decode(message[at_records], part.numel(), bits, of_roots=True))
 
 
 @torch.no_grad()
@@ -104,7 +110,7 @@ def adamw_estimate_change(
         adamw.adamw_estimate(part, grad[at], hyper, grad_scale, is_finite, weights)
         live = part.master.to(live_dtype) if base is None else base[at]
         change = torch.where(is_finite, weights.sub_(live.float()), 0.0)
-        _encode(change, records[at_records], bits)
+        encode(change, records[at_records], bits)
 
 
 @torch.no_grad()
@@ -127,7 +133,7 @@ def adamw_commit_change(
     """
     adamw.adamw_commit(shard, grad, hyper, grad_scale, is_finite, out=shard.master)
     for at, at_records in _pieces(shard.master, bits):
-        _encode(shard.master[at] - base[at].float(), records[at_records], bits)
+        encode(shard.master[at] - base[at].float(), records[at_records], bits)
 
 
 @torch.no_grad()
@@ -140,7 +146,7 @@ def add_change(records: Tensor, is_added: Tensor, live: Tensor, bits: int, shard
     for weights, message in _messages_of_shards(live, records, bits, shards):
         for at, at_records in _pieces(weights, bits):
             part = weights[at]
-            changed = (part.float() + _decode(message[at_records], part.numel(), bits)).to(part.dtype)
+            changed = (part.float() + decode(message[at_records], part.numel(), bits)).to(part.dtype)
             part.copy_(torch.where(is_added, changed, part))
 
 
@@ -180,14 +186,19 @@ def _pieces(values: Tensor, bits: int):
         yield slice(start, start + length), slice(first, first + message_bytes(length, bits))
 
 
-def _encode(values: Tensor, records: Tensor, bits: int) -> None:
+def encode(values: Tensor, records: Tensor, bits: int, *, of_roots: bool = False) -> None:
+    """Writes the records of ``values``, fp32, 1-D; of changes, or ``of_roots`` for gradients."""
+    if not values.numel():
+        return
     blocks = -(-values.numel() // BLOCK)
     padded = torch.nn.functional.pad(values, (0, blocks * BLOCK - values.numel())).view(blocks, BLOCK)
     largest = padded.abs().amax(dim=1, keepdim=True)
     is_finite = largest.isfinite()
     # By a tensor: CUDA divides by a number of the host as a product with its reciprocal, which has other bits.
-    scale = _rounded_up(largest / largest.new_full((), LARGEST_LEVEL[bits]))
-    levels = (padded / torch.where(scale == 0, 1.0, scale)).round_()
+    power = 2 if of_roots else 1
+    scale = _rounded_up(largest / largest.new_full((), LARGEST_LEVEL[bits] ** power))
+    quotients = padded / torch.where(scale == 0, 1.0, scale)
+    levels = (quotients.abs().sqrt_().copysign_(quotients) if of_roots else quotients).round_()
     levels = torch.where(is_finite, levels, 0.0).to(torch.int8)
     if bits == 4:
         levels = (levels[:, 0::2] & 15) | (levels[:, 1::2] << 4)
@@ -206,8 +217,8 @@ def _rounded_up(positive: Tensor) -> Tensor:
     return ((positive.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
 
 
-def _decode(records: Tensor, numel: int, bits: int) -> Tensor:
-    """Returns ``level * scale`` of ``numel`` elements, fp32."""
+def decode(records: Tensor, numel: int, bits: int, *, of_roots: bool = False) -> Tensor:
+    """Returns what the records of ``numel`` elements hold, fp32, 1-D: of changes, or ``of_roots`` of gradients."""
     blocks = -(-numel // BLOCK)
     padded = torch.nn.functional.pad(records, (0, blocks * record_bytes(bits) - records.numel()))
     table = padded.view(blocks, record_bytes(bits))
@@ -216,4 +227,5 @@ def _decode(records: Tensor, numel: int, bits: int) -> Tensor:
     if bits == 4:
         low, high = (levels << 4) >> 4, levels >> 4  # shifts of int8 carry the sign along
         levels = torch.stack([low, high], dim=2).flatten(1)
-    return (levels.float() * scale).flatten()[:numel]
+    values = levels.float()
+    return ((values * values.abs() if of_roots else values) * scale).flatten()[:numel]

@@ -79,6 +79,14 @@ def test_estimate_bits(tmp_path):
 
 
 @pytest.mark.full
+def test_quantization_error(tmp_path):
+    rows = benchmark("quantization_error", tmp_path, "--steps", 2, *TINY)["rows"]
+    late = {row["sent_as"]: row["late_percent"] for row in rows}
+    for bits in (8, 4):
+        assert 0 < late[f"{bits} bits, levels of roots"] < late[f"{bits} bits, levels of values"]
+
+
+@pytest.mark.full
 @pytest.mark.native
 def test_overlap(tmp_path):
     shape = ("--width", 32, "--depth", 1, "--seq_len", 8, "--batch", 1)

@@ -170,11 +170,11 @@ class Records {
 
   int64_t stride() const { return stride_; }
   // The records of a shard as deepspeed_acco/optim/quantization.py describes them.
-  void expect(const std::vector<float>& values, int bits, int64_t place = 0) {
+  void expect(const std::vector<float>& values, int bits, int64_t place = 0, bool of_roots = false) {
     uint8_t* record = bytes_.expected.data() + place * stride_;
     for (size_t begin = 0; begin < values.size(); begin += 256) {
       const size_t count = std::min<size_t>(256, values.size() - begin);
-      record = encode(values.data() + begin, count, bits, record);
+      record = encode(values.data() + begin, count, bits, of_roots, record);
     }
   }
   void expect_zeros() { std::fill(bytes_.expected.begin(), bytes_.expected.end(), uint8_t{0}); }
@@ -186,13 +186,13 @@ class Records {
   }
   void take_expected() { std::copy(bytes_.expected.begin(), bytes_.expected.end(), data()); }
   void keep() { bytes_.keep(); }
-  float value(int64_t i, int bits, int64_t place = 0) const {
+  float value(int64_t i, int bits, int64_t place = 0, bool of_roots = false) const {
     const uint8_t* record = data() + place * stride_ + i / 256 * (bits == 8 ? 258 : 130);
     const int64_t at = i % 256;
     const uint8_t byte = record[2 + (bits == 8 ? at : at / 2)];
     const int nibble = at % 2 == 0 ? byte & 15 : byte >> 4;
     const int level = bits == 8 ? static_cast<int8_t>(byte) : nibble < 8 ? nibble : nibble - 16;
-    return static_cast<float>(level) * BFloat16::load(static_cast<uint16_t>(record[0] | record[1] << 8));
+    return static_cast<float>(of_roots ? level * std::abs(level) : level) * BFloat16::load(static_cast<uint16_t>(record[0] | record[1] << 8));
   }
   void check() const {
     bytes_.check(1, [](const uint8_t* is, const uint8_t* should) { return *is == *should; });
@@ -204,20 +204,22 @@ class Records {
     const int64_t rest = numel % 256;
     return numel / 256 * (bits == 8 ? 258 : 130) + (rest == 0 ? 0 : 2 + (bits == 8 ? rest : (rest + 1) / 2));
   }
-  static uint8_t* encode(const float* values, size_t count, int bits, uint8_t* record) {
+  static uint8_t* encode(const float* values, size_t count, int bits, bool of_roots, uint8_t* record) {
     float largest = 0.0f;
     bool is_finite = true;
     for (size_t i = 0; i < count; ++i) {
       largest = std::fmax(largest, std::fabs(values[i]));
       is_finite = is_finite && std::isfinite(values[i]);
     }
-    const uint32_t quotient = bits_of(largest / (bits == 8 ? 127.0f : 7.0f));
+    const float last = bits == 8 ? 127.0f : 7.0f;
+    const uint32_t quotient = bits_of(largest / (of_roots ? last * last : last));
     const uint32_t scale_bits = is_finite ? (quotient >> 16) + ((quotient & 0xffffu) != 0) : 0x7fc0u;
     const float scale = float_of(scale_bits << 16);
     *record++ = static_cast<uint8_t>(scale_bits);
     *record++ = static_cast<uint8_t>(scale_bits >> 8);
     for (size_t i = 0; i < count; ++i) {
-      const float level = is_finite && scale > 0.0f ? std::nearbyint(values[i] / scale) : 0.0f;
+      float level = is_finite && scale > 0.0f ? values[i] / scale : 0.0f;
+      level = std::nearbyint(of_roots ? std::copysign(std::sqrt(std::fabs(level)), level) : level);
       const auto byte = static_cast<uint8_t>(static_cast<int>(level));
       if (bits == 8) {
         *record++ = byte;
@@ -518,7 +520,7 @@ void quantize(int64_t numel) {
     for (int64_t i = shard * numel; i < (shard + 1) * numel; ++i) {
       products.push_back(values[i] * scale);
     }
-    records.expect(products, bits, order.places[static_cast<size_t>(shard)]);
+    records.expect(products, bits, order.places[static_cast<size_t>(shard)], true);
   }
   require(launch_quantize(values.read(), order.shards(), records.stride(), scale, records.data(), bits, on.max_blocks,
                           nullptr));
@@ -561,9 +563,9 @@ void dequantize_sum(int64_t numel) {
     addresses.push_back(messages.back().data());
   }
   for (int64_t i = 0; i < numel; ++i) {
-    float sum = messages[0].value(i, bits);
+    float sum = messages[0].value(i, bits, 0, true);
     for (size_t number = 1; number < messages.size(); ++number) {
-      sum += messages[number].value(i, bits);
+      sum += messages[number].value(i, bits, 0, true);
     }
     total.expect(i, sum);
   }

@@ -114,13 +114,13 @@ def test_more_than_32_bits(native):
         pytest.skip(f"needs {12 * numel / 1e9:.0f} GB of free device memory")
     places = [0, 2**31 - 1, 2**31, numel - 1]  # the last two lie in the last record
     values = torch.zeros(numel, dtype=torch.bfloat16, device="cuda")
-    values[places] = 7.0  # a scale of 1
+    values[places] = 7.0
     for bits, largest in plain.LARGEST_LEVEL.items():
         records = torch.empty(plain.message_bytes(numel, bits), dtype=torch.uint8, device="cuda")
-        native.quantize(values, records, bits, largest / 7)
+        native.quantize(values, records, bits, largest**2 / 7)  # a scale of 1
         total = torch.empty(numel, device="cuda")
         native.dequantize_sum([records], total, bits)
-        assert total.count_nonzero() == len(places) and (total[places] == largest).all()
+        assert total.count_nonzero() == len(places) and (total[places] == largest**2).all()
         del total
         live = torch.zeros(numel, dtype=torch.bfloat16, device="cuda")
         native.add_change(records, torch.tensor(True, device="cuda"), live, bits)

@@ -16,22 +16,25 @@ SIZES = (0, 1, 2, 255, 256, 257, 511, 513, 2**15 + 301)
 HYPER = AdamWHyper(lr=3e-2, beta1=0.7, beta2=0.95, eps=1e-7, weight_decay=0.2)
 
 
-def _true_block(values, bits):
+def _true_block(values, bits, of_roots):
     """(scale, levels) of one block of fp32 values: the scale by search among all bf16 numbers."""
-    largest_level = 127 if bits == 8 else 7
+    largest_level = (127 if bits == 8 else 7) ** (1 + of_roots)
     if not np.isfinite(values).all():
         return math.nan, np.zeros(len(values), dtype=np.int64)
     scale = BF16[np.searchsorted(BF16, float(np.abs(values).max() / np.float32(largest_level)))]
     if scale == 0:
         return scale, np.zeros(len(values), dtype=np.int64)
-    return scale, np.rint(values / np.float32(scale)).astype(np.int64)
+    quotients = values / np.float32(scale)
+    if of_roots:
+        quotients = np.sign(quotients) * np.sqrt(np.abs(quotients))
+    return scale, np.rint(quotients).astype(np.int64)
 
 
-def _true_records(values, bits):
+def _true_records(values, bits, of_roots=False):
     """The message as bytes, put together element by element."""
     out = bytearray()
     for start in range(0, len(values), 256):
-        scale, levels = _true_block(values[start : start + 256], bits)
+        scale, levels = _true_block(values[start : start + 256], bits, of_roots)
         out += NAN_RECORD_SCALE if math.isnan(scale) else int(np.searchsorted(BF16, scale)).to_bytes(2, "little")
         coded = [int(level) % 2**bits for level in levels]
         if bits == 8:
@@ -42,7 +45,7 @@ def _true_records(values, bits):
     return bytes(out)
 
 
-def _true_values(message, numel, bits):
+def _true_values(message, numel, bits, of_roots=True):
     """What a message stands for, in float64."""
     values = []
     while len(values) < numel:
@@ -52,7 +55,8 @@ def _true_values(message, numel, bits):
         coded, message = message[: -(-count * bits // 8)], message[-(-count * bits // 8) :]
         if bits == 4:
             coded = [half for byte in coded for half in (byte % 16, byte // 16)][:count]
-        values += [(code - 2**bits if code >= 2 ** (bits - 1) else code) * scale for code in coded]
+        levels = [code - 2**bits if code >= 2 ** (bits - 1) else code for code in coded]
+        values += [(level * abs(level) if of_roots else level) * scale for level in levels]
     return np.array(values)
 
 
@@ -95,7 +99,7 @@ def test_records(numel, bits):
         values = _values(numel).to(dtype)
         for scale in (1.0, 1 / 3):
             scaled = values.float().numpy() * np.float32(scale)
-            assert _as_bytes(_quantized(values, bits, scale)) == _true_records(scaled, bits)
+            assert _as_bytes(_quantized(values, bits, scale)) == _true_records(scaled, bits, of_roots=True)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -105,25 +109,47 @@ def test_sizes(bits):
         assert q.message_bytes(numel, bits) == len(_true_records(np.zeros(numel, dtype=np.float32), bits))
 
 
+def _encoded(changes, bits):
+    message = _message(changes.numel(), bits)
+    q.encode(changes, message, bits)
+    return _as_bytes(message)
+
+
+@pytest.mark.parametrize("of_roots", [True, False])
 @pytest.mark.parametrize("bits, largest", [(4, 7), (8, 127)])
-def test_ties_go_to_even(bits, largest):
+def test_ties_go_to_even(bits, largest, of_roots):
     levels = torch.arange(-2 * largest, 2 * largest + 1) / 2  # the largest is exact, and so is the scale: 2^-3
     for start in range(0, levels.numel(), 200):
         part = torch.cat([levels[start : start + 200], torch.tensor([float(largest)])])
-        message = _as_bytes(_quantized(part / 8, bits))
+        values = (part * part.abs() if of_roots else part) / 8
+        message = _as_bytes(_quantized(values, bits)) if of_roots else _encoded(values, bits)
         expected = [round(level) for level in part.tolist()]  # Python rounds ties to even
-        assert (_true_values(message, part.numel(), bits) * 8).tolist() == expected
+        expected = [level * abs(level) if of_roots else level for level in expected]
+        assert (_true_values(message, part.numel(), bits, of_roots) * 8).tolist() == expected
 
 
 @pytest.mark.parametrize("bits, largest", [(4, 7), (8, 127)])
-def test_error_is_at_most_half_a_step(bits, largest):
+def test_error_of_a_change_is_at_most_half_a_step(bits, largest):
     values = torch.randn(100_003, generator=torch.Generator().manual_seed(1)) * 1e-3
-    decoded = _true_values(_as_bytes(_quantized(values, bits)), values.numel(), bits)
+    decoded = _true_values(_encoded(values, bits), values.numel(), bits, of_roots=False)
     given = values.double().numpy()
     for start in range(0, len(given), 256):
         block = given[start : start + 256]
         step = np.abs(block).max() / largest * (1 + 2**-7)  # rounded up to bf16
         assert np.abs(block - decoded[start : start + 256]).max() <= step / 2 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("bits, largest", [(4, 7), (8, 127)])
+def test_error_of_a_gradient_falls_with_its_size(bits, largest):
+    """The root is off by half a step at most: the value by the distance of two squares."""
+    values = torch.randn(100_003, generator=torch.Generator().manual_seed(1)) * 1e-3
+    decoded = _true_values(_as_bytes(_quantized(values, bits)), values.numel(), bits)
+    given = values.double().numpy()
+    for start in range(0, len(given), 256):
+        block = given[start : start + 256]
+        step = np.sqrt(np.abs(block).max() * (1 + 2**-7)) / largest
+        most = step / 2 * (2 * np.sqrt(np.abs(block)) + step / 2)
+        assert (np.abs(block - decoded[start : start + 256]) <= most * (1 + 1e-6)).all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -166,13 +192,14 @@ def test_sum_of_messages(bits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_install(dtype, bits):
     for numel in SIZES:
-        message = _quantized(_values(numel, seed=3) * 1e-2, bits)
+        message = _message(numel, bits)
+        q.encode(_values(numel, seed=3) * 1e-2, message, bits)
         live = torch.randn(numel, generator=torch.Generator().manual_seed(4)).to(dtype)
         before = live.clone()
         q.add_change(message, torch.tensor(False), live, bits)
         assert torch.equal(live, before)
         q.add_change(message, torch.tensor(True), live, bits)
-        change = _true_values(_as_bytes(message), numel, bits).astype(np.float32)
+        change = _true_values(_as_bytes(message), numel, bits, of_roots=False).astype(np.float32)
         expected = torch.from_numpy(before.float().numpy() + change).to(dtype)
         torch.testing.assert_close(live, expected, rtol=0, atol=0, equal_nan=True)
 

@@ -65,7 +65,7 @@ def test_changes_are_added_to_the_shards_they_are_of(native, levels, bits):
     for rank in range(levels.world_size):
         place = levels.place(rank)
         message = buffers.comm_records(bits)[0][place * stride :][: quantization.message_bytes(numel, bits)]
-        quantization.quantize(torch.full((numel,), 1.0 + rank), message, bits)
+        quantization.encode(torch.full((numel,), 1.0 + rank), message, bits)
     before = buffers.live[0].clone()
     buffers.add_estimate()
     added = (buffers.live[0] - before).view(-1, numel)

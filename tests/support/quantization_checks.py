@@ -159,7 +159,7 @@ def check_estimate_change(ops, numel, grad_dtype, live_dtype, bits, device="cpu"
         records.require_untouched_around()
         case.require_untouched_around()
         case.run(ops.adamw_estimate)
-        plain.quantize(case.out - live.float(), expected.view, bits)
+        plain.encode(case.out - live.float(), expected.view, bits)
         assert torch.equal(records.view, expected.view)
 
         case.is_finite.fill_(False)
@@ -184,7 +184,7 @@ def check_commit_change(ops, numel, grad_dtype, base_dtype, bits, device="cpu", 
         twin.run(ops.adamw_commit)
         for name, tensor in case.state().items():
             assert same_bits(tensor, twin.state()[name]), name
-        plain.quantize(case.shard.master - kept.float(), expected.view, bits)
+        plain.encode(case.shard.master - kept.float(), expected.view, bits)
         assert torch.equal(records.view, expected.view)
         assert same_bits(base, kept)
         records.require_untouched_around()
@@ -200,9 +200,7 @@ def check_change_of_plain_path(ops, grad_dtype, live_dtype, bits, device="cpu"):
     for module in (ops, plain):
         records = torch.empty(plain.message_bytes(numel, bits), dtype=torch.uint8, device=device)
         run_change(module, case, live_dtype, records, bits)
-        change = torch.empty(numel, device=device)
-        plain.dequantize_sum([records], change, bits)
-        changes.append(change)
+        changes.append(plain.decode(records, numel, bits))
     native, expected = changes
     largest = torch.nn.functional.pad(expected.abs(), (0, -numel % plain.BLOCK)).view(-1, plain.BLOCK).amax(1)
     step = (largest / plain.LARGEST_LEVEL[bits]).repeat_interleave(plain.BLOCK)[:numel]
