@@ -69,6 +69,7 @@ class AdaptiveWindows(FixedWindows):
         self._listeners: list[Callable[[WindowCounts], None]] = []
         self._to_replay: dict[int, WindowCounts] = {}
         self._in_phase_a: tuple[int, ...] = ()
+        self._ends: dict[int, int] = {}
         self._windows, self._samples = 0, 0  # of this process
         self._warned: set[str] = set()
 
@@ -177,6 +178,7 @@ class AdaptiveWindows(FixedWindows):
             samples = sum(counts) * engine.train_micro_batch_size_per_gpu()
             engine.global_samples += samples
             self.unscheduled_samples += samples
+            self._ends[reported.window] = engine.global_samples
             self._windows, self._samples = self._windows + 1, self._samples + samples
             engine.tput_timer.batch_size = self._samples / self._windows  # it divides by the mean time of a step
             self._warn_of_growth(engine, counts, samples)
@@ -189,6 +191,11 @@ class AdaptiveWindows(FixedWindows):
         engine.optimizer.begin_phase_b_without_data()
         self.set_boundary(engine, True)
         engine.step()
+
+    def take_ends(self, engine: Engine, ended: int | None = None) -> dict[int, int]:
+        """Returns the ends of the windows whose counts were entered since the last call."""
+        ends, self._ends = self._ends, {}
+        return ends
 
     def micro_batches_to_tell(self, own: int) -> int | None:
         """Returns those of all ranks in the newest window that they reported, for the monitor; None before the

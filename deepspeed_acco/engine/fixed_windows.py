@@ -65,6 +65,14 @@ class FixedWindows:
     def step_scheduler(self, engine: Engine, lr_kwargs) -> None:
         """Does nothing: the engine has moved the scheduler."""
 
+    def take_ends(self, engine: Engine, ended: int | None = None) -> dict[int, int]:
+        """Returns for the windows that are newly counted, by their numbers, the samples at their ends.
+
+        Args:
+            ended: number of the window that the engine has just counted; None: of none.
+        """
+        return {} if ended is None else {ended: engine.global_samples}
+
     def micro_batches_to_tell(self, own: int) -> int | None:
         """Returns the micro-batches of the window that ended, for the monitor."""
         return own

@@ -7,6 +7,8 @@ Nothing here waits: on CUDA a value that the device has not passed yet is shown 
 
 from __future__ import annotations
 
+import math
+
 from ..runtime.lanes import InlineLane
 from ..runtime.outcomes import OutcomeLog
 
@@ -27,16 +29,24 @@ class Monitor:
     def __init__(self, deepspeed_monitor, outcomes: OutcomeLog, lane: InlineLane):
         self._sink = deepspeed_monitor
         self._outcomes = outcomes
-        self._errors = outcomes.reader() if deepspeed_monitor.enabled else None  # the log keeps what nobody reads
+        if deepspeed_monitor.enabled:  # else the log would keep what nobody reads
+            self._errors, self._commits = outcomes.reader(), outcomes.reader()
         self._lane = lane
         self._seen = lane.times()
         self._seen_bytes = 0
+        self._ends: dict[int, int] = {}
+        self._has_no_commit = False
 
-    def write(self, engine, micro_batches: int | None) -> None:
+    def note_no_commit(self) -> None:
+        """Notes that the running window, as fp16 does with an overflow, ends without a COMMIT."""
+        self._has_no_commit = True
+
+    def write(self, engine, ends: dict[int, int], micro_batches: int | None) -> None:
         """Writes the events of the window that ended.
 
         Args:
             engine: gives the place on the axis, the samples so far, and the count of skipped steps.
+            ends: of windows newly counted, the samples at their ends: the places of their norms.
             micro_batches: how many this rank computed in that window; with adaptive windows all ranks in the newest
                 window that they told of, None before the first.
         """
@@ -45,8 +55,28 @@ class Monitor:
         values = {"skipped_commits": engine.skipped_steps, **self._newly_known()}
         if micro_batches is not None:
             values["micro_batches"] = micro_batches
-        if engine.global_rank == 0:
-            self._sink.write_events([(PREFIX + name, value, engine.global_samples) for name, value in values.items()])
+        norms = self._norms_known(ends)
+        if self._has_no_commit:
+            self._has_no_commit = False
+            norms.append((math.inf, engine.global_samples))
+        events = [(name, value, engine.global_samples) for name, value in values.items()]
+        self._write(engine, norms, events)
+
+    def finish(self, engine, ends: dict[int, int]) -> None:
+        """Writes the norms of all finished COMMITs, waiting for the device."""
+        if self._sink.enabled:
+            self._commits.wait()
+            self._write(engine, self._norms_known(ends), [])
+
+    def _norms_known(self, ends: dict[int, int]) -> list[tuple[float, int]]:
+        self._ends |= ends
+        return [(norm, self._ends.pop(window)) for window, norm in self._commits.take_grad_norms()]
+
+    def _write(self, engine, norms: list[tuple[float, int]], events: list[tuple[str, float, int]]):
+        # Norms lie farther back on the axis, and W&B takes nothing for what it has passed.
+        told = [*(("grad_norm", norm, samples) for norm, samples in norms), *events]
+        if engine.global_rank == 0 and told:
+            self._sink.write_events([(PREFIX + name, value, samples) for name, value, samples in told])
 
     def _newly_known(self) -> dict[str, float]:
         values = {}
@@ -58,7 +88,6 @@ class Monitor:
             values["hidden_share"] = spent.hidden_share
             moved, self._seen_bytes = self._outcomes.wire_bytes - self._seen_bytes, self._outcomes.wire_bytes
             values["sent_bytes"] = values["received_bytes"] = moved
-        assert self._errors is not None, "asked only where the monitor is enabled"
         errors = self._errors.take_estimate_errors()
         if errors:
             values["estimate_error"] = errors[-1]

@@ -281,6 +281,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         if self.overflow:
             driver.drain()
             self._buffers.clear_gradients()
+            self._monitor.note_no_commit()
             self._global_grad_norm = float("inf")
         else:
             driver.advance(schedule.at_window_end, inputs, clears=True, blocks=blocks)
@@ -307,12 +308,15 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         engine = self._engine()
         self.windows.count(engine)
         self.windows.step_scheduler(engine, lr_kwargs)
-        self._monitor.write(engine, self.windows.micro_batches_to_tell(self.last_micro_batches))
+        ends = self.windows.take_ends(engine, ended=self.position.window - 1)
+        self._monitor.write(engine, ends, self.windows.micro_batches_to_tell(self.last_micro_batches))
 
     def finish_counting(self) -> None:
         """Waits for the running round and enters what it reported; all ranks at the same step."""
+        engine = self._engine()
         self.driver.finish()
-        self.windows.count(self._engine())
+        self.windows.count(engine)
+        self._monitor.finish(engine, self.windows.take_ends(engine))
 
     def _inputs(self, renormalize: float, micro_batches: int) -> RoundInputs:
         contribution = self.windows.contribution(micro_batches, self._engine().gradient_accumulation_steps())

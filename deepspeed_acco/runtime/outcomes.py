@@ -104,6 +104,16 @@ class OutcomeReader:
         errors = [outcome.estimate_error.value() for outcome in known if outcome.estimate_error is not None]
         return [error for error in errors if math.isfinite(error)]
 
+    def take_grad_norms(self) -> list[tuple[int, float]]:
+        """Returns window and norm of the COMMITs of which they are newly known, oldest first; as ZeRO-1 tells, the norm
+        of a skipped one is infinite."""
+        known = self.take(lambda outcome: outcome.grad_norm.is_known() and outcome.is_finite.is_known())
+        return [
+            (outcome.window, outcome.grad_norm.value() if outcome.is_finite.value() else math.inf)
+            for outcome in known
+            if outcome.round.writes_state and outcome.window is not None
+        ]
+
     def take_counts(self) -> list[ReportedCounts]:
         """Returns what the adaptive windows' rounds reported."""
         return [outcome.counts for outcome in self.take() if outcome.counts is not None]

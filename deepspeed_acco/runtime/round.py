@@ -61,6 +61,7 @@ class RoundOutcome:
     estimate_error: HostValue | None = None  # float64, NaN where there was no step; None: not measured
     counts: ReportedCounts | None = None  # None: not an adaptive window
     wire_bytes: int = 0  # payload that this rank sent, and as much received
+    window: int | None = None  # number of the one whose gradients it took; None: of an earlier run, in a checkpoint
 
 
 class RoundWork:
@@ -150,7 +151,8 @@ class RoundWork:
         sent = comm.sent_bytes - sent_before
         norm_later, is_finite_later = HostValue(norm.float()), HostValue(is_finite)
         is_same_later, is_untouched_later = HostValue(is_same_round), HostValue(totals[2] == 0)
-        return RoundOutcome(this, norm_later, is_finite_later, is_same_later, is_untouched_later, error, counts, sent)
+        soundness = (is_finite_later, is_same_later, is_untouched_later)
+        return RoundOutcome(this, norm_later, *soundness, error, counts, sent, inputs.window)
 
     def _own_squares(self, grads: list[Tensor]) -> Tensor:
         """Returns what this rank adds to the square of the norm, float64, 0-dim; not finite where any gradient is."""

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import logging
 import re
@@ -25,6 +26,7 @@ EVENTS = (
     "micro_batches",
     "estimate_error",
     "skipped_commits",
+    "grad_norm",
 )
 SAMPLES = 4 * 4 * 2  # per window of n = 4 on two ranks
 
@@ -56,7 +58,7 @@ def _loop(engine, windows, precision="fp32", counts=None, nan_in_window=None, re
 
     rank = dist.get_rank()
     dtype = training.DTYPES[precision.partition("+")[0]]
-    record = {"wall_s": [], "samples": [], "skipped": []}
+    record = {"wall_s": [], "samples": [], "skipped": [], "norms": []}
     for window in range(windows):
         begin = time.perf_counter()
         count = counts[window] if counts else engine.gradient_accumulation_steps()
@@ -73,6 +75,7 @@ def _loop(engine, windows, precision="fp32", counts=None, nan_in_window=None, re
         record["wall_s"].append(time.perf_counter() - begin)
         record["samples"].append(engine.global_samples)
         record["skipped"].append(engine.skipped_steps)
+        record["norms"].append(float(engine.get_global_grad_norm()))
     return record
 
 
@@ -110,6 +113,90 @@ def test_skipped_commits(ranks, tmp_path, precision, known_after):
     expected = [int(window >= known_after) for window in range(6)]
     assert list(_by_window(tmp_path, "skipped_commits").values()) == expected == record["skipped"]
     assert set(_by_window(tmp_path, "estimate_error")) == {1, 2, 4, 5}, "COMMIT 2 made no step"
+    norms = _by_window(tmp_path, "grad_norm")
+    assert list(norms) == [0, 1, 2, 3, 4], "in the order of the axis, each but that of the COMMIT in flight"
+    assert [window for window, norm in norms.items() if norm == float("inf")] == [2]
+    # The engine tells a norm in the step after its own; of fp16's skipped step, which it knows at once, in its own.
+    for window in {0, 1, 3, 4} - ({1} if known_after == 2 else set()):
+        assert norms[window] == record["norms"][window + 1]
+
+
+# ---- gradient norms
+
+
+def _train_and_save(config, windows, folder):
+    from deepspeed.monitor.monitor import MonitorMaster
+
+    places = []
+
+    def noted(original, _, events):
+        places.extend(samples for _, _, samples in events)
+        original(events)
+
+    with faults.around(MonitorMaster, "write_events", noted):
+        engine = training.start_engine(config)
+        history = training.run_windows(engine, windows)
+        engine.save_checkpoint(folder)
+        history["norms_after"] = training.run_windows(engine, 1, first_window=windows)["norms"]
+        engine.destroy()
+    return history | {"places": places}
+
+
+def _train_adaptively(config, windows):
+    import torch.distributed as dist
+
+    import deepspeed_acco
+
+    engine = training.start_engine(config)
+    counted, told = [], []
+    deepspeed_acco.on_window(engine, lambda window: counted.append(window.micro_batches))
+    batches = (training.batch(dist.get_rank(), 0, number) for number in range(100))
+    for x, y in deepspeed_acco.train_samples(engine, batches, total=windows * SAMPLES):
+        engine.backward(engine(x, y))
+        time.sleep(0.01 * dist.get_rank())
+        engine.step()
+        if engine.global_steps > len(told):
+            told.append(float(engine.get_global_grad_norm()))
+    engine.destroy()
+    return counted, told
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_norms_lie_at_the_samples_where_zero1_has_them(ranks, tmp_path, precision):
+    """The loss scale of fp16 is too large at first, and doubled later: ZeRO-1 skips some steps."""
+    windows, stock = 12, training.ds_config(4, 2.0, precision=precision)
+    stock["optimizer"] = {"type": "AdamW", "params": {**training.HYPER, "torch_adam": True}}
+    theirs = ranks(2).run(training.train_stock, config=stock, windows=windows, precision=precision)[0]
+    sync = _monitored(tmp_path / "sync", training.ds_config(4, 2.0, precision=precision, schedule="sync"))
+    ranks(2).run(training.train_stock, config=sync, windows=windows, precision=precision)
+    assert (float("inf") in theirs["norms"]) == (precision == "fp16"), "else the comparison says little"
+    expected = {(window + 1) * SAMPLES: norm for window, norm in enumerate(theirs["norms"])}
+    mine = {at: float(norm) for at, norm in _read(tmp_path / "sync", "ACCO_grad_norm").items()}
+    assert mine == pytest.approx(expected, rel=2e-6 if precision == "fp32" else 2e-2)
+
+
+def test_norms_of_overlapping_commits_are_those_of_the_reference(ranks, tmp_path):
+    windows = 6
+    config = _monitored(tmp_path / "logs", training.ds_config(4, 0.5))
+    history = ranks(2).run(_train_and_save, config=config, windows=windows, folder=str(tmp_path / "saved"))[0]
+    expected = oracle.run_reference(schedule="acco", world_size=2, windows=windows, n=4, a=2, clip=0.5)["norms"]
+    norms = _by_window(tmp_path / "logs", "grad_norm")
+    assert list(norms) == list(range(windows)), "the last one at the checkpoint"
+    assert list(norms.values()) == pytest.approx(expected, rel=2e-5)
+    assert history["norms"] == [0.0, *list(norms.values())[:-1]]
+    assert history["norms_after"] == [norms[windows - 1]]
+    assert len({round(norm, 3) for norm in norms.values()}) == windows, "else a shift would not show"
+    # W&B drops what lies before the newest place that it was given.
+    assert history["places"] == sorted(history["places"])
+
+
+def test_norms_of_adaptive_windows_lie_at_what_was_computed(ranks, tmp_path):
+    config = _monitored(tmp_path, training.ds_config(4, accumulation="adaptive"))
+    counted, told = ranks(2).run(_train_adaptively, config=config, windows=5)[0]
+    norms = _read(tmp_path, "ACCO_grad_norm")
+    ends = list(itertools.accumulate(4 * sum(counts) for counts in counted))
+    assert len(ends) >= 3 and list(norms) == ends
+    assert [float(norm) for norm in norms.values()][: len(told) - 1] == told[1:]
 
 
 # ---- the error of the estimate
