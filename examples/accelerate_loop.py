@@ -21,7 +21,7 @@ from text_data import Sequences, add_text_arguments, check_text_arguments, load_
 
 import deepspeed_acco  # also makes DeepSpeed know "optimizer": {"type": "ACCO"}
 
-ADAM = {"betas": [0.9, 0.95], "eps": 1e-8}
+ADAM, WEIGHT_DECAY = {"betas": [0.9, 0.95], "eps": 1e-8}, 0.1
 
 
 def parse_arguments():
@@ -49,10 +49,14 @@ def make_accelerator(args) -> Accelerator:
         # turns DeepSpeed off. Made before the Accelerator, this tells it of the ranks. On GPUs it is not needed.
         PartialState(cpu=True)
     plugin = DeepSpeedPlugin(hf_ds_config=str(args.deepspeed))
-    params = plugin.deepspeed_config.get("optimizer", {}).get("params", {})
-    for key, value in ADAM.items():  # Accelerate fills no other "auto" of the optimizer than lr and weight_decay
-        if params.get(key) == "auto":
-            params[key] = value
+    # prepare() fills no other "auto" of the optimizer than lr and weight_decay, and refuses what is left.
+    values = {"lr": args.lr, "weight_decay": WEIGHT_DECAY, **ADAM}
+    plugin.deepspeed_config_process(
+        prefix="optimizer.params.",
+        config=plugin.deepspeed_config.get("optimizer", {}).get("params", {}),
+        must_match=False,
+        **{f"optimizer.params.{key}": value for key, value in values.items()},
+    )
     return Accelerator(
         deepspeed_plugin=plugin,
         gradient_accumulation_steps=args.accumulate,
@@ -64,7 +68,7 @@ def make_optimizer(args, accelerator, model):
     """Optimizer and scheduler: placeholders for what the JSON names, or real ones where it names none."""
     ranks = accelerator.num_processes  # Accelerate counts a scheduler's steps once for each rank
     if "optimizer" in accelerator.state.deepspeed_plugin.deepspeed_config:
-        optimizer = DummyOptim(model.parameters(), lr=args.lr, weight_decay=0.1)
+        optimizer = DummyOptim(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY)
         return optimizer, DummyScheduler(optimizer, total_num_steps=args.steps * ranks, warmup_num_steps=args.warmup)
 
     def warmup_then_decay(count: int) -> float:
@@ -72,7 +76,7 @@ def make_optimizer(args, accelerator, model):
         step = max(count // ranks - 1, 0)
         return step / args.warmup if step < args.warmup else (args.steps - step) / (args.steps - args.warmup)
 
-    optimizer = deepspeed_acco.ACCO(model.parameters(), lr=args.lr, weight_decay=0.1, **ADAM)
+    optimizer = deepspeed_acco.ACCO(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY, **ADAM)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_then_decay)
 
 

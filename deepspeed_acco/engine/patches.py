@@ -24,7 +24,7 @@ from ..algorithm.window import phase_a_micro_batches
 from ..optim import native
 from ..optim.build_locks import describe_locks
 from ..optimizer import ACCO
-from . import leaving, owners, recorder, saving
+from . import leaving, owners, recorder, saving, trainers
 from .checkpoint_model import LoadOptions
 from .checks import check_engine
 from .deepspeed_engine import Engine
@@ -298,6 +298,8 @@ def _log_start(engine: Engine, wrapper: AccoZeroOptimizer, named: str) -> None:
         f"own buffers={describe_bytes(wrapper.own_bytes())} per rank, kernels={native.kernels_name(engine.device)}; "
         "timers.throughput.synchronized set to false"
     )
+    if trainers.is_running_loop() and SCHEDULES[settings.schedule].overlaps:
+        logger().info("ACCO: the grad_norm that the trainer logs is that of the step before; the first step logs none")
     for line in without_effect(engine._config._param_dict, settings, engine.device.type):
         logger().info(f"ACCO: {line}")
     if engine.device.type == "cuda" and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":

@@ -343,6 +343,23 @@ def test_one_start_up_line_on_rank_zero(ranks):
     assert synchronized is False
 
 
+def _log_of_start_in_a_trainer(schedule):
+    import os
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    try:
+        return _log_of_start(training.ds_config(4, schedule=schedule))[0]
+    finally:
+        del os.environ["ACCELERATE_USE_DEEPSPEED"]
+
+
+@pytest.mark.parametrize(("schedule", "is_late"), [("acco", True), ("sync", False)])
+def test_a_trainer_is_told_whose_norm_it_logs(ranks, schedule, is_late):
+    first, second = ranks(2).run(_log_of_start_in_a_trainer, schedule=schedule)
+    late = [line for line in first if "grad_norm that the trainer logs is that of the step before" in line]
+    assert (len(late), len(first), second) == (is_late, 1 + is_late, [])
+
+
 def test_a_json_without_an_optimizer_is_told(ranks):
     """Where the trainer brings its own; a JSON that names another means it."""
     config = training.ds_config(2) | {"zero_optimization": {"stage": 0}}
