@@ -18,6 +18,25 @@ LANE_TIMERS = [EXPOSED_WAIT_TIMER, ROUND_TIMER]
 PREFIX = "Train/ACCO/"
 
 
+def _chart(*tags: str) -> list:
+    return ["Multiline", [f"{tag}$" for tag in tags]]  # regular expressions, matched from a tag's beginning
+
+
+# What TensorBoard shows as CUSTOM SCALARS. The loss is the script's, the trainer's or, in some versions, DeepSpeed's.
+TENSORBOARD_LAYOUT = {
+    "ACCO": {
+        "loss": _chart(".*loss"),
+        "learning rate": _chart("Train/Samples/lr"),
+        "gradient norm": _chart(PREFIX + "grad_norm"),
+        "part of the rounds that is hidden": _chart(PREFIX + "hidden_share"),
+        "ms of a step: the rounds, and waiting for them": _chart(PREFIX + "round_ms", PREFIX + "exposed_wait_ms"),
+        "error of the estimate": _chart(PREFIX + "estimate_error"),
+        "micro-batches of a step": _chart(PREFIX + "micro_batches"),
+        "steps skipped so far": _chart(PREFIX + "skipped_commits"),
+    }
+}
+
+
 class Monitor:
     """Writes once per window the events of what is newly known; docs/how-to/monitor.md says what each means.
 
@@ -29,6 +48,9 @@ class Monitor:
     def __init__(self, deepspeed_monitor, outcomes: OutcomeLog, lane: InlineLane):
         self._sink = deepspeed_monitor
         self._outcomes = outcomes
+        tensorboard = deepspeed_monitor.tb_monitor  # on rank 0, if the JSON has it
+        if tensorboard is not None:
+            tensorboard.summary_writer.add_custom_scalars(TENSORBOARD_LAYOUT)
         if deepspeed_monitor.enabled:  # else the log would keep what nobody reads
             self._errors, self._commits = outcomes.reader(), outcomes.reader()
         self._lane = lane

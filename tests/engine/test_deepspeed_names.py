@@ -68,6 +68,8 @@ ASSIGNED = {
     "timers _param_slice_mappings groups_padding param_names round_robin_bit16_padding@0.19 "
     "model_parallel_group model_parallel_world_size model_parallel_rank "
     "gradient_average@0.19 sequence_parallel_size compute_grad_norm@0.19 _coalesce_grad_reduction@0.19",
+    "deepspeed.monitor.monitor:MonitorMaster": "enabled tb_monitor",
+    "deepspeed.monitor.tensorboard:TensorBoardMonitor": "summary_writer",
     "deepspeed.runtime.config:DeepSpeedConfig": "_param_dict managed_gradient_accumulation@0.19 zero_config",
     "deepspeed.runtime.pipe.module:PipelineModule": "forward_funcs",
     "deepspeed.utils.timer:ThroughputTimer": "batch_size config",

@@ -450,6 +450,7 @@ def test_profiler_ranges(ranks, schedule, kinds):
 def test_tensorboard(ranks, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar import layout_pb2
 
     config = training.ds_config(4)
     config["tensorboard"] = {"enabled": True, "output_path": str(tmp_path), "job_name": "run"}
@@ -459,6 +460,14 @@ def test_tensorboard(ranks, tmp_path):
     assert {f"Train/ACCO/{name}" for name in EVENTS} <= set(accumulator.Tags()["scalars"])
     scalars = accumulator.Scalars("Train/ACCO/micro_batches")
     assert [(scalar.step, scalar.value) for scalar in scalars] == [(samples, 4) for samples in record["samples"]]
+    # The layout that comes along shows each of them but the bytes, beside a loss and the learning rate.
+    (layout,) = accumulator.Tensors("custom_scalars__config__")
+    charts = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0]).category[0].chart
+    patterns = [pattern for chart in charts for pattern in chart.multiline.tag]
+    written = {*accumulator.Tags()["scalars"], "train/loss"}
+    shown = {tag for tag in written for pattern in patterns if re.match(pattern, tag)}
+    assert written - shown == {"Train/ACCO/sent_bytes", "Train/ACCO/received_bytes"}
+    assert all(any(re.match(pattern, tag) for tag in written) for pattern in patterns)
 
 
 def test_docs(ranks, tmp_path):

@@ -166,6 +166,20 @@ def test_hf_trainer_learns_as_with_adamw(runs):
     assert hf_log(acco, "loss")[0] == pytest.approx(hf_log(adamw, "loss")[0], rel=1e-5)
 
 
+def test_hf_trainer_counts_as_with_adamw(runs):
+    """What its rates are made of: samples a second times seconds, steps, operations."""
+    told = []
+    for name in ("acco_auto", "zero1_auto"):
+        state = json.loads((runs.hf(name) / "trainer_state.json").read_text())
+        (end,) = [line for line in state["log_history"] if "train_runtime" in line]
+        samples, steps = (end[f"train_{what}_per_second"] * end["train_runtime"] for what in ("samples", "steps"))
+        # The rates are logged with three digits behind the point.
+        assert samples == pytest.approx(3 * (RANKS * MICRO_BATCH * MICRO_BATCHES_PER_EPOCH - 7), rel=1e-3)
+        assert steps == pytest.approx(HF_STEPS, rel=0.02)
+        told.append([end["epoch"], end["total_flos"], end["step"], state["num_input_tokens_seen"]])
+    assert told[0] == told[1]
+
+
 def test_hf_trainer_logs_the_norm_of_the_step_before(runs):
     acco, adamw = hf_log(runs.hf("acco_auto"), "grad_norm"), hf_log(runs.hf("zero1_auto"), "grad_norm")
     assert len(acco) == len(adamw) - 1 == HF_STEPS - 1, "the first step logs none"

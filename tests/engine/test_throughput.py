@@ -1,0 +1,63 @@
+# Copyright (c) the deepspeed_acco authors
+# SPDX-License-Identifier: Apache-2.0
+"""What DeepSpeed divides by a time to tell samples/s and FLOPS: with ACCO as with AdamW in the same loop."""
+
+import re
+
+import pytest
+
+from tests.support import training
+
+pytestmark = pytest.mark.timeout(240)
+WINDOWS, N, MICRO_BATCH, RANKS = 6, 4, 4, 2
+ADAMW = {"type": "AdamW", "params": {**training.HYPER, "torch_adam": True}}
+
+
+def _counts(config, counts=None):
+    engine = training.start_engine(config)
+    training.run_windows(engine, WINDOWS, counts=counts)
+    timer = engine.tput_timer
+    # The rate that it prints is the first of these by its time of the steps behind the start.
+    told = {name: getattr(timer, name) for name in ("batch_size", "global_step_count", "micro_step_count", "start_step")}
+    told |= {"samples": engine.global_samples, "steps": engine.global_steps}
+    told["rate_by_time"] = timer.avg_samples_per_sec() * timer.total_elapsed_time
+    engine.destroy()
+    return told
+
+
+def _config(optimizer, schedule="acco"):
+    config = training.ds_config(N, 2.0, schedule=schedule)
+    return config if optimizer == "ACCO" else config | {"optimizer": ADAMW}
+
+
+@pytest.mark.parametrize("counts", [None, [4, 2, 4, 1, 3, 4]])
+@pytest.mark.parametrize("schedule", ["acco", "local", "sync"])
+def test_the_throughput_timer_counts_as_with_adamw(ranks, schedule, counts):
+    """Windows of fewer micro-batches, by hand, count as whole ones in both."""
+    mine, theirs = (ranks(RANKS).run(_counts, config=_config(name, schedule), counts=counts)[0] for name in ("ACCO", ""))
+    # A rate times its time is a number of samples: of the steps that were measured.
+    samples = mine.pop("rate_by_time"), theirs.pop("rate_by_time")
+    assert mine == theirs
+    assert mine["batch_size"] == N * MICRO_BATCH * RANKS and mine["samples"] == WINDOWS * mine["batch_size"]
+    assert samples == pytest.approx([(WINDOWS - mine["start_step"]) * mine["batch_size"]] * 2)
+
+
+def _profile(config, path):
+    config = config | {"flops_profiler": {"enabled": True, "profile_step": 3, "detailed": True, "output_file": path}}
+    engine = training.start_engine(config)
+    training.run_windows(engine, WINDOWS)
+    engine.destroy()
+
+
+def test_the_flops_profiler_counts_as_with_adamw(ranks, tmp_path):
+    told = []
+    for name in ("ACCO", ""):
+        path = tmp_path / f"profile{name}"
+        ranks(RANKS).run(_profile, config=_config(name), path=str(path))
+        text = path.read_text()
+        of_summary = re.findall(r"^((?:world|data|batch|params|fwd MACs|fwd flops)[^:]*): +(.+?) *$", text, re.M)
+        of_modules = re.findall(r"^ *\((\w+)\): .*?(\S+ \w*(?: = \S+%)? Params, \S+% ?Params, \S+ \w*MACs)", text, re.M)
+        told.append((of_summary, of_modules))
+    assert told[0] == told[1]
+    assert dict(told[0][0])["batch size per GPU"] == str(MICRO_BATCH)
+    assert float(dict(told[0][0])["fwd flops per GPU"].split()[0]) > 0
