@@ -12,6 +12,7 @@ import deepspeed
 import torch
 
 import deepspeed_acco  # noqa: F401
+from deepspeed_acco.engine.hosts import host_of_this_rank
 from tests.support import training
 
 
@@ -44,7 +45,7 @@ def main():
         "optimizer": type(engine.optimizer).__name__,
         "ranks": torch.distributed.get_world_size(),
         "local_rank": int(os.environ["LOCAL_RANK"]),
-        "hosts": engine.optimizer.levels.hosts,
+        "host": host_of_this_rank(),
         "losses": history["losses"],
     }
     engine.destroy()
