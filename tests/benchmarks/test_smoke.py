@@ -54,6 +54,7 @@ def test_every_benchmark_is_here():
     assert tested == names
 
 
+@pytest.mark.full
 def test_stability(tmp_path):
     results = benchmark("stability", tmp_path, "--beta1", 0.5)
     limits = {row["schedule"]: row["largest_lr_times_curvature"] for row in results["rows"]}

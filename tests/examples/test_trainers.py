@@ -249,6 +249,7 @@ def test_accelerate_through_the_launcher(runs):
     assert_same_weights(weights(forked), weights(launched))
 
 
+@pytest.mark.full
 def test_accelerate_evaluates_and_saves_the_true_weights(runs):
     folder = runs.accelerate("acco_auto")
     assert loop_log(folder, "val_loss") == [pytest.approx(loss_of_saved_model(folder, runs.text), rel=1e-6)]
