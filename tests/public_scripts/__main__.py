@@ -3,7 +3,7 @@
 """Public training scripts that nobody here wrote, unmodified, with ACCO beside DeepSpeed's ZeRO-1 and AdamW.
 
     python -m tests.public_scripts --checkouts DIR --out tests/public_scripts/results.json
-    python -m tests.public_scripts --out tests/public_scripts/results.json --table
+    python -m tests.public_scripts --out tests/public_scripts/results.json --page docs/reference/public-scripts.md
 
 DIR has a git clone of each project by its name (trl, accelerate), which must be as it was committed. Every script
 trains a tiny model on Python's own library on two CPU ranks (gloo), started by `accelerate launch` with the project's
@@ -12,7 +12,10 @@ stock configuration: with AdamW without this package, with ACCO through `python 
 """
 
 import argparse
+import contextlib
 import importlib.util
+import io
+import itertools
 import json
 import os
 import re
@@ -26,6 +29,11 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from deepspeed_acco.tools import cli
 from deepspeed_acco.tools.machine import describe_machine
 from tests.support.launcher import rank_environment
 
@@ -52,40 +60,35 @@ def acco_json(given: dict, folder: Path) -> Path:
     """Writes what `ds_acco init` makes of a DeepSpeed JSON."""
     source, made = folder / "stock.json", folder / "acco.json"
     source.write_text(json.dumps(given))
-    command = [sys.executable, "-m", "deepspeed_acco.tools.cli", "init", "--from", str(source), "--out", str(made)]
-    subprocess.run([*command, "--hf"], check=True, env=rank_environment(), stderr=subprocess.DEVNULL)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = cli.main(["init", "--from", str(source), "--out", str(made), "--hf"])
+    if code:
+        raise RuntimeError(f"`ds_acco init` refused {source}: {said.getvalue()}")
     return made
 
 
 def launch_file(stock: Path, optimizer: str, n: int, folder: Path) -> Path:
-    """Returns a file for ``accelerate launch --config_file``.
+    """Writes a file for ``accelerate launch --config_file`` into a folder.
 
     Args:
         stock: the project's own: such a file, or a DeepSpeed JSON.
-        optimizer: ``adamw`` takes it as it is but for what a CPU needs; ``acco`` names a JSON in it.
+        optimizer: ``adamw`` takes it as it is but for what a CPU needs; ``acco`` the JSON that `ds_acco init` makes of
+            it, or of a JSON that says the same as the file.
         n: micro-batches a step.
     """
-    import yaml
-
     if stock.suffix == ".json":
+        made = {"distributed_type": "DEEPSPEED"}
         given = json.loads(stock.read_text()) | ON_CPU | {"gradient_accumulation_steps": n}
-        made = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero3_init_flag": False}}
     else:
         made = yaml.safe_load(stock.read_text())
-        plugin = made["deepspeed_config"]
-        plugin["gradient_accumulation_steps"] = n
-        given = OF_TRAINERS | {"zero_optimization": {"stage": plugin["zero_stage"]}}
-    is_stock_file = stock.suffix != ".json" and optimizer == "adamw"
-    if not is_stock_file:
-        json_file = folder / "adamw.json"
-        if optimizer == "acco":
-            json_file = acco_json(given, folder)
-        else:
-            json_file.write_text(json.dumps(given))
-        for key in ("zero_stage", "gradient_accumulation_steps"):
-            made["deepspeed_config"].pop(key, None)
-        made.pop("mixed_precision", None)
-        made["deepspeed_config"]["deepspeed_config_file"] = str(json_file)
+        made["deepspeed_config"]["gradient_accumulation_steps"] = n
+        given = OF_TRAINERS | {"zero_optimization": {"stage": made["deepspeed_config"]["zero_stage"]}}
+    if stock.suffix == ".json" or optimizer == "acco":
+        file = acco_json(given, folder) if optimizer == "acco" else folder / "adamw.json"
+        if optimizer == "adamw":
+            file.write_text(json.dumps(given))
+        made.pop("mixed_precision", None)  # Accelerate takes what a JSON says from there alone
+        made["deepspeed_config"] = {"deepspeed_config_file": str(file), "zero3_init_flag": False}
     path = folder / "launch.yaml"
     path.write_text(yaml.safe_dump(made | {"num_processes": RANKS, "num_machines": 1, "machine_rank": 0}))
     return path
@@ -171,9 +174,6 @@ def largest_difference(first: Path, second: Path) -> float:
     Raises:
         ValueError: there are not the same weights in both.
     """
-    import torch
-    from safetensors.torch import load_file
-
     weights = []
     for folder in (first, second):
         weights.append({})
@@ -235,6 +235,12 @@ def table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_results(page: str, results: dict) -> str:
+    """Returns a page whose table and date are those of the results."""
+    page = re.sub(r"^\| script \| n \|.*?\n(?!\|)", lambda _: table(results), page, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"^- Date: [\d-]+", f"- Date: {results['date']}", page, flags=re.MULTILINE)
+
+
 def is_done(results: dict, script: Script, optimizer: str, seed: int, n: int, resumed: bool = False) -> bool:
     wanted = {"script": script.name, "optimizer": optimizer, "seed": seed, "n": n}
     return any(wanted.items() <= run.items() and ("resumed_at" in run) == resumed for run in results["runs"])
@@ -253,7 +259,7 @@ def write(results: dict, out: Path) -> None:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
-    """Makes the runs that are not in --out, all scripts of the first seed before the second, and writes each."""
+    """Makes the runs that are not in --out, and writes each: all scripts and seeds with the first n before the next."""
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": []}
     runner = Runner(arguments.checkouts, folder, arguments.steps)
     chosen = [script for script in SCRIPTS if not arguments.scripts or script.name in arguments.scripts]
@@ -270,8 +276,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         "steps": arguments.steps,
         "skipped": skipped,
     }
-    if not (folder / "pretrained").exists():
-        materials.make(folder, arguments.seeds)
+    materials.make(folder, arguments.seeds)
     results = head | {"summary": [], "runs": results["runs"]}
 
     def add(row: dict) -> None:
@@ -280,21 +285,19 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         write(results, arguments.out)
         print(json.dumps(row), flush=True)
 
-    for seed in arguments.seeds:
-        for script in chosen:
-            for n in arguments.n:
-                for optimizer in ("acco", "adamw"):
-                    if not is_done(results, script, optimizer, seed, n):
-                        add(runner.train(script, optimizer, seed, n))
-                is_resumed = script.resume is not None and n in script.resume_n and seed == arguments.seeds[0]
-                if is_resumed and not is_done(results, script, "acco", seed, n, resumed=True):
-                    add(runner.compare_resumed(script, seed, n))
+    for n, seed, script in itertools.product(arguments.n, arguments.seeds, chosen):
+        for optimizer in ("acco", "adamw"):
+            if not is_done(results, script, optimizer, seed, n):
+                add(runner.train(script, optimizer, seed, n))
+        is_resumed = script.resume is not None and n in script.resume_n and seed == arguments.seeds[0]
+        if is_resumed and not is_done(results, script, "acco", seed, n, resumed=True):
+            add(runner.compare_resumed(script, seed, n))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.public_scripts", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="results; the runs in it are kept")
-    parser.add_argument("--table", action="store_true", help="prints the table of --out, and runs nothing")
+    parser.add_argument("--page", type=Path, help="a page whose table and date become those of --out; runs nothing")
     parser.add_argument("--checkouts", type=Path, help="a folder with a git clone of each project")
     parser.add_argument("--scripts", nargs="+", choices=[script.name for script in SCRIPTS], help="(default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(default: %(default)s)")
@@ -302,8 +305,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120, help="of each run (default: %(default)s)")
     parser.add_argument("--keep", type=Path, help="a folder for models, texts and what the scripts write")
     arguments = parser.parse_args()
-    if arguments.table:
-        print(table(json.loads(arguments.out.read_text())), end="")
+    if arguments.page:
+        arguments.page.write_text(with_results(arguments.page.read_text(), json.loads(arguments.out.read_text())))
         return
     if arguments.checkouts is None:
         parser.error("--checkouts is needed: a folder with git clones of trl and accelerate")

@@ -7,6 +7,7 @@ Nothing is taken from a hub. All of it depends on the Python version alone.
 
 import json
 import random
+import shutil
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -85,16 +86,25 @@ def write_lines(folder: Path, rows: list[dict]) -> None:
 
 
 def make(folder: Path, seeds: list[int]) -> None:
-    """Fills a folder with tokenizer, random-SEED and pretrained models, texts, pairs, train.txt and test.txt."""
+    """Fills a folder with texts, pairs, train.txt, test.txt, a pretrained model, and random-SEED for each seed; what is
+    there remains."""
     torch.set_num_threads(1)  # a thread more costs more than it saves at this size
-    source, other = library("[a-c]*.py"), library("[s-z]*.py")
-    tokenizer = make_tokenizer(source)
-    models = {f"random-{seed}": make_model(seed) for seed in seeds} | {"pretrained": make_model(0)}
-    pretrain(models["pretrained"], torch.tensor(tokenizer(source, verbose=False).input_ids))
-    for name, model in models.items():
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    pieces = paragraphs(other)
+    if not (folder / "pretrained").exists():
+        _make_texts(folder)
+        source = library("[a-c]*.py")
+        tokenizer = make_tokenizer(source)
+        model = make_model(0)
+        pretrain(model, torch.tensor(tokenizer(source, verbose=False).input_ids))
+        tokenizer.save_pretrained(folder / "pretrained")
+        model.save_pretrained(folder / "pretrained")
+    for path in (folder / f"random-{seed}" for seed in seeds):
+        if not path.exists():
+            shutil.copytree(folder / "pretrained", path)  # for the tokenizer
+            make_model(int(path.name.partition("-")[2])).save_pretrained(path)
+
+
+def _make_texts(folder: Path) -> None:
+    pieces = paragraphs(library("[s-z]*.py"))
     random.Random(0).shuffle(pieces)
     pieces = pieces[:SAMPLES]
     write_lines(folder / "texts", [{"text": piece} for piece in pieces])
