@@ -21,11 +21,10 @@ def loss_of_trainer(out: Path, step: int) -> float:
         ValueError: the checkpoint knows of no evaluation at that step.
     """
     file = out / f"checkpoint-{step}" / "trainer_state.json"
-    losses = [line["eval_loss"] for line in json.loads(file.read_text())["log_history"] if "eval_loss" in line]
     last = json.loads(file.read_text())["log_history"][-1]
-    if not losses or last["step"] != step or last.get("eval_loss") != losses[-1]:
+    if last["step"] != step or "eval_loss" not in last:
         raise ValueError(f"{file} ends with {last}; needed is an evaluation at step {step}")
-    return losses[-1]
+    return last["eval_loss"]
 
 
 def loss_of_results(out: Path, step: int) -> float:

@@ -48,8 +48,9 @@ def test_the_loss_of_the_trainer_is_that_of_its_last_evaluation(tmp_path):
     assert loss_of_trainer(tmp_path, 8) == 2.75
 
 
-def test_an_evaluation_of_another_step_is_no_loss_of_this_one(tmp_path):
-    write_history(tmp_path, {"eval_loss": 3.0, "step": 4}, {"loss": 2.5, "step": 8})
+@pytest.mark.parametrize("last", [{"loss": 2.5, "step": 8}, {"eval_loss": 2.75, "step": 6}])
+def test_an_evaluation_of_another_step_is_no_loss_of_this_one(tmp_path, last):
+    write_history(tmp_path, {"eval_loss": 3.0, "step": 4}, last)
     with pytest.raises(ValueError, match="needed is an evaluation at step 8"):
         loss_of_trainer(tmp_path, 8)
 
@@ -114,7 +115,8 @@ def run(optimizer, seed, loss, **more) -> dict:
 
 def test_the_summary_compares_equal_seeds():
     runs = [run("acco", 1, 2.02, schedule="acco"), run("adamw", 1, 2.0), run("adamw", 2, 4.0)]
-    runs += [run("acco", 2, 3.96, schedule="acco"), run("acco", 3, 9.0, schedule="acco")]  # 3: AdamW is not there yet
+    runs += [run("acco", 2, 3.96, schedule="acco")]
+    runs += [run("acco", 3, 9.0, schedule="acco"), run("adamw", 4, 9.0)]  # without the other
     runs += [run("acco", 1, 8.0, schedule="acco", resumed_at=4, largest_difference=0.0)]
     (row,) = summary({"runs": runs})
     assert row["percent"] == [1.0, -1.0] and row["mean_percent"] == 0.0
