@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -97,11 +98,25 @@ def launch_file(stock: Path, optimizer: str, n: int, folder: Path) -> Path:
 # ---- runs
 
 
+@dataclass(frozen=True)
+class Run:
+    """What one training is: n micro-batches in each of its steps."""
+
+    script: str
+    optimizer: str
+    n: int
+    steps: int
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.script}-{self.optimizer}-n{self.n}-{self.steps}-seed{self.seed}"
+
+
 class Runner:
     """Runs scripts below one folder, of clones that were not changed."""
 
-    def __init__(self, checkouts: Path, folder: Path, steps: int):
-        self.checkouts, self.folder, self.steps = checkouts, folder, steps
+    def __init__(self, checkouts: Path, folder: Path):
+        self.checkouts, self.folder = checkouts, folder
 
     def reason_to_skip(self, script: Script) -> str | None:
         if not (self.checkouts / script.checkout / script.file).is_file():
@@ -109,44 +124,44 @@ class Runner:
         missing = [name for name in script.needs if importlib.util.find_spec(name) is None]
         return f"not installed: {', '.join(missing)}" if missing else None
 
-    def train(self, script: Script, optimizer: str, seed: int, n: int, resumed: Path | None = None) -> dict:
-        """Trains once; returns a row of the results.
+    def train(self, script: Script, run: Run, resumed: Path | None = None) -> dict:
+        """Trains once, and goes on from a checkpoint where one is given; returns a row of the results.
 
         Raises:
             RuntimeError: the script failed, or trained without DeepSpeed or without ACCO.
         """
-        name = f"{script.name}-{optimizer}-n{n}-seed{seed}" + ("-resumed" if resumed else "")
+        name = str(run) + ("-resumed" if resumed else "")
         folder = self.folder / name
         folder.mkdir()
+        is_acco = run.optimizer == "acco"
         checkout = self.checkouts / script.checkout
         words = {"models": self.folder, "texts": self.folder, "file": checkout / script.file, "out": folder / "out"}
-        words |= {"seed": seed, "n": n, "steps": self.steps, "half": self.steps // 2, "saved": resumed}
-        plugin = ("-m", "deepspeed_acco") if optimizer == "acco" else ()
-        config = launch_file(checkout / script.config, optimizer, n, folder)
+        words |= {"seed": run.seed, "n": run.n, "steps": run.steps, "half": run.steps // 2, "saved": resumed}
+        plugin = ("-m", "deepspeed_acco") if is_acco else ()
+        config = launch_file(checkout / script.config, run.optimizer, run.n, folder)
         arguments = [*script.start, *script.arguments, *((script.resume or ()) if resumed else ())]
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
         command += ["--main_process_port", "0", *plugin, *(word.format(**words) for word in arguments)]
         begun = time.time()
         printed = self._run(command, script, folder / "log")
         started = STARTED.search(printed)
-        row = {"script": script.name, "optimizer": optimizer, "n": n, "seed": seed}
-        if bool(started) != (optimizer == "acco"):
+        row = asdict(run)
+        if bool(started) != is_acco:
             raise RuntimeError(f"{name}: the log says ACCO: schedule=... or not, other than asked; see {folder}/log")
         if not list((folder / "out").rglob("*optim_states.pt")):
             raise RuntimeError(f"{name}: no checkpoint of ZeRO; the script trained without DeepSpeed")
         if started:
             row["schedule"] = started[1]
-        row["loss"] = script.loss(folder / "out", self.steps)
+        row["loss"] = script.loss(folder / "out", run.steps)
         return row | {"seconds": round(time.time() - begun)}
 
-    def compare_resumed(self, script: Script, seed: int, n: int) -> dict:
-        """Resumes the run with ACCO at the step that was saved; returns a row: the loss and the largest difference of
-        a weight to those of the run that went through."""
-        whole = self.folder / f"{script.name}-acco-n{n}-seed{seed}" / "out"
-        saved = whole / script.saved.format(half=self.steps // 2)
-        row = self.train(script, "acco", seed, n, resumed=saved)
-        resumed = self.folder / f"{script.name}-acco-n{n}-seed{seed}-resumed" / "out"
-        return row | {"resumed_at": self.steps // 2, "largest_difference": largest_difference(whole, resumed)}
+    def compare_resumed(self, script: Script, run: Run) -> dict:
+        """Resumes a run at the step that it saved; returns a row: the loss and the largest difference of a weight to
+        those of the run that went through."""
+        whole = self.folder / str(run) / "out"
+        row = self.train(script, run, resumed=whole / script.saved.format(half=run.steps // 2))
+        difference = largest_difference(whole, self.folder / f"{run}-resumed" / "out")
+        return row | {"resumed_at": run.steps // 2, "largest_difference": difference}
 
     def _run(self, command: list[str], script: Script, log: Path) -> str:
         search = self.checkouts / script.checkout / script.search if script.search else None
@@ -202,35 +217,47 @@ def revision(checkout: Path) -> str:
 
 
 def summary(results: dict) -> list[dict]:
-    """Returns a row for each script and number of micro-batches: means of the losses over the seeds that both have,
-    how far ACCO's is above AdamW's in percent, and what resuming changed."""
+    """Returns a row for each script, number of micro-batches and of steps: means of the losses over the seeds that both
+    have, how far ACCO's is above AdamW's in percent, and what resuming changed."""
     rows = []
     runs = [run for run in results["runs"] if "resumed_at" not in run]
-    for script, n in dict.fromkeys((run["script"], run["n"]) for run in runs):
-        own = [run for run in runs if (run["script"], run["n"]) == (script, n)]
+    for script, n, steps in sorted({_setting(run) for run in runs}):
+        own = [run for run in runs if _setting(run) == (script, n, steps)]
         losses = {name: {r["seed"]: r["loss"] for r in own if r["optimizer"] == name} for name in ("adamw", "acco")}
         seeds = sorted(losses["adamw"].keys() & losses["acco"].keys())
         if not seeds:
             continue
         percent = [100 * (losses["acco"][seed] / losses["adamw"][seed] - 1) for seed in seeds]
-        row = {"script": script, "n": n, "schedule": next(run["schedule"] for run in own if "schedule" in run)}
+        row = {
+            "script": script,
+            "n": n,
+            "steps": steps,
+            "schedule": next(run["schedule"] for run in own if "schedule" in run),
+        }
         row |= {name: round(statistics.mean(by_seed[seed] for seed in seeds), 4) for name, by_seed in losses.items()}
         row |= {"percent": [round(p, 3) for p in percent], "mean_percent": round(statistics.mean(percent), 3)}
-        resumed = [run for run in results["runs"] if "resumed_at" in run and (run["script"], run["n"]) == (script, n)]
+        resumed = [run for run in results["runs"] if "resumed_at" in run and _setting(run) == (script, n, steps)]
         rows.append(row | {"resumed_differs": resumed[0]["largest_difference"] if resumed else None})
     return rows
 
 
+def _setting(run: dict) -> tuple[str, int, int]:
+    return run["script"], run["n"], run["steps"]
+
+
 def table(results: dict) -> str:
     """Returns the summary in Markdown."""
-    lines = ["| script | n | schedule | AdamW, ZeRO-1 | ACCO | by seed, % | mean, % | resumed |", "|" + "---|" * 8]
+    lines = [
+        "| script | n | schedule | steps | AdamW, ZeRO-1 | ACCO | by seed, % | mean, % | resumed |",
+        "|" + "---|" * 9,
+    ]
     for row in results["summary"]:
         by_seed = ", ".join(f"{value:+.2f}" for value in row["percent"])
         differs = row["resumed_differs"]
         resumed = "" if differs is None else "equal to the bit" if differs == 0 else f"differs by up to {differs:.2g}"
         lines.append(
-            f"| {row['script']} | {row['n']} | `{row['schedule']}` | {row['adamw']:.4f} | {row['acco']:.4f}"
-            f" | {by_seed} | {row['mean_percent']:+.2f} | {resumed} |"
+            f"| {row['script']} | {row['n']} | `{row['schedule']}` | {row['steps']} | {row['adamw']:.4f}"
+            f" | {row['acco']:.4f} | {by_seed} | {row['mean_percent']:+.2f} | {resumed} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -241,9 +268,8 @@ def with_results(page: str, results: dict) -> str:
     return re.sub(r"^- Date: [\d-]+", f"- Date: {results['date']}", page, flags=re.MULTILINE)
 
 
-def is_done(results: dict, script: Script, optimizer: str, seed: int, n: int, resumed: bool = False) -> bool:
-    wanted = {"script": script.name, "optimizer": optimizer, "seed": seed, "n": n}
-    return any(wanted.items() <= run.items() and ("resumed_at" in run) == resumed for run in results["runs"])
+def is_done(results: dict, run: Run, resumed: bool = False) -> bool:
+    return any(asdict(run).items() <= row.items() and ("resumed_at" in row) == resumed for row in results["runs"])
 
 
 def write(results: dict, out: Path) -> None:
@@ -261,7 +287,7 @@ def write(results: dict, out: Path) -> None:
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
     """Makes the runs that are not in --out, and writes each: all scripts and seeds with the first n before the next."""
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": []}
-    runner = Runner(arguments.checkouts, folder, arguments.steps)
+    runner = Runner(arguments.checkouts, folder)
     chosen = [script for script in SCRIPTS if not arguments.scripts or script.name in arguments.scripts]
     skipped = {script.name: reason for script in chosen if (reason := runner.reason_to_skip(script))}
     chosen = [script for script in chosen if script.name not in skipped]
@@ -273,7 +299,6 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         "machine": describe_machine(),
         "versions": {name: version(name) for name in packages if importlib.util.find_spec(name)},
         "checkouts": results.get("checkouts", {}) | {name: revision(arguments.checkouts / name) for name in used},
-        "steps": arguments.steps,
         "skipped": skipped,
     }
     materials.make(folder, arguments.seeds)
@@ -286,12 +311,14 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         print(json.dumps(row), flush=True)
 
     for n, seed, script in itertools.product(arguments.n, arguments.seeds, chosen):
-        for optimizer in ("acco", "adamw"):
-            if not is_done(results, script, optimizer, seed, n):
-                add(runner.train(script, optimizer, seed, n))
+        steps = arguments.steps or script.steps
+        acco, adamw = (Run(script.name, optimizer, n, steps, seed) for optimizer in ("acco", "adamw"))
+        for run in (acco, adamw):
+            if not is_done(results, run):
+                add(runner.train(script, run))
         is_resumed = script.resume is not None and n in script.resume_n and seed == arguments.seeds[0]
-        if is_resumed and not is_done(results, script, "acco", seed, n, resumed=True):
-            add(runner.compare_resumed(script, seed, n))
+        if is_resumed and not is_done(results, acco, resumed=True):
+            add(runner.compare_resumed(script, acco))
 
 
 def main() -> None:
@@ -302,7 +329,7 @@ def main() -> None:
     parser.add_argument("--scripts", nargs="+", choices=[script.name for script in SCRIPTS], help="(default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(default: %(default)s)")
     parser.add_argument("--n", nargs="+", type=int, default=[1, 2], help="micro-batches a step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=120, help="of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="of each run (default: each script's own)")
     parser.add_argument("--keep", type=Path, help="a folder for models, texts and what the scripts write")
     arguments = parser.parse_args()
     if arguments.page:

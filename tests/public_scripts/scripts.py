@@ -44,6 +44,7 @@ class Script:
         arguments: of the script.
         config: the stock configuration in the checkout: a file of ``accelerate launch``, or a DeepSpeed JSON.
         needs: packages.
+        steps: of a run, unless the runner is told otherwise.
         loss: reads the final loss.
         saved: the folder of the checkpoint of the step that saves, below the run's.
         resume: arguments to go on from there; None where the script cannot.
@@ -58,6 +59,7 @@ class Script:
     arguments: tuple[str, ...]
     config: str
     needs: tuple[str, ...]
+    steps: int
     loss: Callable[[Path, int], float]
     saved: str
     resume: tuple[str, ...] | None = None
@@ -77,6 +79,7 @@ OF_TRAINER = _words(
 OF_TRL = dict(
     checkout="trl",
     config="trl/accelerate_configs/zero1.yaml",
+    steps=100,
     loss=loss_of_trainer,
     saved="checkpoint-{half}",
     search=".",
@@ -116,6 +119,7 @@ SCRIPTS = (
         ),
         config="examples/deepspeed_config_templates/zero_stage1_config.json",
         needs=("accelerate", "datasets", "transformers"),
+        steps=300,  # from random weights
         loss=loss_of_results,
         saved="step_{half}",
         resume=("--resume_from_checkpoint", "{saved}"),

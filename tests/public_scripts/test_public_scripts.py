@@ -4,6 +4,7 @@
 
 import json
 import string
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from tests.support.launcher import ROOT
 
-from .__main__ import is_done, largest_difference, launch_file, summary, table, with_results
+from .__main__ import Run, is_done, largest_difference, launch_file, summary, table, with_results
 from .scripts import SCRIPTS, loss_of_results, loss_of_trainer
 
 RESULTS = json.loads((ROOT / "tests" / "public_scripts" / "results.json").read_text())
@@ -110,7 +111,7 @@ def test_every_word_of_a_script_is_filled(script):
 
 
 def run(optimizer, seed, loss, **more) -> dict:
-    return {"script": "s", "optimizer": optimizer, "n": 2, "seed": seed, "loss": loss, **more}
+    return {"script": "s", "optimizer": optimizer, "n": 2, "steps": 8, "seed": seed, "loss": loss, **more}
 
 
 def test_the_summary_compares_equal_seeds():
@@ -123,16 +124,17 @@ def test_the_summary_compares_equal_seeds():
     assert (row["adamw"], row["acco"], row["schedule"]) == (3.0, 2.99, "acco")
     assert row["resumed_differs"] == 0.0
     line = table({"summary": [row]}).splitlines()[2]
-    assert line == "| s | 2 | `acco` | 3.0000 | 2.9900 | +1.00, -1.00 | +0.00 | equal to the bit |"
+    assert line == "| s | 2 | `acco` | 8 | 3.0000 | 2.9900 | +1.00, -1.00 | +0.00 | equal to the bit |"
 
 
 def test_a_resumed_run_does_not_stand_for_a_whole_one():
-    whole, resumed = run("acco", 1, 2.0), run("acco", 1, 2.0, resumed_at=4, largest_difference=0.0)
-    script = type("Named", (), {"name": "s"})
-    assert is_done({"runs": [resumed]}, script, "acco", 1, 2, resumed=True)
-    assert not is_done({"runs": [resumed]}, script, "acco", 1, 2)
-    assert is_done({"runs": [whole]}, script, "acco", 1, 2)
-    assert not is_done({"runs": [whole]}, script, "acco", 1, 1)
+    asked = Run("s", "acco", n=2, steps=8, seed=1)
+    whole = {"runs": [run("acco", 1, 2.0)]}
+    resumed = {"runs": [run("acco", 1, 2.0, resumed_at=4, largest_difference=0.0)]}
+    assert is_done(whole, asked) and not is_done(whole, asked, resumed=True)
+    assert is_done(resumed, asked, resumed=True) and not is_done(resumed, asked)
+    for change in ({"n": 1}, {"steps": 16}, {"seed": 2}, {"optimizer": "adamw"}):
+        assert not is_done(whole, replace(asked, **change))
 
 
 def test_the_largest_difference_of_two_models(tmp_path):
@@ -151,6 +153,5 @@ def test_the_page_shows_what_was_measured():
     page = (ROOT / "docs" / "reference" / "public-scripts.md").read_text()
     assert RESULTS["summary"] == summary(RESULTS)
     assert table(RESULTS) in page and with_results(page, RESULTS) == page
-    assert f"{RESULTS['steps']} steps" in page
     for commit in RESULTS["checkouts"].values():
         assert commit[:8] in page
