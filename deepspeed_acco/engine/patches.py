@@ -41,7 +41,7 @@ VERSION_OVERRIDE = "DEEPSPEED_ACCO_ANY_DEEPSPEED"
 TOUCH_POINTS = (
     "torch.optim.ACCO",  # the engine looks the JSON's optimizer.type up there
     "deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS",  # compared with the exact type
-    "deepspeed.runtime.config.DeepSpeedConfig.__init__",  # the same ValueError for keys that it refuses itself
+    "deepspeed.runtime.config.DeepSpeedConfig.__init__",  # the same ValueError for keys that it refuses; TRL's stage 0
     "deepspeed.runtime.engine.DeepSpeedEngine._configure_optimizer",  # errors before anything else looks at the config
     "deepspeed.runtime.engine.DeepSpeedEngine._do_optimizer_sanity_check",  # else bf16 with fp32 sums trains AdamW
     "deepspeed.runtime.engine.DeepSpeedEngine._configure_zero_optimizer",  # chooses the wrapper class
@@ -322,6 +322,9 @@ def _wrap_config(original):
         raise_first(problems_of_name(raw))
         if names_acco(raw):
             raise_first(problems_of_json(raw))
+            if trainers.is_for_reference_model(raw):
+                # As with a JSON without an optimizer, where the trainer brings its own.
+                config = {key: value for key, value in raw.items() if key not in ("optimizer", "scheduler")}
         original(self, config, *args, **kwargs)
 
     return init

@@ -1,14 +1,19 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Knows whether HF Trainer or Accelerate runs the loop, and what they make of a value that is not known yet."""
+"""Knows whether HF Trainer or Accelerate runs the loop, what they make of a value that is not known yet, and which
+engines they build for something else than training."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from ..runtime.driver import RoundDriver
+from .json_checks import section_of
 
 VARIABLE = "ACCELERATE_USE_DEEPSPEED"  # set by HF's TrainingArguments, by Accelerator and by `accelerate launch`
 
@@ -26,3 +31,19 @@ def norm_to_tell(driver: RoundDriver) -> Tensor | None:
     """
     is_known = driver.outcomes.last_commit is not None
     return driver.grad_norm if is_known or not is_running_loop() else None
+
+
+def is_for_reference_model(raw: Mapping[str, Any]) -> bool:
+    """Tells whether a JSON is the one that Accelerate trains with, changed to ZeRO stage 0.
+
+    TRL makes an engine of it for the model that it compares with and never trains (``trl.models.prepare_deepspeed``).
+    """
+    accelerate = sys.modules.get("accelerate.state")
+    if accelerate is None or not accelerate.is_initialized():
+        return False
+    plugin = accelerate.AcceleratorState().deepspeed_plugin
+    return plugin is not None and _stage(raw) == 0 != _stage(plugin.deepspeed_config)
+
+
+def _stage(raw: Mapping[str, Any]) -> Any:
+    return section_of(raw, "zero_optimization").get("stage")

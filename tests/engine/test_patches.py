@@ -1,5 +1,6 @@
 """The plugin in DeepSpeed: what is refused and how, ways to build the optimizer, the start-up line, versions."""
 
+import json
 import subprocess
 import sys
 
@@ -376,3 +377,44 @@ def test_a_switched_off_overflow_check_is_told(ranks):
     (lines, _), (second, _) = ranks(2).run(_log_of_start, config=config)
     assert any("accepted without effect: bf16.check_grad_overflow = false" in line for line in lines)
     assert not second
+
+
+REFERENCE_MODEL = """
+import copy
+import json
+import sys
+
+import deepspeed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DeepSpeedPlugin
+
+import deepspeed_acco
+from tests.support import training
+
+PartialState(cpu=True)
+plugin = DeepSpeedPlugin(hf_ds_config=json.loads(sys.argv[-1]))
+accelerator = Accelerator(deepspeed_plugin=plugin)
+changed = copy.deepcopy(plugin.deepspeed_config)
+changed["zero_optimization"]["stage"] = 0
+module = training.make_network()
+expected = module(*training.batch(0, 0, 0)).item()
+engine, optimizer, _, scheduler = deepspeed.initialize(model=module, config=changed)
+print("made", optimizer, scheduler, engine(*training.batch(0, 0, 0)).item() == expected)
+plugin.deepspeed_config["zero_optimization"]["stage"] = 0  # what would be trained has stage 0 itself
+try:
+    deepspeed.initialize(model=module, config=changed)
+except ValueError as error:
+    print("refused", error)
+"""
+
+
+@pytest.mark.distributed
+def test_a_reference_model_of_trl_gets_no_optimizer(tmp_path):
+    from tests.support.ranks import run_script
+
+    (script := tmp_path / "reference_model.py").write_text(REFERENCE_MODEL)
+    scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 2}}
+    config = json.dumps(training.ds_config(1) | {"scheduler": scheduler})
+    ended = run_script(script, config, ranks=1)
+    assert "made None None True" in ended.stdout, ended.stderr
+    assert "refused ACCO: zero_optimization.stage = 0 is not allowed" in ended.stdout, ended.stderr
