@@ -408,6 +408,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_a_reference_model_of_trl_gets_no_optimizer(tmp_path):
     from tests.support.ranks import run_script
