@@ -98,8 +98,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         masters = self.single_partition_of_fp32_groups
         self._shards = [AdamWShard.fresh(master, self.optimizer.state[master]) for master in masters]
         self._bound = BoundParameters(self.bit16_groups, live)
-        is_added_to = bool(self.settings.wire.commit.change)
-        fingerprint = Fingerprint(live, self._bound.sampled_places(), sums=is_added_to)
+        fingerprint = Fingerprint(live, self._bound.sampled_places(), sums=bool(self.settings.wire.commit.change))
         repeated = repeated_spans(self, self._bound, self._buffers.layouts)
         self.driver = RoundDriver(self._buffers, self._shards, self._comm, self.lane, fingerprint, repeated)
         self.driver.take_state(hyper_of(self), is_loaded=False)
@@ -136,8 +135,7 @@ class AccoZeroOptimizer(DeepSpeedZeroOptimizer):
         # Both are younger than the oldest supported DeepSpeed, which always takes the mean over all ranks.
         sequence_parallel = float(getattr(self, "sequence_parallel_size", 1))
         require_own_batches(self.settings, sequence_parallel)
-        data_parallel = self._comm.world_size / sequence_parallel
-        self.divisor = data_parallel if getattr(self, "gradient_average", True) else 1.0
+        self.divisor = self._comm.world_size / sequence_parallel if getattr(self, "gradient_average", True) else 1.0
         self._monitor = Monitor(engine.monitor, self.driver.outcomes, self.lane)
         self.driver.measures_estimate = engine.monitor.enabled
         self.timers.get_timers().update(lane_timers(self.lane))  # of no effect without wall_clock_breakdown
