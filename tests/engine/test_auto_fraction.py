@@ -19,7 +19,7 @@ class _Driver:
     def __init__(self, rounds, other=None):
         self.clock = 0.0
         self.lane = SimpleNamespace(times=lambda: self._times.copy())
-        self.comm = SimpleNamespace(device=torch.device("cpu"), gather_objects=lambda own: [own, other or own])
+        self.comm = SimpleNamespace(device=torch.device("cpu"), gather_from_all=lambda own: [own, other or own])
         self.rounds, self.waits = rounds, 0
         self._times = LaneTimes()
 

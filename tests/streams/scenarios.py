@@ -311,7 +311,7 @@ _PACE = "runtime/lanes.py pace: Event.synchronize"
 _COUNTS = "runtime/round.py micro_batches: Event.synchronize"
 _DATA_OVER = "runtime/round.py ranks_without_data: Event.synchronize"
 _INSTANT = "engine/auto_fraction.py enter: Event.synchronize"  # a window's end that is measured
-_GATHERED = "runtime/communicator.py gather_objects: aten::_local_scalar_dense"
+_GATHERED = "runtime/communicator.py _gather: aten::_local_scalar_dense"
 _ADAPTIVE = {_PACE: 23, _DATA_OVER: 1}  # of 24 micro-batches
 
 

@@ -718,7 +718,7 @@ class _MeasuredRank:
     def __init__(self, figures, n, monkeypatch):
         self._figures, self._times = figures, LaneTimes()
         self.lane = SimpleNamespace(times=self._times.copy)
-        self.comm = SimpleNamespace(device=torch.device("cpu"), gather_objects=lambda own: [own, own])
+        self.comm = SimpleNamespace(device=torch.device("cpu"), gather_from_all=lambda own: [own, own])
         now = itertools.count(0.0, n * figures.micro_batch_s)
         monkeypatch.setattr("deepspeed_acco.runtime.clock.time", SimpleNamespace(perf_counter=lambda: next(now)))
 
