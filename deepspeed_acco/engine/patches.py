@@ -161,7 +161,12 @@ def _wrap_configure_zero(original):
                 f"ACCO: DeepSpeed {deepspeed.__version__} built {type(wrapper).__name__} instead of ACCO's ZeRO-1 "
                 f"optimizer. Install DeepSpeed {OLDEST_DEEPSPEED} to 0.19.x"
             )
-        wrapper.attach(engine)
+        try:
+            wrapper.attach(engine)
+        except BaseException:
+            # At once: the next engine may take its groups, and must not on those ranks alone that have collected it.
+            wrapper.driver.close()
+            raise
         engine.tput_timer.config.synchronized = False
         _log_start(engine, wrapper, named)
         return wrapper
