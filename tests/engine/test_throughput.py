@@ -61,6 +61,7 @@ def _profile(config, path):
     engine.destroy()
 
 
+@pytest.mark.distributed
 def test_the_flops_profiler_counts_as_with_adamw(tmp_path):
     """In processes of their own: what an earlier profile has left in torch's functions would be counted, too."""
     told = []
