@@ -329,6 +329,10 @@ def _wrap_config(original):
             raise_first(problems_of_json(raw))
             if trainers.is_for_reference_model(raw):
                 # As with a JSON without an optimizer, where the trainer brings its own.
+                logger().info(
+                    "ACCO: the JSON that trains, with ZeRO stage 0, makes an engine without an optimizer: that of a "
+                    "reference model"
+                )
                 config = {key: value for key, value in raw.items() if key not in ("optimizer", "scheduler")}
         original(self, config, *args, **kwargs)
 

@@ -34,7 +34,7 @@ def norm_to_tell(driver: RoundDriver) -> Tensor | None:
 
 
 def is_for_reference_model(raw: Mapping[str, Any]) -> bool:
-    """Tells whether a JSON is the one that Accelerate trains with, changed to ZeRO stage 0.
+    """Tells whether a JSON is the one that Accelerate trains with, but for ZeRO stage 0.
 
     TRL makes an engine of it for the model that it compares with and never trains (``trl.models.prepare_deepspeed``).
     """
@@ -42,8 +42,8 @@ def is_for_reference_model(raw: Mapping[str, Any]) -> bool:
     if accelerate is None or not accelerate.is_initialized():
         return False
     plugin = accelerate.AcceleratorState().deepspeed_plugin
-    return plugin is not None and _stage(raw) == 0 != _stage(plugin.deepspeed_config)
-
-
-def _stage(raw: Mapping[str, Any]) -> Any:
-    return section_of(raw, "zero_optimization").get("stage")
+    if plugin is None or section_of(raw, "zero_optimization").get("stage") != 0:
+        return False
+    trains = plugin.deepspeed_config
+    zero = {**section_of(trains, "zero_optimization"), "stage": 0}
+    return raw != trains and raw == {**trains, "zero_optimization": zero}

@@ -400,11 +400,14 @@ module = training.make_network()
 expected = module(*training.batch(0, 0, 0)).item()
 engine, optimizer, _, scheduler = deepspeed.initialize(model=module, config=changed)
 print("made", optimizer, scheduler, engine(*training.batch(0, 0, 0)).item() == expected)
-plugin.deepspeed_config["zero_optimization"]["stage"] = 0  # what would be trained has stage 0 itself
-try:
-    deepspeed.initialize(model=module, config=changed)
-except ValueError as error:
-    print("refused", error)
+other = {**changed, "gradient_clipping": 0.5}  # another JSON than the one that trains
+plugin.deepspeed_config["zero_optimization"]["stage"] = 1
+for config in (other, changed):
+    try:
+        deepspeed.initialize(model=module, config=config)
+    except ValueError as error:
+        print("refused", error)
+    plugin.deepspeed_config["zero_optimization"]["stage"] = 0  # what would be trained has stage 0 itself
 """
 
 
@@ -418,4 +421,5 @@ def test_a_reference_model_of_trl_gets_no_optimizer(tmp_path):
     config = json.dumps(training.ds_config(1) | {"scheduler": scheduler})
     ended = run_script(script, config, ranks=1)
     assert "made None None True" in ended.stdout, ended.stderr
-    assert "refused ACCO: zero_optimization.stage = 0 is not allowed" in ended.stdout, ended.stderr
+    assert ended.stdout.count("refused ACCO: zero_optimization.stage = 0 is not allowed") == 2, ended.stderr
+    assert "makes an engine without an optimizer: that of a reference model" in ended.stdout + ended.stderr

@@ -11,7 +11,14 @@ from torch import nn
 from torch.nn import functional
 
 from tests.support import training
-from tests.support.checkpoints import fingerprint, same_state, whole_state
+from tests.support.checkpoints import (
+    SHORT,
+    exchanged,
+    fingerprint,
+    resumed_beside_uninterrupted,
+    same_state,
+    whole_state,
+)
 from tests.support.training import FEATURES, HIDDEN, TARGETS
 
 pytestmark = pytest.mark.timeout(240)
@@ -258,22 +265,18 @@ def test_a_model_in_parts_is_zero1(ranks):
 
 # ---- checkpoints
 
-BEFORE, AFTER = 3, 3  # windows before and after the save
+BEFORE, AFTER = SHORT
+
+
+def _train_and_evaluate(engine, windows, first_window):
+    return _train(engine, windows, EVALUATED, first_window)
 
 
 def _resume(config, folder, is_megatrons):
-    """Trains the same windows uninterrupted, with a save in between, and resumed in a fresh engine of another seed."""
-    records = []
-    for saves in (False, True):
-        engine = _start(config, is_megatrons=is_megatrons)
-        _train(engine, BEFORE)
-        if saves:
-            engine.save_checkpoint(folder)
-        records.append(_finish(engine, _train(engine, AFTER, EVALUATED, BEFORE)))
-    engine = _start(config, seed=9, is_megatrons=is_megatrons)
-    _train(engine, 2, first_window=50)  # a run that stands elsewhere
-    assert engine.load_checkpoint(folder)[0] is not None
-    return [*records, _finish(engine, _train(engine, AFTER, EVALUATED, BEFORE))]
+    def start(seed):
+        return _start(config, seed=seed, is_megatrons=is_megatrons)
+
+    return resumed_beside_uninterrupted(start, _train_and_evaluate, _finish, folder)
 
 
 @pytest.mark.parametrize(
@@ -301,20 +304,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(ranks, schedule, precision, is_m
 
 
 def _exchange(config, stock, folder):
-    """Goes from one optimizer's checkpoint to the other; returns losses of who saved and of who loaded."""
-    pairs = []
-    for first, second in ((config, stock), (stock, config)):
-        at = os.path.join(folder, first["optimizer"]["type"])
-        engine = _start(first)
-        _train(engine, BEFORE)
-        engine.save_checkpoint(at)
-        losses = [_train(engine, AFTER, first_window=BEFORE)["losses"]]
-        engine.destroy()
-        engine = _start(second, seed=9)
-        engine.load_checkpoint(at)
-        pairs.append([*losses, _train(engine, AFTER, first_window=BEFORE)["losses"]])
-        engine.destroy()
-    return pairs
+    def start(config, seed):
+        return _start(config, seed=seed)
+
+    return exchanged(start, _train_and_evaluate, _finish, (config, stock), folder)
 
 
 @pytest.mark.full

@@ -11,7 +11,14 @@ from torch.nn import functional
 
 from deepspeed_acco.algorithm.reference import Reference, ReferenceHyper
 from tests.support import training
-from tests.support.checkpoints import fingerprint, same_state, whole_state
+from tests.support.checkpoints import (
+    SHORT,
+    exchanged,
+    fingerprint,
+    resumed_beside_uninterrupted,
+    same_state,
+    whole_state,
+)
 from tests.support.oracle import flatten
 from tests.support.training import FEATURES, HYPER, TARGETS
 
@@ -326,21 +333,11 @@ def _chosen_split(config):
 
 # ---- checkpoints
 
-BEFORE, AFTER = 3, 3  # windows before and after the save
+BEFORE, _ = SHORT
 
 
 def _resume(config, folder):
-    records = []
-    for saves in (False, True):
-        engine = _start(config)
-        _train(engine, BEFORE)
-        if saves:
-            engine.save_checkpoint(folder)
-        records.append(_finish(engine, _train(engine, AFTER, BEFORE)))
-    engine = _start(config, seed=9)
-    _train(engine, 2, 50)  # a run that stands elsewhere
-    assert engine.load_checkpoint(folder)[0] is not None
-    return [*records, _finish(engine, _train(engine, AFTER, BEFORE))]
+    return resumed_beside_uninterrupted(lambda seed: _start(config, seed), _train, _finish, folder)
 
 
 @pytest.mark.parametrize(
@@ -361,18 +358,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(ranks, schedule, precision, tmp_
 
 
 def _exchange(config, stock, folder):
-    """Goes from one optimizer's checkpoint to the other; returns losses of who saved and of who loaded."""
-    pairs = []
-    for first, second in ((config, stock), (stock, config)):
-        at = os.path.join(folder, first["optimizer"]["type"])
-        engine = _start(first)
-        _train(engine, BEFORE)
-        engine.save_checkpoint(at)
-        losses = [_finish(engine, _train(engine, AFTER, BEFORE))["losses"]]
-        engine = _start(second, seed=9)
-        engine.load_checkpoint(at)
-        pairs.append([*losses, _finish(engine, _train(engine, AFTER, BEFORE))["losses"]])
-    return pairs
+    return exchanged(_start, _train, _finish, (config, stock), folder)
 
 
 @pytest.mark.full
@@ -565,3 +551,23 @@ def _differ(key):
 def test_parts_that_differ_are_noticed(ranks, key, told):
     for message in ranks(4).run(_differ, key=key):
         assert told in message, message
+
+
+def _start_again():
+    """Starts an engine behind one that was refused, which some ranks still hold and others have collected."""
+    import gc
+
+    rank, held = torch.distributed.get_rank(), None
+    try:
+        _start(training.ds_config(4, 7.0 if rank % 2 else CLIP, comm_timeout_s=20))
+    except RuntimeError as error:
+        held = error if rank < 2 else None
+    gc.collect()
+    engine = _start(training.ds_config(4, CLIP, comm_timeout_s=20))
+    losses = _finish(engine, _train(engine, 2))["losses"]
+    return losses, repr(held)
+
+
+def test_an_engine_starts_behind_one_that_was_refused(ranks):
+    first, second, *_ = ranks(4).run(_start_again)
+    assert first == second and "ranks with the parts of one model differ" in first[1]

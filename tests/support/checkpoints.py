@@ -1,6 +1,7 @@
 """Starts what the tests of checkpoints save and load, and compares what was loaded."""
 
 import hashlib
+import os
 
 import torch
 
@@ -9,6 +10,7 @@ from tests.support import training
 
 EXACT = ("losses", "norms", "replicas", "skipped", "lr", "scale")
 BEFORE, AFTER = 5, 4  # windows before and after the save
+SHORT = 3, 3  # likewise, where the engine is another test's
 
 
 def _decays(optimizer):
@@ -80,6 +82,47 @@ def check_resumed(results) -> None:
             for key in ("live", "true"):
                 assert all(a.equal(b) for a, b in zip(other[key], plain[key])), (name, key)
             assert same_state(other["state"], plain["state"]), name
+
+
+def resumed_beside_uninterrupted(start, train, finish, folder) -> list:
+    """Trains the same windows uninterrupted, with a save in between, and resumed in a fresh engine of another seed.
+
+    Args:
+        start: ``start(seed)`` gives an engine. train: ``train(engine, windows, first_window)`` gives a record, and
+            ``finish(engine, record)`` completes it and destroys the engine.
+    """
+    before, after = SHORT
+    records = []
+    for saves in (False, True):
+        engine = start(5)
+        train(engine, before, 0)
+        if saves:
+            engine.save_checkpoint(folder)
+        records.append(finish(engine, train(engine, after, before)))
+    engine = start(9)
+    train(engine, 2, 50)  # a run that stands elsewhere
+    assert engine.load_checkpoint(folder)[0] is not None
+    return [*records, finish(engine, train(engine, after, before))]
+
+
+def exchanged(start, train, finish, configs, folder) -> list:
+    """Goes from each configuration's checkpoint to the other; returns losses of who saved and of who loaded.
+
+    Args:
+        start: ``start(config, seed)`` gives an engine; the others as above.
+    """
+    before, after = SHORT
+    pairs = []
+    for first, second in (configs, configs[::-1]):
+        at = os.path.join(folder, first["optimizer"]["type"])
+        engine = start(first, 5)
+        train(engine, before, 0)
+        engine.save_checkpoint(at)
+        losses = finish(engine, train(engine, after, before))["losses"]
+        engine = start(second, 9)
+        engine.load_checkpoint(at)
+        pairs.append([losses, finish(engine, train(engine, after, before))["losses"]])
+    return pairs
 
 
 def fingerprint(engine) -> str:

@@ -377,10 +377,16 @@ def test_bad_input_gets_one_clear_error(tmp_path, capsys, text, options, said):
     assert error.startswith("ds_acco fit: ") and said in error and error.count("\n") == 1
 
 
+AUTOTP = {"tensor_parallel": {"autotp_size": 2}}
+
+
 def test_a_config_that_is_no_plain_zero_is_refused(tmp_path, capsys):
     text = log_of_steps({"fwd": 5, "inner": 9, "reduction": 4, "step": 1}, 4)
     fit(tmp_path, text, *SAID, "--config", ROOT / "ds_configs" / "acco.json", expect=2)
     assert '"type": "ACCO"' in capsys.readouterr().err
+    (cut := tmp_path / "cut.json").write_text(json.dumps({"zero_optimization": {"stage": 1}} | AUTOTP))
+    fit(tmp_path, text, *SAID, "--config", cut, expect=2)
+    assert "tensor_parallel.autotp_size = 2; allowed: data parallelism alone" in capsys.readouterr().err
     fit(tmp_path, text, *SAID, "--config", ROOT / "ds_configs" / "none.json", expect=2)
     assert "is not a file" in capsys.readouterr().err
     fit(tmp_path, tmp_path, *SAID, expect=2)

@@ -130,6 +130,12 @@ def _facts_of_config(config: Mapping[str, Any], source: str, ranks: int | None) 
     """
     if names_acco(config):
         raise ValueError(f'{source} has "type": "ACCO"; a log of plain ZeRO is needed. Or compare: `ds_acco compare`')
+    parts = section_of(config, "tensor_parallel").get("autotp_size")
+    if isinstance(parts, int) and parts > 1:
+        raise ValueError(
+            f"{source} has tensor_parallel.autotp_size = {parts}; allowed: data parallelism alone. This "
+            "predicts nothing else; measure: `ds_acco compare`"
+        )
     zero, reading = section_of(config, "zero_optimization"), reading_of(config)
     if reading.stage not in range(4):
         raise ValueError(f"{source}: zero_optimization.stage is {reading.stage!r}; allowed: 0, 1, 2, 3")
