@@ -1,9 +1,9 @@
 // Copyright (c) the deepspeed_acco authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// The 4 and 8 bit format of deepspeed_acco/optim/quantization.py, once, for every kernel: blocks of 256 elements, each a record of
-// its bf16 scale and its levels, of gradients their roots. Compile without contraction and with exact division, so that records have the same
-// bits on every device and path. A message begins at an even address.
+// The 4 and 8 bit format of deepspeed_acco/optim/quantization.py, once, for every kernel: blocks of 256 elements, each a
+// record of its bf16 scale and its levels, of gradients those of their roots. Compile without contraction and with exact
+// division and roots, so that records have the same bits on every device and path. A message begins at an even address.
 #pragma once
 
 #include <cmath>
@@ -52,8 +52,8 @@ ACCO_HOST_DEVICE inline bool has_levels(uint16_t scale) { return scale != 0 && s
 
 ACCO_HOST_DEVICE inline float value_of_scale(uint16_t scale) { return float_of(static_cast<uint32_t>(scale) << 16); }
 
-// quotient, or its root with its sign, rounded to nearest, ties to even, as a byte in two's complement. Next to 1.5 * 2^23
-// there are no fractions: the adder rounds, and the sum's lowest bits are the level.
+// quotient, or its root with its sign, rounded to nearest, ties to even, as a byte in two's complement. Next to
+// 1.5 * 2^23 there are no fractions: the adder rounds, and the sum's lowest bits are the level.
 template <Levels kLevels>
 ACCO_HOST_DEVICE inline uint8_t level_of_quotient(float quotient) {
   const float rounded = kLevels == Levels::kOfRoots ? copysignf(sqrtf(fabsf(quotient)), quotient) : quotient;

@@ -132,10 +132,12 @@ __device__ void encode_record(const Four<float> (&values)[kTurns], uint8_t* reco
   // The same way for all lanes.
   if (has_reciprocal(scale_bits)) {
     const float reciprocal = 1.0f / scale;
-    store_all_levels<kBits>(record, count,
-                            [&](int turn, int k) { return make_level<kLevels>(values[turn].at[k], scale, reciprocal); });
+    store_all_levels<kBits>(record, count, [&](int turn, int k) {
+      return make_level<kLevels>(values[turn].at[k], scale, reciprocal);
+    });
   } else if (has_levels(scale_bits)) {
-    store_all_levels<kBits>(record, count, [&](int turn, int k) { return make_level<kLevels>(values[turn].at[k], scale); });
+    store_all_levels<kBits>(record, count,
+                            [&](int turn, int k) { return make_level<kLevels>(values[turn].at[k], scale); });
   } else {
     store_all_levels<kBits>(record, count, [](int, int) { return uint8_t{0}; });
   }
