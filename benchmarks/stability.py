@@ -7,6 +7,9 @@
 Along one direction with curvature h (of the loss, divided by AdamW's root) every schedule is a linear map of its own
 state, stable while no eigenvalue is larger than 1. Told is the largest lr * h that is, found by bisection. Large
 models train near ZeRO-1's limit (the "edge of stability"), so a schedule with a lower one cannot go where ZeRO-1 does.
+
+In ``local`` each rank stands elsewhere. Their mean goes as in ``sync``; how far they are apart is a map of its own,
+whose limit depends on the part that a rank keeps of its distance (deepspeed_acco/optim/local_prediction.py).
 """
 
 import numpy as np
@@ -32,6 +35,11 @@ def local(h, beta):
     momentum = beta * momentum + (1 - beta) * gradient
     weights = weights - momentum  # the commit, and what each rank predicted of it
     return weights, momentum, h * weights
+
+
+def local_apart(h, beta, kept):
+    (distance,) = np.eye(1)
+    return (kept * beta * distance - (1 - beta) * h * distance,)
 
 
 def wp(h, beta):
@@ -65,6 +73,8 @@ def main() -> None:
     limits = {schedule.__name__: limit(schedule, arguments.beta1) for schedule in (sync, local, wp, dpu)}
     for fraction in (0.25, 0.5, 0.625, 0.75):
         limits[f"acco, estimate_fraction {fraction:g}"] = limit(acco, arguments.beta1, fraction)
+    for kept in (0, 0.25, 1):
+        limits[f"local, ranks apart, {kept:g} kept"] = limit(local_apart, arguments.beta1, kept)
     rows = [{"schedule": name, "largest_lr_times_curvature": round(value, 2)} for name, value in limits.items()]
     tell({**origin(), "beta1": arguments.beta1, "rows": rows}, arguments.out)
 

@@ -108,12 +108,15 @@ class Options:
         sync_windows: so many first windows run as ``sync``.
         trust: the estimate's step takes phase A's gradient g for so much, and for the rest the mean that momentum is.
         reach: the estimate goes so many times as far as its step.
+        keeping_ranks: in ``local`` so many ranks keep all of how far each stood from the true weights, more of them the
+            less.
     """
 
     fraction: float = 0.5
     sync_windows: int = 0
     trust: float = 1.0
     reach: float = 1.0
+    keeping_ranks: float = 2.0
 
 
 @dataclass
@@ -197,10 +200,11 @@ class Run:
         momentum = state.beta1 * (1 - state.beta1**state.step) * share
         most = math.sqrt((1 - state.beta2 ** (state.step + 1)) / (1 - state.beta2))
         newest = self.see(state.theta)
-        kept = newest + momentum * (newest - self.see(self.before))
+        kept = min(1.0, self.options.keeping_ranks / self.ranks)
+        moved = newest + momentum * (newest - self.see(self.before) + kept * (self.see(stands_at) - newest))
         mean = own.mean(0)
         step = state.clip_(own).div_(block_roots(state)).clamp_(-most, most)  # in place: 64 ranks are 64 models
-        self.of_ranks = step.mul_(-state.lr * (1 - state.beta1) * share).add_(kept)
+        self.of_ranks = step.mul_(-state.lr * (1 - state.beta1) * share).add_(moved)
         self.commit(mean)
 
 

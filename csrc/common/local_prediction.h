@@ -19,15 +19,16 @@ constexpr int64_t kRootNumel = 256;  // elements of a block
 
 // What is the same for all elements, each value rounded once from float64. `step` counts the commits.
 struct LocalFactors {
-  float momentum, coefficient, most;
+  float momentum, of_distance, coefficient, most;
 };
 
-ACCO_HOST_DEVICE inline LocalFactors make_local_factors(const Hyper& hyper, float step) {
+ACCO_HOST_DEVICE inline LocalFactors make_local_factors(const Hyper& hyper, double kept, float step) {
   const double taken = static_cast<double>(step);
   const double share = 1.0 / (1.0 - pow(hyper.beta1, taken + 1.0));
   const double coefficient = hyper.lr * (1.0 - hyper.beta1) * share;
   const double first = sqrt((1.0 - pow(hyper.beta2, taken + 1.0)) / (1.0 - hyper.beta2));
-  return {static_cast<float>(hyper.beta1 * (1.0 - pow(hyper.beta1, taken)) * share), static_cast<float>(coefficient),
+  const double momentum = hyper.beta1 * (1.0 - pow(hyper.beta1, taken)) * share;
+  return {static_cast<float>(momentum), static_cast<float>(kept * momentum), static_cast<float>(coefficient),
           static_cast<float>(coefficient * first)};
 }
 
@@ -37,12 +38,15 @@ ACCO_HOST_DEVICE inline float block_factor(const LocalFactors& f, float grad_sca
   return factor < FLT_MAX ? factor : FLT_MAX;
 }
 
-// The weight that is predicted of a true one and that one commit earlier.
-ACCO_HOST_DEVICE inline float predict(const LocalFactors& f, float newest, float before, float grad, float factor) {
+// The weight that is predicted of a true one, that one commit earlier, and where the rank stands.
+ACCO_HOST_DEVICE inline float predict(const LocalFactors& f, float newest, float before, float live, float grad,
+                                      float factor) {
   const float own = grad * factor;
   const float above = own > -f.most ? own : -f.most;
   const float moved = above < f.most ? above : f.most;
-  return newest + (newest - before) * f.momentum - moved;
+  const float distance = live - newest;
+  const float kept = distance >= -FLT_MAX && distance <= FLT_MAX ? distance : 0.0f;
+  return newest + (newest - before) * f.momentum + kept * f.of_distance - moved;
 }
 
 ACCO_HOST_DEVICE inline float root_of(double mean_square, double correction, double eps) {

@@ -44,7 +44,8 @@ void predict_range(const LocalFactors& factors, bool has_gradient, float grad_sc
       const typename Weight::Storage kept = newest[i];
       // What is not finite has no part in it, not even times 0.
       const float own = has_gradient ? Grad::load(grad[i]) : 0.0f;
-      live[i] = Weight::store(predict(factors, Weight::load(kept), Weight::load(before[i]), own, factor));
+      live[i] = Weight::store(
+          predict(factors, Weight::load(kept), Weight::load(before[i]), Weight::load(live[i]), own, factor));
       before[i] = kept;
     }
   }

@@ -24,11 +24,11 @@ void block_roots(const at::Tensor& exp_avg_sq, const at::Tensor& step, double be
 }
 
 void predict_locally(const at::Tensor& newest, at::Tensor before, const at::Tensor& grad, const at::Tensor& roots,
-                     const at::Tensor& step, double lr, double beta1, double beta2, const at::Tensor& grad_scale,
-                     const at::Tensor& is_finite, at::Tensor live, int64_t shard_numel,
+                     const at::Tensor& step, double lr, double beta1, double beta2, double kept,
+                     const at::Tensor& grad_scale, const at::Tensor& is_finite, at::Tensor live, int64_t shard_numel,
                      int64_t /*max_blocks*/) {
   check_prediction(newest, before, grad, roots, step, grad_scale, is_finite, live, shard_numel);
-  const LocalFactors factors = make_local_factors(Hyper{lr, beta1, beta2, 0.0, 0.0}, *read<Float32>(step));
+  const LocalFactors factors = make_local_factors(Hyper{lr, beta1, beta2, 0.0, 0.0}, kept, *read<Float32>(step));
   const bool has_gradient = *is_finite.const_data_ptr<bool>();
   const float grad_scale_value = *read<Float32>(grad_scale);
   with_format(newest.scalar_type(), [&](auto weight_format) {

@@ -136,7 +136,7 @@ struct PreparedLocally {
   bool has_gradient;
 };
 
-cudaError_t launch_predict_locally(const Prediction& operands, const Hyper& hyper, PreparedLocally* prepared,
-                                   cudaStream_t stream);
+cudaError_t launch_predict_locally(const Prediction& operands, const Hyper& hyper, double kept,
+                                   PreparedLocally* prepared, cudaStream_t stream);
 
 }  // namespace acco::cuda

@@ -67,9 +67,10 @@ __global__ void __launch_bounds__(kThreads)
     const RootBlock at = root_block(block, shard_numel);
     const float factor = has_gradient ? block_factor(factors, grad_scale, roots[block]) : 0.0f;
     const auto one = [&](typename Weight::Storage newest_one, typename Weight::Storage before_one,
-                         typename Grad::Storage grad_one) {
+                         typename Weight::Storage live_one, typename Grad::Storage grad_one) {
       const float own = has_gradient ? Grad::load(grad_one) : 0.0f;
-      return Weight::store(predict(factors, Weight::load(newest_one), Weight::load(before_one), own, factor));
+      return Weight::store(
+          predict(factors, Weight::load(newest_one), Weight::load(before_one), Weight::load(live_one), own, factor));
     };
     if (at.count == kRootNumel) {
 #pragma unroll
@@ -77,11 +78,12 @@ __global__ void __launch_bounds__(kThreads)
         const int64_t i = at.begin + 4 * (part * kWarp + lane);
         const auto kept = load_four(arrays.newest + i, width_of<kIsWide>(arrays.width.newest));
         const auto old = load_four(arrays.before + i, width_of<kIsWide>(arrays.width.before));
+        const auto stood = load_four(arrays.live + i, width_of<kIsWide>(arrays.width.live));
         const auto own = load_four(arrays.grad + i, width_of<kIsWide>(arrays.width.grad));
         Four<typename Weight::Storage> out;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          out.at[k] = one(kept.at[k], old.at[k], own.at[k]);
+          out.at[k] = one(kept.at[k], old.at[k], stood.at[k], own.at[k]);
         }
         store_four(arrays.live + i, width_of<kIsWide>(arrays.width.live), out);
         store_four(arrays.before + i, width_of<kIsWide>(arrays.width.before), kept);
@@ -89,7 +91,7 @@ __global__ void __launch_bounds__(kThreads)
     } else {
       for (int64_t i = at.begin + lane; i < at.begin + at.count; i += kWarp) {
         const typename Weight::Storage kept = arrays.newest[i];
-        arrays.live[i] = one(kept, arrays.before[i], arrays.grad[i]);
+        arrays.live[i] = one(kept, arrays.before[i], arrays.live[i], arrays.grad[i]);
         arrays.before[i] = kept;
       }
     }
@@ -97,9 +99,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // What is the same for all elements, once for the launch behind this one.
-__global__ void prepare_kernel(Hyper hyper, const float* step, const float* grad_scale, const bool* is_finite,
+__global__ void prepare_kernel(Hyper hyper, double kept, const float* step, const float* grad_scale, const bool* is_finite,
                                PreparedLocally* prepared) {
-  *prepared = {make_local_factors(hyper, *step), *grad_scale, *is_finite};
+  *prepared = {make_local_factors(hyper, kept, *step), *grad_scale, *is_finite};
 }
 
 }  // namespace
@@ -116,14 +118,14 @@ cudaError_t launch_block_roots(const float* exp_avg_sq, int64_t numel, const flo
   return cudaGetLastError();
 }
 
-cudaError_t launch_predict_locally(const Prediction& operands, const Hyper& hyper, PreparedLocally* prepared,
-                                   cudaStream_t stream) {
+cudaError_t launch_predict_locally(const Prediction& operands, const Hyper& hyper, double kept,
+                                   PreparedLocally* prepared, cudaStream_t stream) {
   int64_t most = 0;
   const cudaError_t status = useful_blocks(&most, operands.max_blocks);
   if (status != cudaSuccess || operands.numel == 0) {
     return status;
   }
-  prepare_kernel<<<1, 1, 0, stream>>>(hyper, operands.step, operands.grad_scale, operands.is_finite, prepared);
+  prepare_kernel<<<1, 1, 0, stream>>>(hyper, kept, operands.step, operands.grad_scale, operands.is_finite, prepared);
   return with_format(operands.newest.format, [&](auto weight_format) {
     return with_format(operands.grad.format, [&](auto grad_format) {
       using Weight = decltype(weight_format);

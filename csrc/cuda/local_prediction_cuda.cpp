@@ -27,8 +27,9 @@ void block_roots(const at::Tensor& exp_avg_sq, const at::Tensor& step, double be
 }
 
 void predict_locally(const at::Tensor& newest, at::Tensor before, const at::Tensor& grad, const at::Tensor& roots,
-                     const at::Tensor& step, double lr, double beta1, double beta2, const at::Tensor& grad_scale,
-                     const at::Tensor& is_finite, at::Tensor live, int64_t shard_numel, int64_t max_blocks) {
+                     const at::Tensor& step, double lr, double beta1, double beta2, double kept,
+                     const at::Tensor& grad_scale, const at::Tensor& is_finite, at::Tensor live, int64_t shard_numel,
+                     int64_t max_blocks) {
   check_prediction(newest, before, grad, roots, step, grad_scale, is_finite, live, shard_numel);
   const c10::cuda::CUDAGuard guard(newest.device());
   const Prediction operands{read(newest),
@@ -43,8 +44,8 @@ void predict_locally(const at::Tensor& newest, at::Tensor before, const at::Tens
                             shard_numel,
                             max_blocks};
   const at::Tensor room = room_for<PreparedLocally>(newest);
-  C10_CUDA_CHECK(launch_predict_locally(operands, Hyper{lr, beta1, beta2, 0.0, 0.0}, in_room<PreparedLocally>(room),
-                                        c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(launch_predict_locally(operands, Hyper{lr, beta1, beta2, 0.0, 0.0}, kept,
+                                        in_room<PreparedLocally>(room), c10::cuda::getCurrentCUDAStream()));
 }
 
 }  // namespace

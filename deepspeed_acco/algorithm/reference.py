@@ -51,6 +51,7 @@ class Moving:
     step: int
     hyper: list[ReferenceHyper]
     own: list[list[Tensor]]  # by rank: the mean of its gradients, before clipping
+    stood: list[list[Tensor]]  # by rank: the weights that it computed them at
 
 
 @dataclass
@@ -159,6 +160,7 @@ class Reference:
             self.step,
             [replace(hyper) for hyper in self.hyper],
             own,
+            first,
         )
         estimated = self._adamw(mean_a, self.theta, self.exp_avg, self.exp_avg_sq, self.step)
         committed = self._adamw(mean, self.theta, self.exp_avg, self.exp_avg_sq, self.step)
@@ -202,7 +204,9 @@ class Reference:
         for group, h in enumerate(at.hyper):
             newest, before = (self.see(weights[group]).double() for weights in (at.newest, at.before))
             kept, added = 1 - h.beta1**at.step, 1 - h.beta1 ** (at.step + 1)
-            moved = newest + h.beta1 * kept / added * (newest - before)
+            distance = (at.stood[rank][group].double() - newest).nan_to_num(0.0, 0.0, 0.0)
+            part = min(1.0, 2 / self.world_size)
+            moved = newest + h.beta1 * kept / added * (newest - before + part * distance)
             if is_finite:
                 root = _roots(at.exp_avg_sq[group], self.shard_numels[group], 1 - h.beta2**at.step) + h.eps
                 most = ((1 - h.beta2 ** (at.step + 1)) / (1 - h.beta2)) ** 0.5

@@ -215,12 +215,14 @@ def block_roots(exp_avg_sq: Tensor, step: Tensor, beta2: float, eps: float, root
 
 
 @torch.no_grad()
-def predict_locally(on: local_prediction.Operands, hyper: AdamWHyper, grad_scale: Tensor, is_finite: Tensor) -> None:
+def predict_locally(
+    on: local_prediction.Operands, hyper: AdamWHyper, kept: float, grad_scale: Tensor, is_finite: Tensor
+) -> None:
     """Does what :func:`local_prediction.predict_locally` does, in one pass."""
     if reason_against(on.newest.device):
-        local_prediction.predict_locally(on, hyper, grad_scale, is_finite)
+        local_prediction.predict_locally(on, hyper, kept, grad_scale, is_finite)
     else:
         read = (on.newest, on.before, on.grad, on.roots, on.step, hyper.lr, hyper.beta1, hyper.beta2)
         torch.ops.deepspeed_acco.predict_locally(
-            *read, grad_scale, is_finite, on.live, on.shard_numel, max_blocks=_most_blocks
+            *read, kept, grad_scale, is_finite, on.live, on.shard_numel, max_blocks=_most_blocks
         )

@@ -5,16 +5,21 @@ the arithmetic)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ..optim import ops
 from ..optim.adamw import AdamWHyper, AdamWShard
-from ..optim.local_prediction import SMALLEST_ROOT, Operands, block_count
+from ..optim.flat import pieces
+from ..optim.local_prediction import SMALLEST_ROOT, Operands, block_count, kept_part
 from .buffers import FlatBuffers
 from .communicator import Communicator
 from .round_inputs import RoundInputs
 from .states import ResumeState
+
+PIECE_NUMEL = 2**24  # whole blocks; so many of the changed weights are there at once, beside the buffers
 
 
 class LocalPrediction:
@@ -67,33 +72,38 @@ class LocalPrediction:
                 is not known.
         """
         buffers = self._buffers
-        newest, is_in_comm_order = self._newest(has_newest)
-        if not has_newest or self.forgets_step:
-            for before, weights in zip(buffers.before, newest):
-                before.copy_(weights)
-            self.forgets_step &= not has_newest
+        if not (has_newest or buffers.held):
+            buffers.take_out()
+        forgets = self.forgets_step or not has_newest
+        kept = 0.0 if forgets else kept_part(self._comm.world_size)
         scale, is_finite = self._own_scale(inputs)
-        for (layout, roots), live, weights, before, grads, shard, hyper in zip(
-            self._with_layouts(), buffers.live, newest, buffers.before, buffers.grads, self._shards, inputs.hyper
-        ):
-            for in_flat, in_comm in layout.runs():
-                at = in_comm if is_in_comm_order else in_flat
-                own = (grads[in_flat], roots[_roots_of(in_comm, layout)], shard.step)
-                on = Operands(weights[at], before[at], live[in_flat], *own, layout.shard_numel)
-                ops.predict_locally(on, hyper, scale, is_finite)
+        for group, (shard, hyper) in enumerate(zip(self._shards, inputs.hyper)):
+            before, live, grads = buffers.before[group], buffers.live[group], buffers.grads[group]
+            for at, at_before, newest, roots, shard_numel in self._parts(group, has_newest):
+                if forgets:
+                    before[at_before] = newest
+                on = Operands(newest, before[at_before], live[at], grads[at], roots, shard.step, shard_numel)
+                ops.predict_locally(on, hyper, kept, scale, is_finite)
+        self.forgets_step &= not has_newest
+        buffers.hold(buffers.before)
 
-    def _newest(self, has_newest: bool) -> tuple[list[Tensor], bool]:
-        """Returns the newest true weights, one flat tensor per group, and whether they lie in the order of X."""
-        buffers = self._buffers
-        if not buffers.held:
-            if not has_newest:
-                buffers.take_out()
-            return buffers.comm_weights, True
-        if has_newest:
-            buffers.take_true()
-            buffers.add_commit(buffers.live)
-        buffers.hold(buffers.live)
-        return buffers.live, False
+    def _parts(self, group: int, has_newest: bool) -> Iterator[tuple[slice, slice, Tensor, Tensor, int]]:
+        """Yields where each part of a group lies in P and in the weights before, its newest true weights, its roots,
+        and how many elements of it belong to one shard."""
+        buffers, layout, roots = self._buffers, self._buffers.layouts[group], self._buffers.roots[group]
+        if not (buffers.held and has_newest):
+            for in_flat, in_comm in layout.runs():
+                at_before = in_flat if buffers.held else in_comm
+                newest = buffers.live[group][in_flat] if buffers.held else buffers.comm_weights[group][in_comm]
+                yield in_flat, at_before, newest, roots[_roots_of(in_comm, layout)], layout.shard_numel
+            return
+        for rank in range(layout.world_size):
+            of_shard = roots[_roots_of(layout.comm_shard_of(rank), layout)]
+            for start, numel in pieces(layout.shard_numel, PIECE_NUMEL):
+                begin = rank * layout.shard_numel + start
+                part = of_shard.narrow(0, block_count(start), block_count(numel))
+                at = slice(begin, begin + numel)
+                yield at, at, buffers.changed_copy(group, begin, numel), part, numel
 
     def _own_scale(self, inputs: RoundInputs) -> tuple[Tensor, Tensor]:
         """Returns what makes this rank's sum in A the mean of its own gradients, clipped by their own norm (fp32,

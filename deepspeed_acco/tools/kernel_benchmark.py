@@ -185,9 +185,9 @@ def _local(low: _Operands, is_native: bool) -> Iterator[_Candidate]:
     on = local_prediction.Operands(low.out, before, live, low.grad, roots, step, numel)
     make_roots = partial(module.block_roots, exp_avg_sq, step, _HYPER.beta2, _HYPER.eps, roots)
     make_roots()
-    predict = partial(module.predict_locally, on, _HYPER, low.scale, low.is_finite)
+    predict = partial(module.predict_locally, on, _HYPER, 1.0, low.scale, low.is_finite)
     of_roots = 4 / local_prediction.BLOCK
-    yield _Candidate(f"predict, {kernels}", bf16, bf16, 5 * bf16.itemsize + of_roots, predict, numel)
+    yield _Candidate(f"predict, {kernels}", bf16, bf16, 6 * bf16.itemsize + of_roots, predict, numel)
     yield _Candidate(f"roots, {kernels}", fp32, fp32, fp32.itemsize + of_roots, make_roots, numel)
 
 

@@ -678,20 +678,21 @@ void predict_locally(int64_t shard_numel) {
   for (int64_t block = 0; block < shards * blocks; ++block) {
     roots.set(block, one_of<float>({0.02f, 1.2e-38f, 1e-5f}));
   }
+  const double kept = one_of<double>({0.0, 0.25, 1.0});
   const bool is_in_place = below(2);
   Floats& written = is_in_place ? newest : live;
-  const LocalFactors factors = make_local_factors(on.hyper, on.step[0]);
+  const LocalFactors factors = make_local_factors(on.hyper, kept, on.step[0]);
   for (int64_t i = 0; i < on.numel; ++i) {
     const float root = roots[i / shard_numel * blocks + i % shard_numel / 256];
     const float factor = on.is_taken ? block_factor(factors, on.grad_scale[0], root) : 0.0f;
-    written.expect(i, predict(factors, newest[i], before[i], on.is_taken ? grad[i] : 0.0f, factor));
+    written.expect(i, predict(factors, newest[i], before[i], written[i], on.is_taken ? grad[i] : 0.0f, factor));
     before.expect(i, newest[i]);
   }
   const Prediction operands{newest.read(), before.write(), written.write(),      grad.read(),
                             roots.fp32(),  on.step.fp32(), on.grad_scale.fp32(), on.flag(),
                             on.numel,      shard_numel,    on.max_blocks};
   Bytes room("prepared", sizeof(PreparedLocally), 1, 0);
-  require(launch_predict_locally(operands, on.hyper, reinterpret_cast<PreparedLocally*>(room.data()), nullptr));
+  require(launch_predict_locally(operands, on.hyper, kept, reinterpret_cast<PreparedLocally*>(room.data()), nullptr));
   for (const Floats* operand : {&newest, &before, &live, &grad, &roots}) {
     operand->check();
   }

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 
 from deepspeed_acco.algorithm.window import phase_a_micro_batches
+from deepspeed_acco.runtime import local_prediction
 from deepspeed_acco.tools.plan import model as plan
 from tests.engine import test_adaptive_windows as adaptive
 from tests.runtime.test_communicator import loopback_bytes, small_staging
@@ -26,8 +27,10 @@ TOLERANCE_16_BIT = 3e-3
 
 @contextmanager
 def wide_network(staging_bytes=None):
-    """A network of HIDDEN and, on a rank, exchanges in small pieces."""
-    with small_staging(staging_bytes), mock.patch.object(training, "HIDDEN", HIDDEN):
+    """A network of HIDDEN and, on a rank, exchanges and predictions in small pieces."""
+    piece_numel = 256 if staging_bytes else local_prediction.PIECE_NUMEL
+    small_pieces = mock.patch.object(local_prediction, "PIECE_NUMEL", piece_numel)
+    with small_staging(staging_bytes), small_pieces, mock.patch.object(training, "HIDDEN", HIDDEN):
         yield
 
 

@@ -34,4 +34,5 @@ def test_prediction(native, weight_dtype, grad_dtype, shift):
 @pytest.mark.parametrize("weight_dtype, grad_dtype", DTYPE_PAIRS)
 def test_not_finite_and_plain_path(native, weight_dtype, grad_dtype):
     checks.check_not_finite(native, weight_dtype, grad_dtype, device="cuda")
+    checks.check_distance_that_is_not_finite(native, weight_dtype, grad_dtype, device="cuda")
     checks.check_plain_path(native, weight_dtype, grad_dtype, device="cuda")

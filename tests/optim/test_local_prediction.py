@@ -40,6 +40,11 @@ def test_a_gradient_that_is_not_finite_has_no_part(path, weight_dtype, grad_dtyp
 
 
 @pytest.mark.parametrize("weight_dtype, grad_dtype", DTYPE_PAIRS)
+def test_a_weight_that_is_not_finite_goes_no_further(path, weight_dtype, grad_dtype):
+    checks.check_distance_that_is_not_finite(path, weight_dtype, grad_dtype)
+
+
+@pytest.mark.parametrize("weight_dtype, grad_dtype", DTYPE_PAIRS)
 def test_the_kernel_has_the_bits_of_the_plain_path(native, weight_dtype, grad_dtype):
     checks.check_plain_path(native, weight_dtype, grad_dtype)
 
@@ -59,7 +64,7 @@ def test_on_one_rank_it_is_adamws_next_step(path):
         gradient = torch.full((256,), 0.3 + 0.001 * step)
         predicted = newest.clone()
         on = plain.Operands(newest, before, predicted, gradient, roots, count, 256)
-        path.predict_locally(on, hyper, one, true)
+        path.predict_locally(on, hyper, 1.0, one, true)
         parameter.grad = gradient
         optimizer.step()
         moved, missed = (parameter.detach() - newest).norm(), (predicted - parameter.detach()).norm()

@@ -171,7 +171,7 @@ def test_the_bound_on_thread_blocks_reaches_every_kernel(native):
             native.copy_shards(case.grad, case.out, Shards.of([1, 0], torch.device("cpu")))
             native.swap_shards(case.grad, case.out)
             native.block_roots(squares, case.shard.step, 0.9, 1e-8, roots)
-            native.predict_locally(on, HYPER, case.scale, case.is_finite)
+            native.predict_locally(on, HYPER, 1.0, case.scale, case.is_finite)
             native.quantize(case.grad[:512], records[:260], 4, 1.0)
             native.add_change(records[:260], case.is_finite, case.out[:512], 4)
             native.dequantize_sum([records[:260]], case.out[:512], 4)

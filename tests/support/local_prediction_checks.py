@@ -42,11 +42,11 @@ def check_roots(ops, numel, step, device="cpu", hyper=HYPER):
 class Case(Surrounded):
     """Holds the operands of a prediction, of ``shards`` shards."""
 
-    def __init__(self, shard_numel, shards, weight_dtype, grad_dtype, *, step=7.0, device="cpu", shift=0):
+    def __init__(self, shard_numel, shards, weight_dtype, grad_dtype, *, step=7.0, kept=0.4, device="cpu", shift=0):
         numel, generator = shards * shard_numel, torch.Generator().manual_seed(shard_numel)
         super().__init__(numel, device)
         operand = self.operand
-        normal = torch.randn(3, numel, generator=generator)
+        self.kept, normal = kept, torch.randn(4, numel, generator=generator)
         gradient = normal[2] * 0.01
         gradient[::7] *= 100  # beyond what AdamW may move by
         gradient[::11] = 0.0
@@ -54,7 +54,7 @@ class Case(Surrounded):
         self.newest = operand(normal[0], weight_dtype, shift)
         self.before = operand(normal[0] + normal[1] * 0.01, weight_dtype, 2 * shift)
         self.grad = operand(gradient, grad_dtype, 3 * shift)
-        self.live = operand(torch.full((numel,), -5.0), weight_dtype, shift)
+        self.live = operand(normal[0] + normal[3] * 0.01, weight_dtype, shift)
         roots = torch.rand(shards * plain.block_count(shard_numel), generator=generator) * 0.02
         roots[::3] = torch.finfo(torch.float32).tiny  # never a gradient before
         self.roots = roots.to(device)
@@ -66,13 +66,14 @@ class Case(Surrounded):
         """Predicts; returns what the operands were before."""
         before = {name: getattr(self, name).cpu().double() for name in ("newest", "before", "grad", "roots")}
         weights = (self.newest, self.before, self.live if live is None else live)
+        before["live"] = weights[2].cpu().double()
         on = plain.Operands(*weights, self.grad, self.roots, self.step, self.shard_numel)
-        ops.predict_locally(on, hyper, self.scale, self.is_finite)
+        ops.predict_locally(on, hyper, self.kept, self.scale, self.is_finite)
         self.require_untouched_around()
         return before
 
 
-def expected(before, step, scale, shard_numel, hyper=HYPER, has_gradient=True):
+def expected(before, step, scale, shard_numel, hyper=HYPER, has_gradient=True, kept=0.4):
     """Returns the prediction in float64, as AdamW's next step with the own gradient over the block's root."""
     beta1, beta2 = hyper.beta1, hyper.beta2
     added = 1 - beta1 ** (step + 1)
@@ -87,7 +88,9 @@ def expected(before, step, scale, shard_numel, hyper=HYPER, has_gradient=True):
                 own = ((1 - beta1) / added * scale * part / root).clamp(-bound, bound)
                 moved[begin : begin + part.numel()] = hyper.lr * own
     momentum = beta1 * (1 - beta1**step) / added
-    return before["newest"] + momentum * (before["newest"] - before["before"]) - moved
+    distance = before["live"] - before["newest"]
+    distance[~distance.isfinite()] = 0.0
+    return before["newest"] + momentum * (before["newest"] - before["before"] + kept * distance) - moved
 
 
 def check_prediction(ops, shard_numel, shards, weight_dtype, grad_dtype, step=7.0, device="cpu", shift=0):
@@ -99,10 +102,13 @@ def check_prediction(ops, shard_numel, shards, weight_dtype, grad_dtype, step=7.
     error = (case.live.cpu().double() - true).abs()
     assert (error <= rounding * (true.abs() + 0.1)).all()
     assert same_bits(case.before, newest) and same_bits(case.newest, newest) and same_bits(case.grad, grad)
-    # In place, as where nothing was gathered: the same bits.
-    other = Case(shard_numel, shards, weight_dtype, grad_dtype, step=step, device=device, shift=shift)
-    other.run(ops, live=other.newest)
-    assert same_bits(other.newest, case.live)
+    # In place, as where nothing was gathered: the bits of a rank that stands on the true weights.
+    alike = dict(step=step, device=device, shift=shift)
+    in_place, other = (Case(shard_numel, shards, weight_dtype, grad_dtype, **alike) for _ in range(2))
+    other.live.copy_(other.newest)
+    other.run(ops)
+    in_place.run(ops, live=in_place.newest)
+    assert same_bits(in_place.newest, other.live)
 
 
 def check_not_finite(ops, weight_dtype, grad_dtype, device="cpu"):
@@ -112,6 +118,16 @@ def check_not_finite(ops, weight_dtype, grad_dtype, device="cpu"):
         case.grad[5], case.is_finite, case.scale = bad, case.is_finite.logical_not(), case.scale.fill_(scale)
         true = expected(case.run(ops), 7.0, 0.0, 513, has_gradient=False)
         rounding = 2.0 ** {torch.float32: -22, torch.bfloat16: -8, torch.float16: -11}[weight_dtype]
+        assert ((case.live.cpu().double() - true).abs() <= rounding * (true.abs() + 0.1)).all()
+
+
+def check_distance_that_is_not_finite(ops, weight_dtype, grad_dtype, device="cpu"):
+    """Checks that a live weight which is not finite leaves no trace in the next prediction, whatever is kept."""
+    rounding = 2.0 ** {torch.float32: -22, torch.bfloat16: -8, torch.float16: -11}[weight_dtype]
+    for kept in (0.0, 1.0):
+        case = Case(513, 2, weight_dtype, grad_dtype, kept=kept, device=device)
+        case.live[3], case.live[300], case.live[1000] = math.nan, math.inf, -math.inf
+        true = expected(case.run(ops), 7.0, 0.37, 513, kept=kept)
         assert ((case.live.cpu().double() - true).abs() <= rounding * (true.abs() + 0.1)).all()
 
 
@@ -131,7 +147,7 @@ def opcheck_arguments(device="cpu"):
     ops = torch.ops.deepspeed_acco
     squares, roots = torch.rand(300, device=device), torch.empty(2, device=device)
     numbers = (HYPER.lr, HYPER.beta1, HYPER.beta2)
-    operands = (case.newest, case.before, case.grad, case.roots, case.step, *numbers, case.scale, case.is_finite)
+    operands = (case.newest, case.before, case.grad, case.roots, case.step, *numbers, 0.4, case.scale, case.is_finite)
     return [
         (ops.block_roots.default, (squares, case.step, HYPER.beta2, HYPER.eps, roots)),
         (ops.predict_locally.default, (*operands, case.live, 300)),
