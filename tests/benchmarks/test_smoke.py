@@ -152,6 +152,31 @@ def test_convergence(tmp_path):
     assert (tmp_path / "results.png").stat().st_size > 10_000
 
 
+def test_equal_clock(tmp_path):
+    """Twice the time a step is half the steps; a training of so many that is not there is asked for."""
+    step_s = {"local": 1.0, "zero1": 2.0, "zero0": 2.5, "wp": None}  # the last one failed
+    timed = [{"name": name, "step_s": time and {"median": time}} for name, time in step_s.items()]
+    times = {"configs": timed, "reference": {"round_s": 0.8, "compute_s": 1.0}, "command": "ds_acco compare"}
+    trained = [("local", 150, 1, 2.5), ("local", 150, 2, 2.7), ("zero1", 75, 1, 3.0), ("zero1", 60, 1, 3.5)]
+    setting = {"ranks": 2, "batch_factor": 1, "lr": 1e-3, "precision": "fp32", "preset": "small", "seq_len": 64}
+    runs = [
+        setting | {"config": name, "steps": steps, "seed": seed, "step": [0, steps], "val_loss": [5.0, loss]}
+        for name, steps, seed, loss in trained
+    ]
+    for name, content in (("times", times), ("trained", {"runs": runs})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    inputs = ("--times", tmp_path / "times.json", "--convergence", tmp_path / "trained.json")
+    rows = {row["config"]: row for row in benchmark("equal_clock", tmp_path, *inputs)["rows"]}
+    local, zero0, zero1 = (rows.pop(name) for name in ("local", "zero0", "zero1"))
+    assert (local["steps"], local["val_loss"], local["curve_s"]) == (150, 2.6, [0.0, 150.0])
+    assert (zero1["steps"], zero1["val_loss"], zero1["curve_s"]) == (75, 3.0, [0.0, 150.0])
+    assert (zero0["steps"], zero0["val_loss"], zero0["network"], rows) == (60, 3.5, "R = 0.80 C", {})
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+    (tmp_path / "trained.json").write_text(json.dumps({"runs": runs[:2]}))
+    with pytest.raises(AssertionError, match="--lr 0.001 --steps 75 --configs zero1"):
+        benchmark("equal_clock", tmp_path, *inputs)
+
+
 @pytest.mark.full
 def test_adaptive_quality(tmp_path):
     arguments = ("--seeds", 1, "--steps", 2, "--slowness", 2, *TINY)
