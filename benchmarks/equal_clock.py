@@ -1,7 +1,7 @@
 # Copyright (c) the deepspeed_acco authors
 # SPDX-License-Identifier: Apache-2.0
-"""Validation loss of the schedules in equal time: what `ds_acco compare` measured of a step says how many steps each makes
-while ``local`` makes 150, and benchmarks/convergence.py what so many steps bring.
+"""Validation loss of the schedules in equal time: what `ds_acco compare` measured of a step says how many steps each
+makes while ``local`` makes 150, and benchmarks/convergence.py what so many steps bring.
 
     ds_acco compare ... --out runs/slow
     python benchmarks/equal_clock.py --times runs/slow/results.json --out benchmarks/results/equal_clock.json
@@ -31,8 +31,8 @@ def trained_as(name: str) -> str:
 
 
 def rows_of(times: dict, runs: list[dict], missing: set[str]) -> list[dict]:
-    """Returns a row for each configuration whose steps were timed, with the mean of its trainings' curves over the seeds;
-    adds the command of a training that is not there to ``missing``."""
+    """Returns a row for each configuration whose steps were timed, with the mean of its trainings' curves over the
+    seeds; adds the command of a training that is not there to ``missing``."""
     step_s = {config["name"]: config["step_s"]["median"] for config in times["configs"] if config["step_s"]}
     if FIRST not in step_s:
         raise SystemExit(f"{times['command']} timed no {FIRST}, whose {STEPS} steps are the time that all have")
