@@ -7,7 +7,7 @@ makes while ``local`` makes 150, and benchmarks/convergence.py what so many step
     python benchmarks/equal_clock.py --times runs/slow/results.json --out benchmarks/results/equal_clock.json
     python benchmarks/equal_clock.py --draw --out benchmarks/results/equal_clock.json
 
-Several --times are several networks. Each run has a schedule of the learning rate as long as itself. Trainings that
+Several --times are several networks. Times that differ by less than 3 % count as equal. Each run has a schedule of the learning rate as long as itself. Trainings that
 convergence.json lacks are named, with the command that makes them. DeepSpeed's own stages train as ZeRO-1 does.
 """
 
@@ -21,6 +21,7 @@ from convergence import BASELINE, order
 from deepspeed_acco.tools.palette import colors_of
 
 FIRST, STEPS = "local", 150
+ALIKE = 0.03
 SETTING = {"ranks": 2, "batch_factor": 1, "lr": 1e-3, "precision": "fp32", "preset": "small", "seq_len": 64}
 CONVERGENCE = Path(__file__).with_name("results") / "convergence.json"
 
@@ -39,7 +40,8 @@ def rows_of(times: dict, runs: list[dict], missing: set[str]) -> list[dict]:
     network = f"R = {times['reference']['round_s'] / times['reference']['compute_s']:.2f} C"
     rows = []
     for name in sorted(step_s, key=order):
-        steps = round(STEPS * step_s[FIRST] / step_s[name])
+        times_as_fast = step_s[FIRST] / step_s[name]
+        steps = STEPS if abs(times_as_fast - 1) < ALIKE else round(STEPS * times_as_fast)
         wanted = SETTING | {"config": trained_as(name), "steps": steps}
         own = [run for run in runs if all(run[key] == value for key, value in wanted.items())]
         if not own:

@@ -43,7 +43,7 @@ class Script:
         start: what the launcher starts.
         arguments: of the script.
         config: the stock configuration in the checkout: a file of ``accelerate launch``, or a DeepSpeed JSON.
-        needs: packages.
+        needs: packages; TRL's scripts run from the clone, and ask for the version of an installed one.
         steps: of a run, unless the runner is told otherwise.
         loss: reads the final loss.
         saved: the folder of the checkpoint of the step that saves, below the run's.
@@ -93,7 +93,7 @@ SCRIPTS = (
         arguments=OF_TRAINER
         + _words("--model_name_or_path {models}/pretrained --dataset_name {texts}/texts --learning_rate 1e-3")
         + _words(f"--max_length {SEQ_LEN}"),
-        needs=("accelerate", "datasets", "transformers"),
+        needs=("accelerate", "datasets", "transformers", "trl"),
         **OF_TRL,
     ),
     Script(
@@ -103,7 +103,7 @@ SCRIPTS = (
         arguments=OF_TRAINER
         + _words("--model_name_or_path {models}/pretrained --dataset_name {texts}/texts --learning_rate 5e-3")
         + _words(f"--max_length {SEQ_LEN} --use_peft --lora_r 8 --lora_alpha 16"),
-        needs=("accelerate", "datasets", "transformers", "peft"),
+        needs=("accelerate", "datasets", "transformers", "trl", "peft"),
         **OF_TRL,
     ),
     Script(
@@ -132,7 +132,7 @@ SCRIPTS = (
         arguments=OF_TRAINER
         + _words("--model_name_or_path {models}/pretrained --dataset_name {texts}/pairs --learning_rate 1e-4")
         + _words(f"--max_length {2 * SEQ_LEN}"),
-        needs=("accelerate", "datasets", "transformers"),
+        needs=("accelerate", "datasets", "transformers", "trl"),
         **OF_TRL,
     ),
 )
