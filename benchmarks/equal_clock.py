@@ -7,8 +7,9 @@ makes while ``local`` makes 150, and benchmarks/convergence.py what so many step
     python benchmarks/equal_clock.py --times runs/slow/results.json --out benchmarks/results/equal_clock.json
     python benchmarks/equal_clock.py --draw --out benchmarks/results/equal_clock.json
 
-Several --times are several networks. Times that differ by less than 3 % count as equal. Each run has a schedule of the learning rate as long as itself. Trainings that
-convergence.json lacks are named, with the command that makes them. DeepSpeed's own stages train as ZeRO-1 does.
+Several --times are several networks. Times that differ by less than 3 % count as equal. Each run has a schedule of the
+learning rate as long as itself. Trainings that convergence.json lacks are named, with the command that makes them.
+DeepSpeed's own stages train as ZeRO-1 does.
 """
 
 import json

@@ -110,6 +110,7 @@ class Options:
         reach: the estimate goes so many times as far as its step.
         keeping_ranks: in ``local`` so many ranks keep all of how far each stood from the true weights, more of them the
             less.
+        most_kept: of it at most.
     """
 
     fraction: float = 0.5
@@ -117,6 +118,7 @@ class Options:
     trust: float = 1.0
     reach: float = 1.0
     keeping_ranks: float = 2.0
+    most_kept: float = 1.0
 
 
 @dataclass
@@ -200,7 +202,7 @@ class Run:
         momentum = state.beta1 * (1 - state.beta1**state.step) * share
         most = math.sqrt((1 - state.beta2 ** (state.step + 1)) / (1 - state.beta2))
         newest = self.see(state.theta)
-        kept = min(1.0, self.options.keeping_ranks / self.ranks)
+        kept = min(self.options.most_kept, self.options.keeping_ranks / self.ranks)
         moved = newest + momentum * (newest - self.see(self.before) + kept * (self.see(stands_at) - newest))
         mean = own.mean(0)
         step = state.clip_(own).div_(block_roots(state)).clamp_(-most, most)  # in place: 64 ranks are 64 models
@@ -261,6 +263,8 @@ def train(setting: dict, schedule: str, ranks: int, seed: int, text: Text) -> di
     """One run; returns its final validation loss, at the true weights."""
     begin = time.perf_counter()
     name, options = parse_schedule(schedule)
+    if setting["weights"] == "bf16":
+        options = replace(options, most_kept=min(0.5, options.most_kept))
     gpt = GPT(setting["preset"], setting["seq_len"])
     theta = gpt.start(seed)
     state = State(theta, torch.zeros_like(theta), torch.zeros_like(theta))
@@ -300,7 +304,9 @@ def summarize(runs: list[dict]) -> list[dict]:
     for setting in list_without_doubles({key: run[key] for key in SETTING} for run in runs):
         of_setting = [run for run in runs if all(run[key] == value for key, value in setting.items())]
         baseline = {run["seed"]: run["val_loss"] for run in of_setting if run["schedule"] == BASELINE}
-        for kind in list_without_doubles({key: run[key] for key in ("schedule", "ranks")} for run in of_setting):
+        kinds = list_without_doubles({key: run[key] for key in ("schedule", "ranks")} for run in of_setting)
+        schedules = [kind["schedule"] for kind in kinds]  # together, in the order in which they came
+        for kind in sorted(kinds, key=lambda kind: (schedules.index(kind["schedule"]), kind["ranks"])):
             own = [run for run in of_setting if all(run[key] == value for key, value in kind.items())]
             row = {"setting": in_words(setting), **kind, "seeds": [run["seed"] for run in own]}
             row["val_loss"] = round(statistics.mean(run["val_loss"] for run in own), 4)

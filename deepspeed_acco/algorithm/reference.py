@@ -66,6 +66,7 @@ class Reference:
         send: rounds a rank's sum to what is communicated.
         ranks_per_host, pass_on: so many consecutive ranks share a host, and ``pass_on`` rounds the sum over a host to
             what goes to other hosts.
+        most_kept: ``local``, how much of its distance from the true weights a rank keeps at most.
         stands_on_true_after_skip: fp16, where a skipped COMMIT is known before it is launched.
         estimate_bits: an ESTIMATE's gradients, of a host, and its change of the weights are quantized to so many bits;
             None: not.
@@ -89,6 +90,7 @@ class Reference:
     send: Callable[[Tensor], Tensor] = lambda gradient: gradient
     ranks_per_host: int = 1
     pass_on: Callable[[Tensor], Tensor] = lambda gradient: gradient
+    most_kept: float = 1.0
     stands_on_true_after_skip: bool = False
     estimate_bits: int | None = None
     commit_bits: tuple[int, int] | None = None
@@ -205,7 +207,7 @@ class Reference:
             newest, before = (self.see(weights[group]).double() for weights in (at.newest, at.before))
             kept, added = 1 - h.beta1**at.step, 1 - h.beta1 ** (at.step + 1)
             distance = (at.stood[rank][group].double() - newest).nan_to_num(0.0, 0.0, 0.0)
-            part = min(1.0, 2 / self.world_size)
+            part = min(self.most_kept, 2 / self.world_size)
             moved = newest + h.beta1 * kept / added * (newest - before + part * distance)
             if is_finite:
                 root = _roots(at.exp_avg_sq[group], self.shard_numels[group], 1 - h.beta2**at.step) + h.eps

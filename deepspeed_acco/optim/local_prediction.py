@@ -39,9 +39,15 @@ def block_count(shard_numel: int) -> int:
     return -(-shard_numel // BLOCK)
 
 
-def kept_part(ranks: int) -> float:
-    """Returns the part of its distance from the true weights that each of so many data-parallel ranks keeps."""
-    return min(1.0, _RANKS_THAT_KEEP_ALL / ranks)
+def kept_part(ranks: int, dtype: torch.dtype) -> float:
+    """Returns the part of its distance from the true weights that each of so many data-parallel ranks keeps.
+
+    Args:
+        dtype: of the weights. In 16 bits it is half at most: of one unit in the last place more than half would be
+            rounded to the whole again, and never go away.
+    """
+    most = 1.0 if dtype == torch.float32 else 0.5
+    return min(most, _RANKS_THAT_KEEP_ALL / ranks)
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ class LocalPrediction:
         if not (has_newest or buffers.held):
             buffers.take_out()
         forgets = self.forgets_step or not has_newest
-        kept = 0.0 if forgets else kept_part(self._comm.world_size)
+        kept = 0.0 if forgets else kept_part(self._comm.world_size, buffers.live[0].dtype)
         scale, is_finite = self._own_scale(inputs)
         for group, (shard, hyper) in enumerate(zip(self._shards, inputs.hyper)):
             before, live, grads = buffers.before[group], buffers.live[group], buffers.grads[group]

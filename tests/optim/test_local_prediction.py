@@ -49,6 +49,30 @@ def test_the_kernel_has_the_bits_of_the_plain_path(native, weight_dtype, grad_dt
     checks.check_plain_path(native, weight_dtype, grad_dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 64])
+def test_distances_in_16_bits_go_away(path, ranks, dtype):
+    """Without gradients a rank comes back to the true weights, also from one unit in the last place."""
+    newest = torch.linspace(-0.9, 1.1, 512).to(dtype)
+    live = torch.stack([newest * (1 + units * torch.finfo(dtype).eps) for units in (1, -1, 2, 30)])
+    kept, step = plain.kept_part(ranks, dtype), torch.tensor(1e6)
+    hyper, one, true = AdamWHyper(lr=1e-2, beta1=0.99), torch.tensor(1.0), torch.tensor(True)
+    for stands_at in live:
+        assert not same_bits(stands_at, newest)
+        for _ in range(10):
+            on = plain.Operands(newest, newest.clone(), stands_at, newest * 0, torch.ones(2), step, 512)
+            path.predict_locally(on, hyper, kept, one, true)
+        assert same_bits(stands_at, newest)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "of_fp32", "of_bf16"), [(1, 1.0, 0.5), (2, 1.0, 0.5), (4, 0.5, 0.5), (16, 0.125, 0.125)]
+)
+def test_many_ranks_keep_less(ranks, of_fp32, of_bf16):
+    kept = [plain.kept_part(ranks, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert kept == [of_fp32, of_bf16]
+
+
 def test_on_one_rank_it_is_adamws_next_step(path):
     """Where all elements of a block are alike and nothing is clipped, root and gradient are AdamW's own."""
     parameter = torch.nn.Parameter(torch.full((256,), 0.5))

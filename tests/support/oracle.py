@@ -136,6 +136,7 @@ def run_reference(
         schedule,
         world_size,
         clip,
+        most_kept=1.0 if kind == "fp32" else 0.5,
         see=(lambda weights: weights) if kind == "fp32" else (lambda weights: weights.float().to(dtype)),
         accumulate=accumulate,
         send=send or rounded,
