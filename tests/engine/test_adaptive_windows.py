@@ -418,12 +418,12 @@ def _try_refused(config):
     engine.step()
 
     def zero_grad_in_phase_b():
-        engine.backward(engine(x, y))
-        engine.step()
+        loss = engine(x, y)
         while engine.optimizer.position.phase.name == "A":
-            engine.backward(engine(x, y))
+            engine.backward(loss)
             engine.step()
-        engine.optimizer.zero_grad()
+            loss = engine(x, y)
+        engine.optimizer.zero_grad()  # before the backward, behind which one rank may end the window alone
 
     refused("zero_grad", zero_grad_in_phase_b)
     refused("total", lambda: deepspeed_acco.train_samples(engine, [], 0))
