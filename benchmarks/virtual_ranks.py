@@ -196,14 +196,14 @@ class Run:
 
     def local(self, tokens: Tensor) -> None:
         state = self.state  # without the gradients of this window, which travel while the next one is computed
-        stands_at = state.theta.expand(self.ranks, -1) if self.of_ranks is None else self.of_ranks
-        own = self.gradients(self.see(stands_at), tokens.view(self.ranks, -1, tokens.shape[1]))
+        stands_at = self.see(state.theta.expand(self.ranks, -1) if self.of_ranks is None else self.of_ranks)
+        own = self.gradients(stands_at, tokens.view(self.ranks, -1, tokens.shape[1]))
         share = 1 / (1 - state.beta1 ** (state.step + 1))
         momentum = state.beta1 * (1 - state.beta1**state.step) * share
         most = math.sqrt((1 - state.beta2 ** (state.step + 1)) / (1 - state.beta2))
         newest = self.see(state.theta)
         kept = min(self.options.most_kept, self.options.keeping_ranks / self.ranks)
-        moved = newest + momentum * (newest - self.see(self.before) + kept * (self.see(stands_at) - newest))
+        moved = newest + momentum * (newest - self.see(self.before) + kept * (stands_at - newest))
         mean = own.mean(0)
         step = state.clip_(own).div_(block_roots(state)).clamp_(-most, most)  # in place: 64 ranks are 64 models
         self.of_ranks = step.mul_(-state.lr * (1 - state.beta1) * share).add_(moved)

@@ -1,6 +1,8 @@
 """Checks the harness of ranks itself: forked ranks are as good as new interpreters."""
 
 import os
+import signal
+import time
 
 import pytest
 
@@ -22,6 +24,28 @@ def test_ranks_see_todays_environment(ranks, monkeypatch):
         assert pool.run(_variable, name="ACCO_TODAY") == [("yes", "0"), ("yes", "1")]
     finally:
         pool.close()
+
+
+def _sleep(seconds):
+    time.sleep(seconds)
+    return "too late"
+
+
+def test_ranks_whose_test_ran_out_of_time_take_no_other_call():
+    """The answer to the first call would be taken for that to the next one, or the next one waits behind it."""
+
+    def out_of_time(*_):
+        raise TimeoutError("the test's own limit")
+
+    pool, before = RankPool(1), signal.signal(signal.SIGALRM, out_of_time)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, 1.0)
+    try:
+        with pytest.raises(TimeoutError, match="own limit"):
+            pool.run(_sleep, seconds=3)
+        assert not pool.is_usable and not pool.processes
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, left)  # of pytest-timeout
 
 
 def test_a_script_in_ranks_gives_its_output_and_the_first_exit_code(tmp_path):

@@ -55,8 +55,8 @@ TORCH_LIBRARY(deepspeed_acco, m) {
   // `live` may be the same tensor as `newest`.
   m.def(
       "predict_locally(Tensor newest, Tensor(a!) before, Tensor grad, Tensor roots, Tensor step, float lr, float beta1, "
-      "float beta2, float kept, Tensor grad_scale, Tensor is_finite, Tensor(b!) live, int shard_numel, int max_blocks=0) "
-      "-> ()");
+      "float beta2, float kept, Tensor grad_scale, Tensor is_finite, Tensor(b!) live, int shard_numel, "
+      "int max_blocks=0) -> ()");
   // For `ds_acco kernels` only: the reads and writes of the two rounds, and no arithmetic.
   m.def("traffic_estimate(Tensor master, Tensor exp_avg, Tensor exp_avg_sq, Tensor grad, Tensor(a!) out) -> ()");
   m.def(

@@ -99,8 +99,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // What is the same for all elements, once for the launch behind this one.
-__global__ void prepare_kernel(Hyper hyper, double kept, const float* step, const float* grad_scale, const bool* is_finite,
-                               PreparedLocally* prepared) {
+__global__ void prepare_kernel(Hyper hyper, double kept, const float* step, const float* grad_scale,
+                               const bool* is_finite, PreparedLocally* prepared) {
   *prepared = {make_local_factors(hyper, kept, *step), *grad_scale, *is_finite};
 }
 

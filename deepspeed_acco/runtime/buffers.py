@@ -207,7 +207,7 @@ class FlatBuffers:
             offset = (begin - shard.start) // BLOCK * record_bytes(bits)
             ops.add_change(message[offset : offset + message_bytes(end - begin, bits)], self._always, part, bits)
             parts.append(part[first - begin : last - begin])
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def true_copy(self, group: int, start: int, numel: int) -> Tensor:
         """Returns a copy of elements of X's weights, by their places in the flat group: 1-D."""

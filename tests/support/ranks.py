@@ -135,7 +135,19 @@ class RankPool:
             pipe.send((function.__module__, function.__name__, {**arguments, **extra}))
 
     def collect(self, ranks=None, limit_s: float = LIMIT_S) -> list:
-        """Returns the results in the order of the ranks; raises RankError with what went wrong on any rank."""
+        """Returns the results in the order of the ranks; raises RankError with what went wrong on any rank. Whatever is
+        raised, no rank is left in the call."""
+        try:
+            results, errors = self._answers(ranks, limit_s)
+        except BaseException:  # a test's own time limit, or Ctrl-C
+            self.close()
+            raise
+        if errors:
+            self.close()
+            raise RankError("\n".join(errors))
+        return results
+
+    def _answers(self, ranks, limit_s: float) -> tuple[list, list[str]]:
         deadline = time.monotonic() + limit_s
         results, errors = [], []
         for rank in range(self.world_size) if ranks is None else ranks:
@@ -154,10 +166,7 @@ class RankPool:
                 results.append(value)
             else:
                 errors.append(value)
-        if errors:
-            self.close()
-            raise RankError("\n".join(errors))
-        return results
+        return results, errors
 
     def run(self, function, per_rank=None, **arguments) -> list:
         """Runs ``function(**arguments)`` on every rank and returns the results in the order of the ranks."""
